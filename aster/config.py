@@ -1,0 +1,475 @@
+"""The run's configuration: typed, strict, frozen; read by attribute, never by string.
+
+A recipe is a YAML file whose keys are these fields. `base: other` starts from another recipe, `key.sub=value` on the
+command line overrides. An unknown key, a wrong type or two values that cannot go together is a `ConfigError` that
+names the values and the cure. Derived numbers are properties with their formula, not further options.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aster.errors import ConfigError
+from aster.types import Budget, Sampling
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(_Section):
+    """Where the run lives and how long it lasts."""
+
+    name: str = "aster"
+    """Directory under `dir`."""
+    dir: str = "runs"
+    seed: int = 1
+    steps: int | None = Field(default=None, ge=1)
+    """Stop after this many rollout steps (RL) or optimizer steps (SFT); null = `data.epochs` decides."""
+    save_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay on disk."""
+    val_every: int = Field(default=10, ge=0)
+    """Validate every so many steps; 0 = never."""
+    val_before_train: bool = True
+    resume: bool = True
+    """Continue from the newest checkpoint of the run directory when there is one."""
+    deterministic: bool = False
+    """One engine, one sequence at a time, FIFO: bit-equal runs at the price of speed."""
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class ModelConfig(_Section):
+    """The model directory (Hugging Face layout); its tokenizer and chat template are the only ones used."""
+
+    path: str = ""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Forward and backward of the learner; masters and reductions are always fp32."""
+    gradient_checkpointing: bool = True
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """`auto`: flash-attn on CUDA when importable, else sdpa."""
+
+
+class DataConfig(_Section):
+    """Prompt or conversation files in the columns of the README's data table."""
+
+    train_files: tuple[str, ...] = ()
+    val_files: tuple[str, ...] = ()
+    epochs: int = Field(default=1, ge=1)
+    shuffle_seed: int = 1
+    max_rows: int | None = Field(default=None, ge=1)
+    """Use the first so many training rows only."""
+    val_max_rows: int | None = Field(default=None, ge=1)
+
+
+class BudgetConfig(_Section):
+    """Tokens, calls and seconds of one trajectory. The response budget counts model and observation tokens."""
+
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    max_response_tokens: int = Field(default=16384, ge=1)
+    max_tool_calls: int = Field(default=50, ge=0)
+    """Exact: so many calls, then one final generation."""
+    max_turn_tokens: int | None = Field(default=None, ge=1)
+    trajectory_timeout_s: float = Field(default=7200.0, gt=0)
+
+    @property
+    def max_model_len(self) -> int:
+        """max_prompt_tokens + max_response_tokens."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+class SamplingConfig(_Section):
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = -1
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k)
+
+
+class ToolConfig(_Section):
+    """The Python tool as the model sees it."""
+
+    enabled: bool = True
+    """False: no session is ever opened and a call is answered with an error (the ablation)."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    max_output_bytes: int = Field(default=32 << 10, ge=256)
+    """Hard cap in the sandbox, head and tail kept with a notice."""
+    max_response_chars: int | None = Field(default=None, ge=16)
+    """Cut an observation to so many characters; null = parity with the reference (no cut)."""
+    truncate_side: Literal["left", "middle", "right"] = "middle"
+    max_response_tokens: int | None = Field(default=None, ge=8)
+    """Cut an observation to so many tokens; null = an overflow ends the trajectory."""
+    on_malformed: Literal["continue", "end"] = "continue"
+    max_calls_per_turn: int = Field(default=1, ge=1)
+
+
+class RolloutConfig(_Section):
+    """Engines and how they sample."""
+
+    engines: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    prompts_per_step: int = Field(default=128, ge=1)
+    group_size: int = Field(default=8, ge=1)
+    max_num_seqs: int = Field(default=1024, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float = Field(default=0.90, gt=0, lt=1)
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Explicit KV cache per engine; needed on CPU (null = let vLLM profile a GPU)."""
+    enforce_eager: bool = False
+    max_staleness: int = Field(default=0, ge=0)
+    """0 = synchronous. k: rollouts may be k versions older than the learner."""
+    weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
+    """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    generate_timeout_s: float = Field(default=1800.0, gt=0)
+    """One generation of one turn; past it the engine counts as lost."""
+    max_retries: int = Field(default=1, ge=0)
+    """How often a trajectory that we lost is run again elsewhere."""
+    max_infra_failed_rate: float = Field(default=0.5, gt=0, le=1)
+    """Above this share of trajectories lost by our own failures in a step the run stops."""
+    mismatch_alarm_k3: float = Field(default=1e-2, gt=0)
+
+
+class AlgoConfig(_Section):
+    """GRPO as in spec 1.1. The defaults are the paper's."""
+
+    clip_low: float = Field(default=0.2, gt=0)
+    clip_high: float = Field(default=0.28, gt=0)
+    dual_clip: float = Field(default=10.0, gt=1)
+    tis_cap: float | None = Field(default=2.0, gt=0)
+    """Upper cap of the truncated importance weight exp(old - behaviour); null = off."""
+    aggregation: Literal["token", "group", "seq-mean", "constant"] = "token"
+    aggregation_constant: int | None = Field(default=None, ge=1)
+    """Denominator per sequence for `constant` (Dr.GRPO); null = max_response_tokens."""
+    scale_by_std: bool = True
+    drop_zero_variance: bool = False
+    """True: groups without a learning signal leave the denominator too."""
+    reward: Literal["strict", "math_verify"] = "strict"
+    mini_batch_prompts: int = Field(default=64, ge=1)
+    """Prompts per optimizer step."""
+    proximal_pass: bool = True
+    """Recompute pi_old with the learner before the first update. False: pi_old = the behaviour log-probs."""
+
+
+class OptimConfig(_Section):
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float | None = Field(default=None, ge=0)
+    """Floor of a decaying schedule; null = 0."""
+    schedule: Literal["constant", "cosine_with_min_lr", "linear"] = "constant"
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Overrides warmup_ratio."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_skipped_in_a_row: int = Field(default=5, ge=1)
+    """A non-finite gradient norm skips the step; so many in a row end the run."""
+
+
+class LearnerConfig(_Section):
+    backend: Literal["fsdp2", "deepspeed_zero2", "deepspeed_zero3"] = "fsdp2"
+    """DeepSpeed is for SFT only."""
+    world_size: int = Field(default=1, ge=1)
+    micro_batch_tokens: int = Field(default=73728, ge=1)
+    """Most tokens of one packed row; a longer single sample gets a row of its own."""
+    logprob_chunk_tokens: int = Field(default=1024, ge=1)
+    """Rows of logits alive at once."""
+    step_timeout_s: float = Field(default=3600.0, gt=0)
+
+
+class SftConfig(_Section):
+    batch_size: int = Field(default=128, ge=1)
+    """Conversations per optimizer step over all ranks (with `batch_tokens` set: an upper bound)."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Close a batch when it holds so many tokens; null = by conversations."""
+    max_length: int = Field(default=32768, ge=1)
+    """Longer conversations are dropped and counted, never cut."""
+    train_on_newline: bool = False
+    """True = parity with the reference, which also trains on the newline after <|im_end|>."""
+    seed: int = 42
+
+
+class EvalConfig(_Section):
+    samples: int = Field(default=16, ge=1)
+    preset: Literal["repro", "paper"] | None = None
+    """repro: T 1.0, top_p 1.0. paper: T 0.6, top_p 0.95. null: the `sampling` section as written."""
+    budget: BudgetConfig | None = None
+    """null = the training budget."""
+    max_num_batched_tokens: int | None = None
+    bootstrap: int = Field(default=2000, ge=100)
+
+
+class SandboxConfig(_Section):
+    backend: Literal["auto", "docker", "bwrap", "process"] = "auto"
+    """auto: docker where a daemon answers, else bwrap. process (no isolation) only when asked for."""
+    image: str = "aster-sandbox:latest"
+    replicas: int = Field(default=1, ge=1)
+    """Sandbox nodes."""
+    max_sessions: int = Field(default=512, ge=1)
+    """Per node; creating one more answers 429."""
+    sessions_per_cell: int = Field(default=8, ge=1, le=64)
+    max_running: int | None = Field(default=None, ge=1)
+    """Cells that run at once per node; null = twice the cores."""
+    memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
+    runtime: Literal["runc", "runsc"] = "runc"
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    num_cpus: float = Field(default=0.0, ge=0)
+    url: str | None = None
+    """Use a sandbox service that runs elsewhere, over HTTP, instead of deploying one."""
+
+
+class ClusterConfig(_Section):
+    address: str | None = None
+    """Ray address; null = the running cluster if RAY_ADDRESS names one, else a local one."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a local cluster; null = Ray decides."""
+
+
+class Recipe(_Section):
+    """Everything one verb needs. `stage` says which verb: sft, rl or eval."""
+
+    stage: Literal["sft", "rl", "eval"]
+    description: str = ""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    tool: ToolConfig = ToolConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algo: AlgoConfig = AlgoConfig()
+    optim: OptimConfig = OptimConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _cross_field(self) -> Recipe:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if self.stage == "rl":
+            p, mini = self.rollout.prompts_per_step, self.algo.mini_batch_prompts
+            if p % mini:
+                yield (
+                    f"rollout.prompts_per_step={p} is not a multiple of algo.mini_batch_prompts={mini} "
+                    f"({p} = {p // mini} x {mini} + {p % mini}): set mini_batch_prompts to a divisor of {p}"
+                )
+            if self.learner.backend != "fsdp2":
+                yield f"learner.backend={self.learner.backend} trains SFT only: use fsdp2 for RL"
+            if self.sampling.temperature == 0:
+                yield "sampling.temperature=0 gives groups of equal samples and no advantage: use a value above 0"
+            if self.algo.dual_clip <= 1 + self.algo.clip_high:
+                yield (
+                    f"algo.dual_clip={self.algo.dual_clip} must exceed 1 + clip_high = {1 + self.algo.clip_high}, "
+                    "else it binds before the clip does"
+                )
+        if self.rollout.max_num_batched_tokens is not None and not self.rollout.enforce_eager:
+            need = self.budget.max_model_len
+            if self.rollout.max_num_batched_tokens < need:
+                yield (
+                    f"rollout.max_num_batched_tokens={self.rollout.max_num_batched_tokens} is less than "
+                    f"max_model_len = {self.budget.max_prompt_tokens} + {self.budget.max_response_tokens} = {need}: "
+                    f"raise it to {need}"
+                )
+        if self.run.deterministic and (self.rollout.engines != 1 or self.rollout.max_num_seqs != 1):
+            yield (
+                f"run.deterministic needs rollout.engines=1 and rollout.max_num_seqs=1, got "
+                f"{self.rollout.engines} and {self.rollout.max_num_seqs}: a batch changes the log-probs in the last bits"
+            )
+        if self.optim.min_lr is not None and self.optim.min_lr > self.optim.lr:
+            yield f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}: swap them"
+
+    # derived numbers -------------------------------------------------------------------------------------------------
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """prompts_per_step x group_size."""
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """prompts_per_step / mini_batch_prompts: optimizer steps per rollout step."""
+        return self.rollout.prompts_per_step // self.algo.mini_batch_prompts
+
+    def train_budget(self) -> Budget:
+        return self._budget(self.budget)
+
+    def eval_budget(self) -> Budget:
+        return self._budget(self.eval.budget or self.budget)
+
+    def _budget(self, b: BudgetConfig) -> Budget:
+        return Budget(
+            max_prompt_tokens=b.max_prompt_tokens,
+            max_response_tokens=b.max_response_tokens,
+            max_tool_calls=b.max_tool_calls,
+            max_turn_tokens=b.max_turn_tokens,
+            tool_timeout_s=self.tool.timeout_s,
+            trajectory_timeout_s=b.trajectory_timeout_s,
+        )
+
+    def eval_sampling(self) -> Sampling:
+        if self.eval.preset == "repro":
+            return Sampling(1.0, 1.0, -1)
+        if self.eval.preset == "paper":
+            return Sampling(0.6, 0.95, -1)
+        return self.sampling.sampling()
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context an engine must hold: the larger of the training and the evaluation budget."""
+        return max(self.budget.max_model_len, (self.eval.budget or self.budget).max_model_len)
+
+    @property
+    def config_hash(self) -> str:
+        """12 hex digits over everything but where the run lives and how long it lasts."""
+        body = self.model_dump(mode="json", exclude={"run": {"name", "dir", "steps", "resume", "keep_checkpoints"}})
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
+
+    # reading and writing ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, recipe: str, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe by name (`rl_stage1_18k`) or path, then apply `a.b=value` overrides.
+
+        >>> Recipe.load("rl_stage2_32k", ["optim.lr=5e-7"]).optim.lr
+        5e-07
+        """
+        tree = _read_with_base(recipe, seen=())
+        for item in overrides:
+            _apply_override(tree, item)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, recipe)) from None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """`{"optim.lr": 1e-06, ...}`: every resolved value under its override key."""
+        out: dict[str, Any] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, sub in value.items():
+                    walk(f"{prefix}.{key}" if prefix else key, sub)
+            else:
+                out[prefix] = value
+
+        walk("", self.model_dump(mode="json"))
+        return out
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name[: -len(".yaml")] for p in resources.files("aster.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def _read_with_base(recipe: str, *, seen: tuple[str, ...], near: Path | None = None) -> dict[str, Any]:
+    if recipe in seen:
+        raise ConfigError(f"recipe {recipe!r} is its own base: {' -> '.join((*seen, recipe))}")
+    text, folder = _recipe_text(recipe, near)
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe!r} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe!r} must be a mapping of sections, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_with_base(str(base), seen=(*seen, recipe), near=folder), tree)
+
+
+def _recipe_text(recipe: str, near: Path | None) -> tuple[str, Path | None]:
+    for path in (Path(recipe), (near or Path()) / recipe, (near or Path()) / f"{recipe}.yaml"):
+        if path.suffix in {".yaml", ".yml"} and path.is_file():
+            return path.read_text("utf-8"), path.parent
+    shipped = resources.files("aster.recipes") / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped.read_text("utf-8"), None
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"no recipe {recipe!r}{hint} Shipped: {', '.join(recipe_names())}. A path must end in .yaml")
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(under)
+    for key, value in over.items():
+        both = isinstance(out.get(key), dict) and isinstance(value, dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    key, eq, text = item.partition("=")
+    if not eq or not key:
+        raise ConfigError(f"override {item!r} must look like section.key=value, for example optim.lr=1e-6")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {error}") from None
+    *path, last = key.split(".")
+    node = tree
+    for part in path:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    node[last] = value
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields that a key at `path` could have been."""
+    model: Any = Recipe
+    for part in path:
+        info = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if info is None:
+            return []
+        model = next((a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, recipe: str) -> str:
+    lines = [f"recipe {recipe!r} cannot be used:"]
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(whole recipe)"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(tuple(item["loc"][:-1]))
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            cure = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            lines.append(f"  {key}: unknown key; {cure}")
+        elif item["type"] == "missing":
+            lines.append(f"  {key}: missing")
+        elif item["type"] == "value_error":
+            lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"  {key}={item['input']!r}: {item['msg']}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Recipes: YAML files, one per stage of the paper, and their laptop counterparts (`cpu_*`)."""

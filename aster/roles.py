@@ -1,0 +1,118 @@
+"""The three things the driver talks to, and what it may ask of them. Protocols only: a fake is ten lines.
+
+`driver.py` awaits these methods and nothing else; `actors/` implements them with Ray, `tests/fakes.py` without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from aster.types import (
+    MicroBatch,
+    OptimStats,
+    PublishReport,
+    RolloutWork,
+    StepStats,
+    TensorMeta,
+    Trajectory,
+    TrajectoryGroup,
+)
+from serve.schema import CellRecord, ExecuteResponse
+
+ExecResult = ExecuteResponse
+"""What one cell did. User code that fails is data in here; a sandbox that fails raises `SandboxLost`."""
+
+
+@runtime_checkable
+class Sandbox(Protocol):
+    """One stateful Python session; one per trajectory. Calls are serialised by the caller."""
+
+    session_id: str
+
+    async def execute(self, code: str, *, timeout_s: float, call_id: str) -> ExecResult:
+        """Run one cell. Never re-sent blindly: `call_id` makes a repeated request return the first answer.
+
+        Raises `SandboxLost` when the session is gone for a reason of ours.
+        """
+        ...
+
+    async def fork(self) -> Sandbox: ...
+
+    async def journal(self) -> list[CellRecord]: ...
+
+    async def close(self) -> None:
+        """Idempotent, never raises for a session that is already gone."""
+        ...
+
+
+class SandboxFactory(Protocol):
+    async def open(self, key: str) -> Sandbox:
+        """A fresh session for trajectory `key`. Raises `BackPressure` (nothing was made) or `SandboxLost`."""
+        ...
+
+
+class WeightSource(Protocol):
+    """The learner's side of a publication: what will be sent, and the sending itself."""
+
+    def metadata(self) -> Sequence[TensorMeta]:
+        """Every tensor in wire order, Hugging Face names, tied weights once."""
+        ...
+
+
+class RolloutPool(Protocol):
+    """Engines that run trajectories. Submitting never blocks; groups come back in order of completion."""
+
+    def submit(self, work: RolloutWork) -> None: ...
+
+    def groups(self) -> AsyncIterator[TrajectoryGroup]:
+        """Endless; raises the pool's own failure (`CircuitOpen`, a dead background task) instead of hanging."""
+        ...
+
+    async def publish(self, source: WeightSource, version: int) -> PublishReport: ...
+
+    async def drain(self) -> list[Trajectory]:
+        """Stop everything in flight and hand back what is half done, for the journal."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LearnerGroup(Protocol):
+    """The FSDP2 gang. One micro-batch per data-parallel rank and call; rank r takes `microbatch_per_rank[r]`."""
+
+    dp_size: int
+
+    async def log_probs(self, microbatch_per_rank: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Per rank: log pi(label) at every position, [R] float32; 0 where loss_mask is False. No gradient."""
+        ...
+
+    async def forward_backward(
+        self, microbatch_per_rank: Sequence[MicroBatch], *, num_loss_tokens: int, num_groups: int
+    ) -> StepStats:
+        """Accumulate gradients. The denominators are those of the whole mini-batch over all ranks."""
+        ...
+
+    async def optim_step(self) -> OptimStats: ...
+
+    def weight_source(self) -> WeightSource: ...
+
+    async def save(self, path: str) -> None:
+        """Weights, optimizer, scheduler and RNG; atomic: `path` exists only when it is complete."""
+        ...
+
+    async def load(self, path: str) -> int:
+        """Returns the policy version (optimizer steps) of the checkpoint; works at another world size."""
+        ...
+
+
+class Checkpointer(Protocol):
+    """Names checkpoints, keeps the newest ones, and finds the one to resume from."""
+
+    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str: ...
+
+    def latest(self) -> str | None: ...
+
+    async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]: ...

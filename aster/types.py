@@ -1,0 +1,327 @@
+"""The records that cross a process boundary. Frozen, numpy only, light to import.
+
+Shape legend: P prompts · G samples of a prompt · T response tokens of a trajectory · R tokens of a packed row.
+
+A trajectory's response is model text and observations in one stream:
+
+    prompt_ids   <|im_start|>user ... <|im_start|>assistant\\n
+    ids          think call <|im_end|> | \\n <|im_start|>user <tool_response> 4 ... assistant\\n | answer <|im_end|>
+    mask           1    1       1      |  0       0                0              0             |   1       1
+
+`ids`, `mask`, `behaviour_logprobs` and `versions` are aligned, all of length T. Ids under mask 1 are exactly what the
+engine sampled; ids under mask 0 are the chat template's own delta around the observation.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+
+class Cause(enum.StrEnum):
+    """Why a trajectory ended. Exactly one each; the last five are our failures, never the model's (spec 1.4)."""
+
+    ANSWERED = "answered"
+    MAX_TOOL_CALLS = "max_tool_calls"
+    MAX_TOKENS = "max_tokens"
+    OBSERVATION_OVERFLOW = "observation_overflow"
+    MALFORMED_END = "malformed_end"
+    ENGINE_LOST = "engine_lost"
+    SANDBOX_LOST = "sandbox_lost"
+    REWARD_FAILED = "reward_failed"
+    STALE = "stale"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_ours(self) -> bool:
+        return self in _OURS
+
+
+_OURS = frozenset({Cause.ENGINE_LOST, Cause.SANDBOX_LOST, Cause.REWARD_FAILED, Cause.STALE, Cause.CANCELLED})
+
+
+class ToolOutcome(enum.StrEnum):
+    """The `tool_execution_*` bucket of one call (spec 1.4)."""
+
+    SUCCESS = "success"
+    TIMEOUT = "timeout"
+    RUNTIME_ERROR = "runtime_error"
+    FORMAT_ERROR = "format_error"
+    UNKNOWN_ERROR = "unknown_error"
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a prompt parquet (spec 3.1). `ground_truth` stays with the driver; a session never sees it."""
+
+    row_id: str
+    messages: tuple[dict[str, str], ...]
+    ground_truth: str
+    data_source: str
+    agent_name: str = "code_agent"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of one trajectory, in tokens, calls and seconds. Response tokens count model and observation tokens."""
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    max_tool_calls: int
+    max_turn_tokens: int | None = None
+    tool_timeout_s: float = 30.0
+    trajectory_timeout_s: float = 3600.0
+
+    @property
+    def max_model_len(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling distribution of one trajectory; behaviour log-probs are recorded for exactly this distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a rollout actor needs to run one trajectory. Carries no ground truth."""
+
+    uid: str  # unique per attempt group: "{run}/{kind}/{step}/{row_id}/{sample}"
+    row_id: str
+    sample: int  # 0 .. G-1
+    messages: tuple[dict[str, str], ...]
+    agent_name: str
+    budget: Budget
+    sampling: Sampling
+    seed: int
+    attempt: int = 0
+    tools_enabled: bool = True
+
+
+@dataclass(frozen=True)
+class RolloutWork:
+    """A prompt and how often to sample it. `kind` is "train" or "val"; groups come back as `TrajectoryGroup`."""
+
+    row: PromptRow
+    group_size: int
+    budget: Budget
+    sampling: Sampling
+    step: int
+    seed: int
+    kind: str = "train"
+    tools_enabled: bool = True
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One executed (or refused) call. `status` is the sandbox's word, `outcome` the metric bucket."""
+
+    code: str
+    status: str
+    outcome: ToolOutcome
+    observation: str
+    seconds: float
+    queue_s: float = 0.0
+    state_lost: bool = False
+    extra_calls_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generation: `ids[start:stop]` of the trajectory, then perhaps a call. Times in seconds since episode start."""
+
+    start: int
+    stop: int
+    finish_reason: str  # "stop" | "length"
+    began_s: float
+    ended_s: float
+    call: ToolCall | None = None
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Both verifiers' opinions of the final assistant turn; None = not asked."""
+
+    strict: bool | None = None
+    math_verify: bool | None = None
+    pred: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds of one trajectory, and when it began (unix time)."""
+
+    began_unix: float = 0.0
+    total_s: float = 0.0
+    generate_s: float = 0.0
+    tool_s: float = 0.0
+    queue_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One finished episode, token-exact. `reward` is None until scored, and stays None where `cause.is_ours`."""
+
+    uid: str
+    row_id: str
+    sample: int
+    prompt_ids: np.ndarray  # [P] int32
+    ids: np.ndarray  # [T] int32, model and observation tokens
+    mask: np.ndarray  # [T] bool, True = sampled by the model
+    behaviour_logprobs: np.ndarray  # [T] float32, 0 where mask is False
+    versions: np.ndarray  # [T] int32, policy version that sampled the token; -1 where mask is False
+    turns: tuple[Turn, ...]
+    cause: Cause
+    final_text: str = ""  # the final assistant turn, special tokens skipped; what the reward looks at
+    engine: str = ""
+    timing: Timing = Timing()
+    parent: str | None = None
+    branch_turn: int | None = None
+    reward: float | None = None
+    verdicts: Verdicts = Verdicts()
+    error: str = ""  # the infrastructure's own words where cause.is_ours
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.ids)
+
+    @property
+    def model_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return tuple(t.call for t in self.turns if t.call is not None)
+
+    def with_reward(self, reward: float, verdicts: Verdicts) -> Trajectory:
+        return replace(self, reward=reward, verdicts=verdicts)
+
+    def failed(self, cause: Cause, error: str) -> Trajectory:
+        assert cause.is_ours, cause
+        return replace(self, cause=cause, error=error, reward=None)
+
+
+@dataclass(frozen=True)
+class TrajectoryGroup:
+    """The G trajectories of one prompt. Those with `cause.is_ours` carry no reward and stay out of all statistics."""
+
+    row: PromptRow
+    step: int
+    trajectories: tuple[Trajectory, ...]
+    kind: str = "train"
+    lost: tuple[Trajectory, ...] = ()  # attempts that our infrastructure lost and that were replaced by a retry
+
+    @property
+    def scored(self) -> tuple[Trajectory, ...]:
+        return tuple(t for t in self.trajectories if t.reward is not None)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence, before packing: a trajectory with its advantage, or an SFT conversation.
+
+    `behaviour_logprobs` and `old_logprobs` may be None (SFT; before the proximal pass).
+    """
+
+    ids: np.ndarray  # [S] int32, prompt and response
+    mask: np.ndarray  # [S] bool, True = the loss is taken on this token
+    advantage: float = 1.0
+    group: int = 0  # which group of the mini-batch, for `group` aggregation
+    behaviour_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
+    old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed row for one rank. Position r predicts `labels[r]`; every other array is aligned with the *label*.
+
+    Two samples, ids [5 6 7] with mask [0 1 1] and ids [8 9] with mask [0 1], pack to
+
+        input_ids     5 6 7 8 9
+        position_ids  0 1 2 0 1
+        labels        6 7 0 9 0
+        loss_mask     1 1 0 1 0
+        segment_ids   0 0 0 1 1
+
+    A row of padding (a rank that has nothing to do takes part in the collectives all the same) has no loss_mask set.
+    """
+
+    input_ids: np.ndarray  # [R] int64
+    position_ids: np.ndarray  # [R] int64, restarts at 0 with each sample
+    labels: np.ndarray  # [R] int64, the next id of the same sample; 0 at its last position
+    loss_mask: np.ndarray  # [R] bool
+    advantages: np.ndarray  # [R] float32
+    behaviour_logprobs: np.ndarray  # [R] float32
+    old_logprobs: np.ndarray  # [R] float32; NaN where no proximal pass was made
+    segment_ids: np.ndarray  # [R] int32
+    sample_index: tuple[int, ...]  # which samples of the packed list, in order of segment; () = padding row
+    sample_group: tuple[int, ...]  # the group of each segment
+
+    @property
+    def cu_seqlens(self) -> np.ndarray:
+        """Boundaries of the segments, int32 [segments + 1], as varlen attention wants them."""
+        counts = np.bincount(self.segment_ids)
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Token sums over one or more micro-batches (all ranks). Sums, so that adding two records is exact."""
+
+    loss: float = 0.0  # already divided by the global denominator: adds up to the loss of the mini-batch
+    tokens: int = 0  # tokens with loss_mask
+    padded_tokens: int = 0  # tokens fed to the model, padding rows included
+    entropy_sum: float = 0.0
+    clipped_sum: float = 0.0  # tokens where the clip binds
+    clipped_lower_sum: float = 0.0  # tokens where the dual clip binds
+    kl_sum: float = 0.0  # sum of old - current
+    tis_sum: float = 0.0  # sum of the (capped) TIS weights
+    tis_capped_sum: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def per_token(self, total: float) -> float:
+        return total / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class OptimStats:
+    """One optimizer step."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool  # the norm was not finite; weights unchanged, gradients zeroed
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """One tensor on the wire: Hugging Face checkpoint name, wire dtype ("bfloat16" | "float32"), shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What one weight publication cost and how well it verified."""
+
+    version: int
+    bytes: int
+    seconds: float
+    engines: int
+    canary_max_diff: float | None = None  # max |engine log-prob - learner log-prob| over the canary, in nats
