@@ -300,7 +300,7 @@ class Recipe(_Section):
         if self.run.deterministic and (self.rollout.engines != 1 or self.rollout.max_num_seqs != 1):
             yield (
                 f"run.deterministic needs rollout.engines=1 and rollout.max_num_seqs=1, got "
-                f"{self.rollout.engines} and {self.rollout.max_num_seqs}: a batch changes the log-probs in the last bits"
+                f"{self.rollout.engines} and {self.rollout.max_num_seqs}: a batch changes log-probs in the last bits"
             )
         if self.optim.min_lr is not None and self.optim.min_lr > self.optim.lr:
             yield f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}: swap them"
@@ -387,7 +387,9 @@ class Recipe(_Section):
 
 
 def recipe_names() -> list[str]:
-    return sorted(p.name[: -len(".yaml")] for p in resources.files("aster.recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name[: -len(".yaml")] for p in resources.files("aster.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def _read_with_base(recipe: str, *, seen: tuple[str, ...], near: Path | None = None) -> dict[str, Any]:
@@ -451,7 +453,10 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
         info = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if info is None:
             return []
-        model = next((a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        model = next(
+            (a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if hasattr(a, "model_fields")),
+            None,
+        )
         if model is None:
             return []
     return list(model.model_fields)

@@ -136,7 +136,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """One generation: `ids[start:stop]` of the trajectory, then perhaps a call. Times in seconds since episode start."""
+    """One generation, `ids[start:stop]` of the trajectory, then perhaps a call. Seconds since the episode began."""
 
     start: int
     stop: int
