@@ -1,0 +1,95 @@
+"""Checkpoint directories of a run: atomic, numbered, pruned to the newest, found again on resume.
+
+    checkpoints/global_step_10/actor/        the learner's shards (torch.distributed.checkpoint)
+    checkpoints/global_step_10/huggingface/  config, tokenizer and template of the model directory
+    checkpoints/global_step_10/driver.json   step, data position, config hash
+    checkpoints/latest_checkpointed_iteration.txt
+
+A directory carries its final name only when everything in it is on disk, so a run that is killed while saving resumes
+from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from aster.errors import DataError
+from aster.roles import LearnerGroup
+
+_NAME = re.compile(r"global_step_(\d+)$")
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|\.index\.json$")
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+class DirectoryCheckpointer:
+    """`roles.Checkpointer` on a local or shared file system."""
+
+    def __init__(self, directory: str | Path, *, model_path: str, config_hash: str, keep: int) -> None:
+        self.directory = Path(directory)
+        self.model_path = Path(model_path)
+        self.config_hash = config_hash
+        self.keep = keep
+
+    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str:
+        final = self.directory / f"global_step_{step}"
+        partial = self.directory / f"global_step_{step}.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        await learners.save(str((partial / "actor").resolve()))
+        copy_model_files(self.model_path, partial / "huggingface")
+        state = {"step": step, "config_hash": self.config_hash, **driver_state}
+        (partial / "driver.json").write_text(json.dumps(state, indent=1), "utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _write_atomically(self.directory / LATEST, f"{step}\n")
+        self._prune()
+        return str(final)
+
+    def latest(self) -> str | None:
+        """The newest complete checkpoint, or None. Names are the truth; the text file is for other tools."""
+        steps = self._complete()
+        return str(steps[max(steps)]) if steps else None
+
+    async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
+        state = read_state(path)
+        await learners.load(str((Path(path) / "actor").resolve()))
+        return state
+
+    def _complete(self) -> dict[int, Path]:
+        if not self.directory.is_dir():
+            return {}
+        found = ((_NAME.search(p.name), p) for p in self.directory.iterdir())
+        return {int(m.group(1)): p for m, p in found if m and (p / "driver.json").is_file()}
+
+    def _prune(self) -> None:
+        steps = self._complete()
+        for step in sorted(steps)[: -self.keep]:
+            shutil.rmtree(steps[step], ignore_errors=True)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Everything of a Hugging Face directory but the weights: config, generation config, tokenizer, chat template."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not _WEIGHTS.search(file.name):
+            shutil.copy2(file, target / file.name)
+
+
+def read_state(path: str | Path) -> dict[str, object]:
+    """`driver.json` of a checkpoint directory. Raises `DataError` when `path` is not a complete checkpoint."""
+    file = Path(path) / "driver.json"
+    if not file.is_file():
+        raise DataError(f"{path} is not a checkpoint: {file} is missing (a directory global_step_N of a run is one)")
+    state: dict[str, object] = json.loads(file.read_text("utf-8"))
+    return state
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,54 @@
+"""What the recipe-driven verbs share on the command line: --recipe, key=value overrides, --dry-run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from aster.config import Recipe, recipe_names
+from aster.errors import ConfigError
+
+
+def parse_recipe(
+    verb: str, argv: Sequence[str] | None, *, stage: str, about: str, default: str
+) -> tuple[Recipe, argparse.Namespace]:
+    """Read `[--recipe NAME|FILE] [--dry-run] [key=value ...]`. `ConfigError` also for a recipe of another stage."""
+    parser = argparse.ArgumentParser(prog=f"aster {verb}", description=about)
+    parser.add_argument(
+        "--recipe", default=default, help=f"a file, or one of: {', '.join(recipe_names())} (%(default)s)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print every resolved value and stop; needs nothing else"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-6 run.name=mine")
+    args = parser.parse_args(argv)
+    recipe = Recipe.load(args.recipe, args.overrides)
+    if recipe.stage != stage:
+        raise ConfigError(
+            f"aster {verb} runs recipes with stage: {stage}, but {args.recipe!r} has stage: {recipe.stage}; "
+            f"use `aster {_VERB_OF[recipe.stage]} --recipe {args.recipe}`"
+        )
+    return recipe, args
+
+
+_VERB_OF = {"rl": "train", "sft": "sft", "eval": "eval"}
+
+
+def print_resolved(recipe: Recipe) -> None:
+    """Every value under its override key, as plain numbers (`optim.lr = 1e-06`), then the derived ones."""
+    derived = {"config_hash": recipe.config_hash, "max_model_len": recipe.max_model_len}
+    if recipe.stage == "rl":
+        derived |= {
+            "trajectories_per_step": recipe.trajectories_per_step,
+            "updates_per_step": recipe.updates_per_step,
+        }
+    for key, value in {**recipe.flat(), **derived}.items():
+        print(f"{key} = {_plain(value)}")
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,309 @@
+"""The GRPO loop against `roles.py`: sample, score, advantage, update, publish. No Ray, no torch, no device.
+
+Legend: P prompts of a step · G samples of a prompt · M optimizer mini-batches of a step · k = `max_staleness`.
+
+    PromptStream --submit--> RolloutPool --groups, as they complete--> Inbox --take P--> one step of the learner
+                    ^                                                                        |
+                    +------------- at most (k+1)·P groups outstanding <---- publish v+1 -----+
+
+With k = 0 nothing is in flight while the learner works, so no sample is ever older than the weights it trains. With
+k > 0 rollouts go on during the update; their tokens carry their own version and log-probs, and a group that holds a
+token more than k versions old is dropped, counted and replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aster import metrics
+from aster.algo.advantages import group_advantages
+from aster.algo.packing import pack, unpack
+from aster.config import Recipe
+from aster.data.rollouts import write_rollouts, write_trajectories_parquet, write_validation
+from aster.errors import AsterError
+from aster.roles import Checkpointer, LearnerGroup, RolloutPool
+from aster.types import OptimStats, PromptRow, RolloutWork, Sample, StepStats, TrajectoryGroup
+
+
+class Prompts(Protocol):
+    """What the loop needs of `data.prompts.PromptStream`: the next P rows, and a position that survives a restart."""
+
+    total_steps: int
+    epoch: int
+
+    def next(self) -> list[PromptRow]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Log(Protocol):
+    """Where metrics go (`tracking.Tracker`)."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class Inbox:
+    """Sorts the pool's one stream of finished groups into training and validation."""
+
+    stream: AsyncIterator[TrajectoryGroup]
+    waiting: dict[str, deque[TrajectoryGroup]] = field(default_factory=lambda: {"train": deque(), "val": deque()})
+
+    async def next(self, kind: str) -> TrajectoryGroup:
+        while not self.waiting[kind]:
+            group = await anext(self.stream)
+            self.waiting[group.kind].append(group)
+        return self.waiting[kind].popleft()
+
+
+@dataclass
+class GrpoLoop:
+    """One training run. `run()` is the whole of it; each other method is one line of the algorithm box."""
+
+    recipe: Recipe
+    learners: LearnerGroup
+    pool: RolloutPool
+    prompts: Prompts
+    log: Log
+    decode: Callable[[np.ndarray], str]
+    val_rows: Sequence[PromptRow] = ()
+    checkpoints: Checkpointer | None = None
+    on_step: Callable[[int, int, Mapping[str, float]], None] = lambda step, total, values: None
+
+    def __post_init__(self) -> None:
+        self.total_steps = self.recipe.run.steps or self.prompts.total_steps
+        self.step = 0
+        self.stale_groups = 0
+        self._outstanding = 0
+        self._inbox = Inbox(self.pool.groups())
+
+    async def run(self) -> None:
+        await self.resume()
+        await self.publish()
+        if self.step == 0 and self.recipe.run.val_before_train:
+            await self.validate()
+        while self.step < self.total_steps:
+            began = time.monotonic()
+            self.step += 1
+            groups = await self.sample()
+            sampled = time.monotonic()
+            values = await self.learn(groups)
+            values |= await self.publish()
+            values |= metrics.rollout_metrics(groups)
+            values |= self._timing(groups, began=began, sampled=sampled)
+            self._write(groups)
+            self.log.log(self.step, values)
+            self.on_step(self.step, self.total_steps, values)
+            if self._due(self.recipe.run.val_every):
+                await self.validate()
+            if self._due(self.recipe.run.save_every):
+                await self.save()
+
+    # the steps of the algorithm --------------------------------------------------------------------------------------
+
+    async def sample(self) -> list[TrajectoryGroup]:
+        """P scored groups, in order of completion. Groups older than k versions are dropped and replaced."""
+        r = self.recipe.rollout
+        groups: list[TrajectoryGroup] = []
+        while len(groups) < r.prompts_per_step:
+            while self._outstanding < (r.max_staleness + 1) * r.prompts_per_step:
+                self._submit(self.prompts.next())
+            group = await self._inbox.next("train")
+            self._outstanding -= 1
+            if self._oldest_version(group) < self.step - 1 - r.max_staleness:
+                self.stale_groups += 1
+                continue
+            groups.append(group)
+        return groups
+
+    async def learn(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+        """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups."""
+        algo = self.recipe.algo
+        began = time.monotonic()
+        per_group = [self.samples_of(group, index) for index, group in enumerate(groups)]
+        samples = [s for group in per_group for s in group]
+        if not samples:
+            raise AsterError(
+                f"step {self.step}: no trajectory of {len(groups)} prompts carries a training signal "
+                "(all were lost to infrastructure failures, or all groups had zero variance and were dropped)"
+            )
+        values: dict[str, float] = {}
+        if algo.proximal_pass:
+            old = await self._proximal_pass(samples)
+            values |= metrics.mismatch_metrics(
+                [_behaviour(s)[s.mask] for s in samples], [o[s.mask] for o, s in zip(old, samples, strict=True)]
+            )
+        else:
+            old = [_behaviour(s) for s in samples]
+        proximal_done = time.monotonic()
+        refreshed = iter([replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)])
+        per_group = [[next(refreshed) for _ in group] for group in per_group]
+
+        stats: list[StepStats] = []
+        optims: list[OptimStats] = []
+        for start in range(0, len(per_group), algo.mini_batch_prompts):
+            mini = [s for group in per_group[start : start + algo.mini_batch_prompts] for s in group]
+            if mini:
+                step_stats, optim = await self.update(mini)
+                stats.append(step_stats)
+                optims.append(optim)
+        values |= metrics.update_metrics(stats, optims)
+        values["timing_s/old_log_prob"] = proximal_done - began
+        values["timing_s/update_actor"] = time.monotonic() - proximal_done
+        return values
+
+    def samples_of(self, group: TrajectoryGroup, index: int) -> list[Sample]:
+        """Training sequences of one group. Trajectories that we lost have no reward and no share in the statistics."""
+        scored = group.scored
+        if not scored or (len(scored) < 2 <= self.recipe.rollout.group_size):
+            return []  # nothing left to compare with: the whole group is masked
+        rewards_G = np.array([t.reward for t in scored], dtype=np.float64)
+        advantages_G = group_advantages(rewards_G, scale_by_std=self.recipe.algo.scale_by_std)
+        if self.recipe.algo.drop_zero_variance and not advantages_G.any():
+            return []
+        return [
+            Sample(
+                ids=np.concatenate([t.prompt_ids, t.ids]),
+                mask=np.concatenate([np.zeros(len(t.prompt_ids), bool), t.mask]),
+                advantage=float(advantage),
+                group=index,
+                behaviour_logprobs=np.concatenate([np.zeros(len(t.prompt_ids), np.float32), t.behaviour_logprobs]),
+            )
+            for t, advantage in zip(scored, advantages_G, strict=True)
+            if t.mask.any()
+        ]
+
+    async def update(self, mini: Sequence[Sample]) -> tuple[StepStats, OptimStats]:
+        """One optimizer step. Denominators are those of the whole mini-batch, so packing cannot change the loss."""
+        micro = pack(mini, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
+        tokens = sum(int(s.mask[1:].sum()) for s in mini)
+        groups = len({s.group for s in mini})
+        total = StepStats()
+        for per_rank in micro:
+            total += await self.learners.forward_backward(per_rank, num_loss_tokens=tokens, num_groups=groups)
+        return total, await self.learners.optim_step()
+
+    async def publish(self) -> dict[str, float]:
+        """Hand the weights to the engines; their version is the number of rollout steps learnt from."""
+        began = time.monotonic()
+        report = await self.pool.publish(self.learners.weight_source(), self.step)
+        return {
+            "timing_s/publish": time.monotonic() - began,
+            "perf/publish_bytes": float(report.bytes),
+            "training/canary_max_diff": float(report.canary_max_diff or 0.0),
+        }
+
+    async def validate(self) -> dict[str, float]:
+        """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*."""
+        if not self.val_rows:
+            return {}
+        began = time.monotonic()
+        groups = await evaluate(self.recipe, self.pool, self._inbox, self.val_rows, step=self.step)
+        values = metrics.validation_metrics(groups, n=self.recipe.eval.samples)
+        values["timing_s/testing"] = time.monotonic() - began
+        write_validation(self.recipe.run.path / "val_rollout_data", groups, step=self.step, decode=self.decode)
+        self.log.log(self.step, values)
+        self.on_step(self.step, self.total_steps, values)
+        return values
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    async def save(self) -> None:
+        if self.checkpoints is None:
+            return
+        began = time.monotonic()
+        await self.checkpoints.save(self.step, self.learners, {"prompts": self.prompts.state_dict()})
+        self.log.log(self.step, {"timing_s/save_checkpoint": time.monotonic() - began})
+
+    async def resume(self) -> None:
+        path = self.checkpoints.latest() if self.checkpoints and self.recipe.run.resume else None
+        if path is None or self.checkpoints is None:
+            return
+        state = await self.checkpoints.restore(path, self.learners)
+        self.step = int(str(state["step"]))
+        prompts = state["prompts"]
+        assert isinstance(prompts, Mapping)
+        self.prompts.load_state_dict(prompts)
+
+    # helpers ---------------------------------------------------------------------------------------------------------
+
+    def _submit(self, rows: Sequence[PromptRow]) -> None:
+        for row in rows:
+            self._outstanding += 1
+            self.pool.submit(
+                RolloutWork(
+                    row=row,
+                    group_size=self.recipe.rollout.group_size,
+                    budget=self.recipe.train_budget(),
+                    sampling=self.recipe.sampling.sampling(),
+                    step=self.step,
+                    seed=self.recipe.run.seed,
+                    tools_enabled=self.recipe.tool.enabled,
+                )
+            )
+
+    async def _proximal_pass(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """log pi_old of every sample under the learner's weights before the first update, aligned with its ids."""
+        micro = pack(samples, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
+        rows = [await self.learners.log_probs(per_rank) for per_rank in micro]
+        return unpack(rows, micro, [len(s) for s in samples])
+
+    def _oldest_version(self, group: TrajectoryGroup) -> int:
+        versions = [int(t.versions[t.mask].min()) for t in group.scored if t.mask.any()]
+        return min(versions, default=self.step - 1)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
+
+    def _timing(self, groups: Sequence[TrajectoryGroup], *, began: float, sampled: float) -> dict[str, float]:
+        wall = time.monotonic() - began
+        tokens = sum(t.num_tokens for g in groups for t in g.trajectories)
+        return {
+            "training/global_step": float(self.step),
+            "training/epoch": float(self.prompts.epoch),
+            "training/stale_groups": float(self.stale_groups),
+            "timing_s/gen": sampled - began,
+            "timing_s/step": wall,
+            "perf/total_num_tokens": float(tokens),
+            "perf/time_per_step": wall,
+            "perf/throughput": tokens / wall,
+        }
+
+    def _write(self, groups: Sequence[TrajectoryGroup]) -> None:
+        path: Path = self.recipe.run.path
+        write_rollouts(path / "rollout_data", groups, step=self.step, decode=self.decode)
+        write_trajectories_parquet(path / "trajectories", groups, step=self.step)
+
+
+async def evaluate(
+    recipe: Recipe, pool: RolloutPool, inbox: Inbox, rows: Sequence[PromptRow], *, step: int
+) -> list[TrajectoryGroup]:
+    """Sample `rows` under the evaluation budget; groups in order of `rows`. Shared by training and `aster eval`."""
+    for row in rows:
+        pool.submit(
+            RolloutWork(
+                row=row,
+                group_size=recipe.eval.samples,
+                budget=recipe.eval_budget(),
+                sampling=recipe.eval_sampling(),
+                step=step,
+                seed=recipe.run.seed,
+                kind="val",
+                tools_enabled=recipe.tool.enabled,
+            )
+        )
+    groups = [await inbox.next("val") for _ in rows]
+    order = {row.row_id: index for index, row in enumerate(rows)}
+    return sorted(groups, key=lambda g: order[g.row.row_id])
+
+
+def _behaviour(sample: Sample) -> np.ndarray:
+    assert sample.behaviour_logprobs is not None
+    return sample.behaviour_logprobs

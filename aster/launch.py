@@ -1,0 +1,140 @@
+"""The composition root: a recipe becomes a Ray cluster, a sandbox service, engines and a learner gang.
+
+The only library module that imports `actors/`, and it does so where it starts something: ray, torch and vllm take
+seconds to import, and `--dry-run` and `--help` must work where they are not installed. Every context manager here
+closes what it opened, in reverse order, also when the body fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aster.agent.chat import ChatRenderer
+from aster.agent.rewards import RewardPool
+from aster.agent.sandbox import HttpSandboxFactory
+from aster.config import Recipe
+from aster.errors import ConfigError
+from aster.roles import RolloutPool, SandboxFactory
+
+if TYPE_CHECKING:
+    from actors.group import RayLearnerGroup
+
+TOKEN_VARIABLE = "ASTER_SANDBOX_TOKEN"
+
+
+@contextlib.contextmanager
+def cluster(recipe: Recipe) -> Iterator[None]:
+    """A Ray connection for the body. One that was there before is left as it was."""
+    from actors.cluster import connect, disconnect
+
+    mine = connect(recipe.cluster)
+    try:
+        yield
+    finally:
+        if mine:
+            disconnect()
+
+
+@contextlib.contextmanager
+def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
+    """Sessions for trajectories: the service at `sandbox.url`, the app already deployed here, or one for the body."""
+    from actors.sandbox import deploy_sandbox, remove_sandbox
+
+    if not recipe.tool.enabled:
+        yield None
+    elif recipe.sandbox.url:
+        yield HttpSandboxFactory(recipe.sandbox.url, token=os.environ.get(TOKEN_VARIABLE))
+    else:
+        factory, mine = deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))
+        try:
+            yield factory
+        finally:
+            if mine:
+                remove_sandbox()
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A pool of engines and the renderer of the model they run."""
+
+    pool: RolloutPool
+    renderer: ChatRenderer
+
+
+@contextlib.asynccontextmanager
+async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> AsyncIterator[Rollouts]:
+    """Engines on `model.path`, with rewards and weight publication, behind one pool."""
+    from actors.rollout import spawn_engines
+    from actors.router import EnginePool
+    from actors.weight_sync import WeightSync
+
+    require_model(recipe)
+    renderer = ChatRenderer.from_model_dir(recipe.model.path)
+    rewards = RewardPool(reward=recipe.algo.reward)
+    try:
+        engines = await asyncio.to_thread(spawn_engines, recipe, model_path=recipe.model.path, sandboxes=sandboxes)
+        pool = EnginePool(
+            engines,
+            rewards=rewards,
+            publisher=WeightSync(
+                engines, backend=recipe.rollout.weight_backend, timeout_s=recipe.learner.step_timeout_s
+            ),
+            max_retries=recipe.rollout.max_retries,
+            max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
+            run_name=recipe.run.name,
+        )
+        try:
+            yield Rollouts(pool, renderer)
+        finally:
+            await pool.close()
+    finally:
+        rewards.close()
+
+
+@contextlib.asynccontextmanager
+async def learners(recipe: Recipe, *, total_steps: int) -> AsyncIterator[RayLearnerGroup]:
+    """The FSDP2 gang on `model.path`; `total_steps` optimizer steps shape the learning-rate schedule."""
+    from actors.group import RayLearnerGroup
+
+    require_model(recipe)
+    group = await RayLearnerGroup.spawn(recipe, model_path=recipe.model.path, total_steps=total_steps)
+    try:
+        yield group
+    finally:
+        await group.close()
+
+
+@contextlib.asynccontextmanager
+async def trainer(
+    recipe: Recipe, *, sandboxes: SandboxFactory | None, total_steps: int
+) -> AsyncIterator[tuple[Rollouts, RayLearnerGroup]]:
+    """`rollouts` and `learners`, started side by side: engines take longest, and neither needs the other to start."""
+    async with contextlib.AsyncExitStack() as stack:
+        opened = await asyncio.gather(
+            stack.enter_async_context(rollouts(recipe, sandboxes=sandboxes)),
+            stack.enter_async_context(learners(recipe, total_steps=total_steps)),
+            return_exceptions=True,  # wait for both, so that the one that did start is closed again
+        )
+        for result in opened:
+            if isinstance(result, BaseException):
+                raise result
+        yield opened[0], opened[1]  # type: ignore[misc]  # narrowed by the loop above
+
+
+def require_model(recipe: Recipe) -> None:
+    """Raises `ConfigError` unless `model.path` is a directory with a config.json."""
+    path = recipe.model.path
+    if not path:
+        raise ConfigError(
+            "model.path is empty: give a Hugging Face model directory, for example model.path=models/qwen3"
+        )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ConfigError(
+            f"model.path={path!r} holds no config.json: give a Hugging Face model directory "
+            "(`aster prepare` writes one for the CPU recipes, `aster merge` one from a checkpoint)"
+        )

@@ -1,0 +1,61 @@
+"""The command line: every verb answers --help and --dry-run without model, data or GPU; errors are one message."""
+
+import subprocess
+import sys
+
+import pytest
+
+from aster.cli import VERBS, main
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        (
+            ["train", "--recipe", "rl_stage1_18k", "--dry-run"],
+            ["budget.max_response_tokens = 16384", "optim.lr = 1e-06", "max_model_len = 18432"],
+        ),
+        (
+            ["train", "--recipe", "rl_stage2_32k", "--dry-run"],
+            ["budget.max_response_tokens = 30720", "run.steps = 234"],
+        ),
+        (["sft", "--recipe", "sft", "--dry-run"], ["optim.lr = 3e-05", "sft.max_length = 32768"]),
+        (["eval", "--recipe", "eval_90k", "--dry-run"], ["budget.max_response_tokens = 92160", "eval.samples = 16"]),
+    ],
+)
+def test_dry_run_prints_resolved_values_as_plain_numbers(argv, lines, capsys):
+    assert main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for line in lines:
+        assert line in printed
+
+
+def test_an_override_shows_in_the_dry_run(capsys):
+    assert main(["train", "--recipe", "rl_stage1_18k", "--dry-run", "optim.lr=5e-7"]) == 0
+    assert "optim.lr = 5e-07" in capsys.readouterr().out.splitlines()
+
+
+def test_a_recipe_of_another_stage_names_the_verb_to_use(capsys):
+    assert main(["train", "--recipe", "sft", "--dry-run"]) == 1
+    assert "aster sft --recipe sft" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_missing_model_is_one_readable_message(capsys):
+    assert main(["eval", "--recipe", "eval_90k", "model.path=/nowhere", "data.val_files=[x.parquet]"]) == 1
+    err = capsys.readouterr().err
+    assert "/nowhere" in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_verb_prints_the_usage(capsys):
+    assert main(["trian"]) == 2
+    assert "no verb 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_runs_as_a_module_and_explains_itself(verb):
+    done = subprocess.run(
+        [sys.executable, "-m", f"aster.{verb}", "--help"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" in done.stdout
