@@ -1,7 +1,7 @@
-"""Makes the virtual environment from a lock, and makes the locks. Standard library only: it runs before anything is installed.
+"""Makes the virtual environment from a lock, and makes the locks. Standard library only: nothing is installed yet.
 
     python3 deploy/environment.py install --extra cpu --venv .venv
-    .venv/bin/python deploy/environment.py lock            # after a change of pyproject.toml or deploy/requirements/*.in
+    .venv/bin/python deploy/environment.py lock       # after a change of pyproject.toml or deploy/requirements/*.in
 
 torch for CPU is the one package that the usual index does not carry. pip may know a directory that does (its
 `find-links`), which uv does not read, so it is told here; otherwise uv's own `--torch-backend=cpu` finds it.
@@ -124,9 +124,8 @@ def _no_venv_cure() -> str:
 def install(*, extra: str, venv: Path) -> None:
     """Bring `venv` to exactly the lock of `extra`, with this checkout installed in place."""
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
-        raise SetupError(
-            f"Python {sys.version_info[0]}.{sys.version_info[1]} is not supported: 3.11 to 3.13 are (PYTHON=python3.12 make)"
-        )
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise SetupError(f"Python {version} is not supported; 3.11 to 3.13 are: make PYTHON=python3.12")
     for other in {"cpu", "gpu"} - {extra} if extra != "sandbox" else ():
         if (venv / f".setup-{other}").exists():
             raise SetupError(
@@ -174,7 +173,7 @@ def lock(extras: Iterable[str]) -> None:
 def lock_text(compiled: str, *, extra: str) -> str:
     """uv's output without this checkout and without local versions (`torch==2.13.0+cpu` -> `torch==2.13.0`)."""
     lines = [line for line in compiled.splitlines() if re.match(r"[\w.-]+==", line)]
-    head = f"# Linux x86-64, Python 3.11 to 3.13. Made from {extra}.in by `python deploy/environment.py lock`; do not edit."
+    head = f"# Linux x86-64, Python 3.11 to 3.13. Made from {extra}.in by `make lock`; do not edit."
     return "\n".join([head, *(re.sub(r"==([^\s;+]+)\+[^\s;]+", r"==\1", line) for line in lines)]) + "\n"
 
 
