@@ -152,7 +152,8 @@ def lock(extras: Iterable[str]) -> None:
         # `aster-rl[...]` is this checkout; uv reads its extras from here, and the lock must not name a path.
         text = source.read_text("utf-8").replace("aster-rl", f"aster-rl @ {ROOT.as_uri()}", 1)
         text = re.sub(r"aster-rl @ (\S+?)(\[[\w,]+\])", r"aster-rl\2 @ \1", text)
-        previous = target.read_text("utf-8") if target.exists() else ""
+        # What the old lock pins is kept, but for torch: `2.13.0` would be taken literally, which is the CUDA build.
+        previous = re.sub(r"(?m)^torch==.*\n", "", target.read_text("utf-8")) if target.exists() else ""
         arguments = index_arguments(Path(sys.executable), extra, target) if extra == "cpu" else []
         working = REQUIREMENTS / f".{extra}.working.txt"
         spec = REQUIREMENTS / f".{extra}.working.in"
