@@ -1,0 +1,325 @@
+"""The one renderer of SFT, RL and evaluation: prompts, observation deltas and conversations, as token ids.
+
+A trajectory's stream is built by appending, never by rendering again:
+
+    prompt_ids(messages)      <|im_start|>user ... <|im_end|>\\n<|im_start|>assistant\\n
+    the engine's ids          <think>...</think>\\n\\n<tool_call>...</tool_call><|im_end|>
+    observation_delta("4")    \\n<|im_start|>user\\n<tool_response>\\n4\\n</tool_response><|im_end|>\\n<|im_start|>as...
+    the engine's ids          ...
+
+The delta is what the model directory's own template puts there, found by rendering probes once. So for canonical
+messages the stream equals the template's rendering, and for any other text the ids before a delta are still exactly
+what the engine sampled; earlier thoughts stay, also where the template itself would drop them.
+What a call is, is the business of `grammar.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aster.agent.grammar import CODE_INTERPRETER, HermesGrammar, ParsedTurn, ToolGrammar
+from aster.agent.tokenization import TOOLS_IMPLICIT, ChatTemplate, ModelTokenizer
+from aster.errors import DataError, TemplateError
+
+__all__ = ["CODE_INTERPRETER", "ChatRenderer"]
+
+_USER, _ASSISTANT, _FIRST, _SECOND = "PROBEUSER", "PROBETURN", "PROBEONE", "PROBETWO"
+_CALL_ID = "probe0000"  # nine characters: some templates insist
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What the template writes around the contents of one role: head, content, (separator, content)*, tail.
+
+    The text between the outermost control tokens and the content is tokenised together with the content, as the
+    template's rendering would be: `4` + `\\n` may be one token.
+    """
+
+    head: tuple[int, ...]
+    before: str
+    separator: str | None  # None: this role cannot stand twice in a row
+    after: str
+    tail: tuple[int, ...]
+    strips: bool  # the template strips white space off the content
+
+
+class ChatRenderer:
+    """Text to ids and back for one model directory.
+
+    `stop_ids` end a turn; `stop_ids[0]`, the template's own end of turn, is the only one that a delta can follow.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        template: ChatTemplate,
+        *,
+        tools: Sequence[dict[str, Any]] = (CODE_INTERPRETER,),
+        extra_stops: Sequence[int] = (),
+        grammar: ToolGrammar | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self.tools = tuple(tools)
+        self.grammar: ToolGrammar = grammar or HermesGrammar()
+        self.vocab_size = tokenizer.vocab_size
+        self._check_tools()
+        turn_end, after_turn = self._probe_turn_end()
+        self.turn_end_id = tokenizer.token_id(turn_end)
+        self._turn_end = turn_end
+        self._after_turn = tuple(tokenizer.encode(after_turn))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.turn_end_id, *extra_stops)))
+        self.pad_id: int = self.turn_end_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.generation_prompt = self._probe_generation_prompt()
+        self._deltas = {"tool": self._probe_delta("tool")}
+
+    @classmethod
+    def from_model_dir(
+        cls,
+        path: str | Path,
+        *,
+        tools: Sequence[dict[str, Any]] = (CODE_INTERPRETER,),
+        grammar: ToolGrammar | None = None,
+    ) -> ChatRenderer:
+        """Tokenizer, template and end-of-sequence ids of a Hugging Face directory.
+
+        Raises TemplateError when the template drops `tools` (unless its source says so with the comment
+        `{#- aster: tools-implicit -#}`) or the tool role, with the reason.
+        """
+        tokenizer = ModelTokenizer.from_model_dir(path)
+        return cls(
+            tokenizer,
+            ChatTemplate.from_model_dir(path),
+            tools=tools,
+            extra_stops=_generation_stops(Path(path), tokenizer),
+            grammar=grammar,
+        )
+
+    # text to ids -----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]], *, tools_enabled: bool = True) -> np.ndarray:
+        """The conversation so far and the generation prompt, int32 [P]."""
+        text = self._render(messages, add_generation_prompt=True, tools_enabled=tools_enabled)
+        return _int32(self._tokenizer.encode(text))
+
+    def observation_delta(self, *texts: str) -> np.ndarray:
+        """Everything between a turn's `<|im_end|>` (exclusive) and the next sampled token, int32.
+
+        Several texts answer several calls of one turn. Nothing in a text becomes a control token.
+        """
+        return _int32(self._delta_ids("tool", texts))
+
+    def content_spans(self, text: str) -> list[tuple[int, int]]:
+        """Character span of each token of an observation's text, to cut it at a token's border."""
+        return self._tokenizer.literal_spans(text)
+
+    def conversation(
+        self, messages: Sequence[dict[str, Any]], *, train_on_newline: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """SFT ids int32 [S] and loss mask bool [S]; the ids of a rollout that went the same way.
+
+        `content` of an assistant message is the raw turn: what is sampled after the generation prompt, without the
+        end of turn. The mask covers it and the end of turn, nothing else; `train_on_newline` adds what the template
+        writes after an end of turn.
+        Raises DataError when the roles are out of order.
+        """
+        roles = [str(message["role"]) for message in messages]
+        if "assistant" not in roles or roles[-1] != "assistant":
+            raise DataError(f"a conversation must end with an assistant message, got the roles {roles}")
+        first = roles.index("assistant")
+        if "tool" in roles[:first]:
+            raise DataError(f"a tool message before any assistant message, got the roles {roles}")
+        ids: list[int] = self.prompt_ids(messages[:first]).tolist()
+        mask = [False] * len(ids)
+        at = first
+        while at < len(messages):
+            turn = [*self._tokenizer.encode_turn(str(messages[at]["content"])), self.turn_end_id]
+            ids += turn
+            mask += [True] * len(turn)
+            at += 1
+            role = roles[at] if at < len(messages) else ""
+            contents = []
+            while at < len(messages) and roles[at] == role:
+                contents.append(str(messages[at]["content"]))
+                at += 1
+            if role == "assistant" or (contents and at == len(messages)):
+                raise DataError(f"assistant messages must alternate with tool or user messages, got the roles {roles}")
+            delta = self._delta_ids(role, contents) if contents else list(self._after_turn) * train_on_newline
+            newline = len(self._after_turn) * train_on_newline
+            ids += delta
+            mask += [True] * newline + [False] * (len(delta) - newline)
+        return _int32(ids), np.array(mask, dtype=bool)
+
+    # ids to text -----------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special=skip_special)
+
+    def turn_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        """A sampled turn without its stop token, other special tokens spelled out."""
+        listed = np.asarray(ids).tolist()
+        return self._tokenizer.decode(listed[:-1] if listed and listed[-1] in self.stop_ids else listed)
+
+    def parse(self, ids_of_turn: Sequence[int] | np.ndarray) -> ParsedTurn:
+        return self.grammar.parse(self.turn_text(ids_of_turn))
+
+    def final_text(self, ids_of_last_turn: Sequence[int] | np.ndarray) -> str:
+        """What the reward looks at: the last turn, special tokens skipped, the inside of tool calls cut out."""
+        return self.grammar.without_calls(self.decode(ids_of_last_turn, skip_special=True))
+
+    # what the template does, found by rendering probes ---------------------------------------------------------------
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, tools_enabled: bool = True
+    ) -> str:
+        tools = list(self.tools) if tools_enabled and self.tools else None
+        return self._template.render(list(messages), tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def _check_tools(self) -> None:
+        if not self.tools or TOOLS_IMPLICIT in self._template.source:
+            return
+        user = [{"role": "user", "content": _USER}]
+        with_tools = self._render(user, add_generation_prompt=True)
+        if with_tools == self._render(user, add_generation_prompt=True, tools_enabled=False):
+            raise TemplateError(
+                f"{self._template.where} drops `tools`: the prompt is the same with and without them, so the model "
+                f"never hears of {self.tools[0]['function']['name']}. Give the directory a chat_template.jinja that "
+                f"renders them, or say that they are left out on purpose with the comment {TOOLS_IMPLICIT}"
+            )
+
+    def _probe_turn_end(self) -> tuple[str, str]:
+        """The token that closes an assistant turn, and what is written after it up to the next control token."""
+        where = self._template.where
+        messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
+        text = self._after(self._render(messages, add_generation_prompt=False), _ASSISTANT, "assistant")
+        end = self._tokenizer.last_special(text)
+        if end is None:
+            raise TemplateError(
+                f"{where} does not close an assistant turn with a special token: it writes {text!r} after it"
+            )
+        before, _, after = text.partition(end)
+        if before.strip():
+            raise TemplateError(f"{where} writes {before!r} between an assistant's text and {end!r}")
+        return end, after[: self._tokenizer.split_before_first_control(after)]
+
+    def _probe_generation_prompt(self) -> str:
+        user = [{"role": "user", "content": _USER}]
+        without = self._render(user, add_generation_prompt=False)
+        text = self._render(user, add_generation_prompt=True)
+        if not text.startswith(without) or text == without:
+            raise TemplateError(
+                f"{self._template.where} has no generation prompt: add_generation_prompt changes nothing"
+            )
+        return text[len(without) :]
+
+    def _probe_delta(self, role: str) -> _Delta:
+        where = self._template.where
+        one = self._around(role, (_FIRST,), turns=1)
+        if one != self._around(role, (_FIRST,), turns=2):
+            raise TemplateError(f"{where} writes a {role} message differently in the first and in the second turn")
+        head, tail = one
+        try:
+            head_of_two, tail_of_two = self._around(role, (_FIRST, _SECOND), turns=1)
+            between, found, tail_of_two = tail_of_two.partition(_SECOND)
+            separator = between if found and (head_of_two, tail_of_two) == (head, tail) else None
+        except TemplateError:  # a template may insist on alternating roles
+            separator = None
+        cut_head = self._tokenizer.split_after_last_control(head)
+        cut_tail = self._tokenizer.split_before_first_control(tail)
+        return _Delta(
+            head=tuple(self._tokenizer.encode(head[:cut_head])),
+            before=head[cut_head:],
+            separator=separator,
+            after=tail[:cut_tail],
+            tail=tuple(self._tokenizer.encode(tail[cut_tail:])),
+            strips=self._strips(role),
+        )
+
+    def _around(self, role: str, contents: Sequence[str], *, turns: int) -> tuple[str, str]:
+        """(text from the turn's end to the first content, text after it), rendered after `turns` assistant turns."""
+        text = self._after(self._render_turns(role, contents, turns=turns), _ASSISTANT * turns, role)
+        end = text.find(self._turn_end)
+        if end < 0 or _FIRST in text[:end]:
+            raise TemplateError(f"{self._template.where} does not close an assistant turn before a {role} message")
+        head, found, tail = text[end + len(self._turn_end) :].partition(contents[0])
+        if not found:
+            raise TemplateError(
+                f"{self._template.where} drops the {role} role: a message with it leaves no trace in the rendering, so "
+                "the model would never see an observation. Give the directory a chat_template.jinja that renders it"
+            )
+        return head, tail
+
+    def _strips(self, role: str) -> bool:
+        """Whether the role's content loses its outer white space. Any other rewriting is refused."""
+        content = f' \n{_FIRST} "<é>&\\\n\t'
+        text = self._render_turns(role, (content,), turns=1)
+        if content in text:
+            return False
+        if content.strip() in text:
+            return True
+        shown = text[max(text.find(_FIRST) - 4, 0) :][:40]
+        raise TemplateError(
+            f"{self._template.where} rewrites the content of {role} messages: {content!r} became {shown!r}"
+        )
+
+    def _render_turns(self, role: str, contents: Sequence[str], *, turns: int) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": _USER}]
+        for turn in range(1, turns + 1):
+            messages.append({"role": "assistant", "content": _ASSISTANT * turn})
+            last = contents if turn == turns else ("",)
+            messages += [{"role": role, "content": text, "tool_call_id": _CALL_ID} for text in last]
+        return self._render(messages, add_generation_prompt=True)
+
+    def _after(self, text: str, probe: str, role: str) -> str:
+        before, found, after = text.rpartition(probe)
+        del before
+        if not found:
+            raise TemplateError(
+                f"{self._template.where} drops the content of assistant messages before a {role} message"
+            )
+        return after
+
+    def _delta_ids(self, role: str, contents: Sequence[str]) -> list[int]:
+        if role not in self._deltas:
+            self._deltas[role] = self._probe_delta(role)
+        delta = self._deltas[role]
+        if delta.separator is None and len(contents) > 1:
+            raise TemplateError(f"{self._template.where} cannot render {len(contents)} {role} messages in a row")
+        ids = list(delta.head)
+        text = delta.before
+        for i, content in enumerate(contents):
+            if i:
+                separator = delta.separator or ""
+                first, last = (
+                    self._tokenizer.split_before_first_control(separator),
+                    self._tokenizer.split_after_last_control(separator),
+                )
+                if first < len(separator):
+                    ids += self._tokenizer.encode_literal(text + separator[:first])
+                    ids += self._tokenizer.encode(separator[first:last])
+                    text = separator[last:]
+                else:
+                    text += separator
+            text += content.strip() if delta.strips else content
+        return [*ids, *self._tokenizer.encode_literal(text + delta.after), *delta.tail]
+
+
+def _generation_stops(folder: Path, tokenizer: ModelTokenizer) -> list[int]:
+    """End-of-sequence ids that the engine would stop at anyway."""
+    import json
+
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    file = folder / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return stops
+
+
+def _int32(ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)

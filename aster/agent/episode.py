@@ -1,0 +1,370 @@
+"""The state of one trajectory while it runs: its token stream, its turns, its sandbox session, its deadline.
+
+An agent loop (`rollout.py`) decides what happens next; this file makes it happen token-exactly. Ids that the engine
+produced are appended as they are, never decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from aster.agent.chat import ChatRenderer
+from aster.agent.grammar import FormatError, ParsedCall, ParsedTurn, read_code
+from aster.agent.observations import (
+    FORMAT_ERROR,
+    extra_calls,
+    loses_state,
+    observe,
+    truncate_chars,
+    truncate_tokens,
+)
+from aster.config import ToolConfig
+from aster.errors import BackPressure, DataError, EngineLost, SandboxLost
+from aster.roles import ExecResult, Sandbox, SandboxFactory
+from aster.types import Cause, Sampling, Task, Timing, ToolCall, ToolOutcome, Trajectory, Turn
+
+log = logging.getLogger(__name__)
+
+_CLOSE_S = 10.0  # a session that does not close by then is left to the service's idle limit
+_MIN_RETRY_S = 0.05
+_background: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references to tasks
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the engine sampled: ids, their log-probs under the sampling distribution, the policy version of each."""
+
+    ids: np.ndarray  # [N] int32, the stop token included
+    logprobs: np.ndarray  # [N] float32
+    versions: np.ndarray  # [N] int32
+    finish_reason: str  # "stop" | "length" | "abort"
+
+
+class Generate(Protocol):
+    """One turn of one engine. Raises EngineLost; an aborted request returns what it has, with "abort"."""
+
+    async def __call__(
+        self,
+        ids: np.ndarray,
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_token_ids: tuple[int, ...],
+        seed: int,
+        request_id: str,
+    ) -> Generation: ...
+
+
+class Aborted(Exception):
+    """The engine was told to drop the request; the trajectory ends as cancelled, at its last whole turn."""
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """63 bits; a turn that is generated again after a restart is generated with the same seed."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Episode:
+    """One running trajectory. Awaits raise EngineLost, SandboxError or Aborted; `trajectory` packs what there is."""
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        generate: Generate,
+        sandboxes: SandboxFactory | None,
+        renderer: ChatRenderer,
+        tool: ToolConfig,
+        engine: str,
+        tools_in_prompt: bool,
+    ) -> None:
+        self.task = task
+        self.tool = tool
+        self.renderer = renderer
+        self.turns: list[Turn] = []
+        self.calls_made = 0
+        self._generate = generate
+        self._sandboxes = sandboxes
+        self._engine = engine
+        self._tools_enabled = tools_in_prompt
+        self._began_unix, self._began = time.time(), time.monotonic()
+        self._deadline = asyncio.get_running_loop().time() + task.budget.trajectory_timeout_s
+        self._prompt_ids = renderer.prompt_ids(task.messages, tools_enabled=tools_in_prompt)
+        if len(self._prompt_ids) > task.budget.max_prompt_tokens:
+            raise DataError(
+                f"row {task.row_id!r}: the prompt has {len(self._prompt_ids)} tokens, more than "
+                f"budget.max_prompt_tokens={task.budget.max_prompt_tokens}: raise the budget or drop the row"
+            )
+        self._ids: list[np.ndarray] = []
+        self._mask: list[np.ndarray] = []
+        self._logprobs: list[np.ndarray] = []
+        self._versions: list[np.ndarray] = []
+        self._length = 0
+        self._session: Sandbox | None = None
+        self._loss_told = False
+        self._generate_s = self._tool_s = self._queue_s = 0.0
+
+    @property
+    def calls_left(self) -> int:
+        return self.task.budget.max_tool_calls - self.calls_made
+
+    @property
+    def tokens_left(self) -> int:
+        """Of the response budget."""
+        return self.task.budget.max_response_tokens - self._length
+
+    # the model's side ------------------------------------------------------------------------------------------------
+
+    async def generate(self) -> Turn:
+        """Sample the next turn, at most `max_turn_tokens` and never beyond the response budget."""
+        budget, number = self.task.budget, len(self.turns)
+        limit = min(self.tokens_left, budget.max_turn_tokens or self.tokens_left)
+        assert limit > 0, f"{self.task.uid}: no token of the response budget is left"
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                out = await self._generate(
+                    np.concatenate([self._prompt_ids, *self._ids]),
+                    max_tokens=limit,
+                    sampling=self.task.sampling,
+                    stop_token_ids=self.renderer.stop_ids,
+                    seed=turn_seed(self.task.seed, number),
+                    request_id=f"{self.task.uid}/{self.task.attempt}/{number}",
+                )
+        except TimeoutError:
+            raise EngineLost(self._late("the engine was still generating")) from None
+        ended = time.monotonic()
+        self._generate_s += ended - began
+        if out.finish_reason == "abort":
+            raise Aborted(self.task.uid)
+        n = len(out.ids)
+        if not (0 < n <= limit and n == len(out.logprobs) == len(out.versions)):
+            raise AssertionError(
+                f"{self.task.uid}: the engine returned {n} ids, {len(out.logprobs)} log-probs and {len(out.versions)} "
+                f"versions for max_tokens={limit}"
+            )
+        turn = Turn(
+            start=self._length,
+            stop=self._length + n,
+            finish_reason=out.finish_reason,
+            began_s=began - self._began,
+            ended_s=ended - self._began,
+        )
+        self._append(out.ids, np.ones(n, dtype=bool), out.logprobs, out.versions)
+        self.turns.append(turn)
+        return turn
+
+    def parse(self, turn: Turn) -> ParsedTurn:
+        """The calls of a turn. One that the template's own end of turn does not close can have no observation."""
+        ids = self._ids[-1]
+        assert len(ids) == turn.stop - turn.start, "only the latest turn can be parsed"
+        return self.renderer.parse(ids) if ids[-1] == self.renderer.turn_end_id else ParsedTurn()
+
+    # the tool's side -------------------------------------------------------------------------------------------------
+
+    async def answer(self, parsed: ParsedTurn) -> list[ToolCall]:
+        """Run the calls of the latest turn, in order, as many as a turn and the trajectory may; record them there."""
+        runnable = parsed.calls[: min(self.tool.max_calls_per_turn, self.calls_left)]
+        calls: list[ToolCall] = []
+        for call in runnable:
+            calls.append(await self._answer(call))
+            self._record(calls)
+        if not runnable:
+            calls.append(_refused("", parsed.malformed[0] if self._tools_enabled else _DISABLED))
+            self.calls_made += 1
+        extra = len(parsed.calls) + len(parsed.malformed) - len(calls)
+        calls[-1] = replace(calls[-1], extra_calls_dropped=extra)
+        self._record(calls)
+        return calls
+
+    def observe(self, calls: Sequence[ToolCall]) -> bool:
+        """Append the observations of `calls`. False, and nothing appended, when no token would be left after them."""
+        texts = [_valid(call.observation) for call in calls]
+        if calls[-1].extra_calls_dropped:
+            texts.append(extra_calls(executed=len(calls), total=len(calls) + calls[-1].extra_calls_dropped))
+        texts = self._cut(texts)
+        self._record([replace(call, observation=text) for call, text in zip(calls, texts, strict=False)])
+        delta = self.renderer.observation_delta(*texts)
+        if len(delta) >= self.tokens_left:
+            return False
+        n = len(delta)
+        self._append(delta, np.zeros(n, dtype=bool), np.zeros(n, np.float32), np.full(n, -1, np.int32))
+        return True
+
+    def _cut(self, texts: list[str]) -> list[str]:
+        tool, renderer = self.tool, self.renderer
+        if tool.max_response_chars is not None:
+            texts = [truncate_chars(text, tool.max_response_chars, tool.truncate_side) for text in texts]
+        if tool.max_response_tokens is None:
+            return texts
+        for i in range(len(texts)):
+
+            def own(text: str) -> int:
+                return len(renderer.content_spans(text))
+
+            def whole(text: str, i: int = i) -> int:
+                return len(renderer.observation_delta(*texts[:i], text, *texts[i + 1 :]))
+
+            for limit, count in ((tool.max_response_tokens, own), (self.tokens_left - 1, whole)):
+                texts[i] = truncate_tokens(
+                    texts[i], limit, tool.truncate_side, spans=renderer.content_spans, count=count
+                )
+        return texts
+
+    async def _answer(self, call: ParsedCall) -> ToolCall:
+        self.calls_made += 1
+        try:
+            if not self._tools_enabled:
+                raise FormatError(_DISABLED)
+            code = read_code(call, self.renderer.tools)
+        except FormatError as error:
+            written = call.arguments.get("code") if isinstance(call.arguments, dict) else None
+            return _refused(_valid(written) if isinstance(written, str) else "", str(error))
+        began, queued = time.monotonic(), self._queue_s
+        response = await self._execute(code)
+        seconds = time.monotonic() - began
+        self._tool_s += seconds
+        self._queue_s += response.queue_s
+        assert self._session is not None
+        text, outcome = observe(
+            response,
+            timeout_s=self.task.budget.tool_timeout_s,
+            session_id=self._session.session_id,
+            loss_told=self._loss_told,
+        )
+        self._loss_told = loses_state(response)
+        return ToolCall(
+            code=code,
+            status=str(response.status),
+            outcome=outcome,
+            observation=text,
+            seconds=seconds,
+            queue_s=self._queue_s - queued,
+            state_lost=loses_state(response),
+        )
+
+    async def _execute(self, code: str) -> ExecResult:
+        """One cell, sent once. Only a refusal before anything ran (BackPressure) is sent again, under the same id."""
+        call_id = f"call-{self.calls_made}"
+        while True:
+            try:
+                session = self._session = self._session or await self._open()
+                async with asyncio.timeout_at(self._deadline):
+                    return await session.execute(code, timeout_s=self.task.budget.tool_timeout_s, call_id=call_id)
+            except BackPressure as full:
+                await self._wait_for_room(full)
+            except TimeoutError:
+                session_id = self._session.session_id if self._session else ""
+                raise SandboxLost(session_id, self._late("the sandbox had not answered")) from None
+
+    async def _open(self) -> Sandbox:
+        """A session that opens after nobody waits for it any more is closed again."""
+        assert self._sandboxes is not None
+        opening = asyncio.ensure_future(self._sandboxes.open(f"{self.task.uid}/{self.task.attempt}"))
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await asyncio.shield(opening)
+        except (TimeoutError, asyncio.CancelledError):
+            opening.add_done_callback(_close_late)
+            raise
+
+    async def _wait_for_room(self, full: BackPressure) -> None:
+        """Jittered, so that a full service is not asked by everybody at the same moment."""
+        pause = max(full.retry_after_s, _MIN_RETRY_S) * random.uniform(0.75, 1.25)
+        now = asyncio.get_running_loop().time()
+        if now + pause >= self._deadline:
+            raise SandboxLost("", self._late(f"the sandbox was full ({full.reason})")) from full
+        self._queue_s += pause
+        await asyncio.sleep(pause)
+
+    async def close(self) -> None:
+        """End the session, if there is one. Waits a little, never raises: the answer no longer matters."""
+        session, self._session = self._session, None
+        if session is not None:
+            await asyncio.wait({_spawn(_close(session))}, timeout=_CLOSE_S)
+
+    # the record ------------------------------------------------------------------------------------------------------
+
+    def trajectory(self, cause: Cause, error: str = "") -> Trajectory:
+        last = self.turns[-1] if self.turns else None
+        ids = _join(self._ids, np.int32)
+        return Trajectory(
+            uid=self.task.uid,
+            row_id=self.task.row_id,
+            sample=self.task.sample,
+            prompt_ids=self._prompt_ids,
+            ids=ids,
+            mask=_join(self._mask, np.bool_),
+            behaviour_logprobs=_join(self._logprobs, np.float32),
+            versions=_join(self._versions, np.int32),
+            turns=tuple(self.turns),
+            cause=cause,
+            final_text=self.renderer.final_text(ids[last.start : last.stop]) if last else "",
+            engine=self._engine,
+            timing=Timing(
+                began_unix=self._began_unix,
+                total_s=time.monotonic() - self._began,
+                generate_s=self._generate_s,
+                tool_s=self._tool_s,
+                queue_s=self._queue_s,
+            ),
+            error=error,
+        )
+
+    def _append(self, ids: np.ndarray, mask: np.ndarray, logprobs: np.ndarray, versions: np.ndarray) -> None:
+        self._ids.append(np.asarray(ids, dtype=np.int32))
+        self._mask.append(mask)
+        self._logprobs.append(np.asarray(logprobs, dtype=np.float32))
+        self._versions.append(np.asarray(versions, dtype=np.int32))
+        self._length += len(ids)
+
+    def _record(self, calls: Sequence[ToolCall]) -> None:
+        self.turns[-1] = replace(self.turns[-1], call=calls[0], further_calls=tuple(calls[1:]))
+
+    def _late(self, what: str) -> str:
+        return f"{what} when the trajectory's {self.task.budget.trajectory_timeout_s:g} s were over"
+
+
+_DISABLED = "there are no tools in this conversation"
+
+
+def _refused(code: str, reason: str) -> ToolCall:
+    outcome = ToolOutcome.FORMAT_ERROR
+    return ToolCall(code=code, status=outcome, outcome=outcome, observation=FORMAT_ERROR + reason, seconds=0.0)
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _join(chunks: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=dtype), *chunks])
+
+
+def _spawn(work: object) -> asyncio.Task[None]:
+    task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
+
+
+async def _close(session: Sandbox) -> None:
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await session.close()
+    except Exception:  # policy: a session that cannot be closed is swept by the service's idle limit
+        log.warning("sandbox session %s was not closed", session.session_id, exc_info=True)
+
+
+def _close_late(opening: asyncio.Future[Sandbox]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        _spawn(_close(opening.result()))

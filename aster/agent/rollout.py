@@ -1,0 +1,125 @@
+"""One trajectory from its task to its record: which agent loop runs, and what becomes of what goes wrong.
+
+A loop is a short coroutine over an `Episode`. Another package adds one through the entry point group
+`aster.agent_loops`; a data row chooses by `agent_name`. Rewards are somebody else's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from aster.agent.chat import ChatRenderer
+from aster.agent.episode import Aborted, Episode, Generate, Generation, turn_seed
+from aster.config import ToolConfig
+from aster.errors import ConfigError, EngineLost, SandboxError
+from aster.roles import SandboxFactory
+from aster.types import Cause, Task, ToolOutcome, Trajectory
+
+__all__ = ["AgentLoop", "Generate", "Generation", "agent_loop", "run_episode", "turn_seed"]
+
+ENTRY_POINTS = "aster.agent_loops"
+
+
+@dataclass(frozen=True)
+class AgentLoop:
+    """How a trajectory goes on, turn by turn, until a cause; `uses_tools` puts the tools into its prompt."""
+
+    run: Callable[[Episode], Awaitable[Cause]]
+    uses_tools: bool = True
+
+
+async def code_agent(episode: Episode) -> Cause:
+    """Think, call, read, think again. Exactly `max_tool_calls` calls, then one final generation."""
+    while True:
+        turn = await episode.generate()
+        if turn.finish_reason == "length":
+            return Cause.MAX_TOKENS
+        parsed = episode.parse(turn)
+        if not parsed.attempted:
+            return Cause.ANSWERED
+        if episode.calls_left <= 0:
+            return Cause.MAX_TOOL_CALLS
+        calls = await episode.answer(parsed)
+        if episode.tool.on_malformed == "end" and any(call.outcome is ToolOutcome.FORMAT_ERROR for call in calls):
+            return Cause.MALFORMED_END
+        if not episode.observe(calls):
+            return Cause.OBSERVATION_OVERFLOW
+
+
+async def single_turn_agent(episode: Episode) -> Cause:
+    """One generation is the whole trajectory, whatever it contains."""
+    turn = await episode.generate()
+    return Cause.MAX_TOKENS if turn.finish_reason == "length" else Cause.ANSWERED
+
+
+AGENT_LOOPS = {"code_agent": AgentLoop(code_agent), "single_turn_agent": AgentLoop(single_turn_agent, uses_tools=False)}
+
+
+def agent_loop(name: str) -> AgentLoop:
+    """A loop of ours or of an installed package. Raises ConfigError with the names that exist."""
+    if name in AGENT_LOOPS:
+        return AGENT_LOOPS[name]
+    others = metadata.entry_points(group=ENTRY_POINTS)
+    if name not in others.names:
+        known = ", ".join(sorted({*AGENT_LOOPS, *others.names}))
+        raise ConfigError(f"agent_name {name!r} names no agent loop; there are: {known} (more: group {ENTRY_POINTS!r})")
+    loop = others[name].load()
+    if not isinstance(loop, AgentLoop):
+        raise ConfigError(f"entry point {name!r} of {ENTRY_POINTS!r} must be an AgentLoop, got {type(loop).__name__}")
+    return loop
+
+
+async def run_episode(
+    task: Task,
+    *,
+    generate: Generate,
+    sandboxes: SandboxFactory | None,
+    renderer: ChatRenderer,
+    tool: ToolConfig,
+    engine: str = "",
+) -> Trajectory:
+    """Run one trajectory. The session opens at the first call and is closed whatever happens.
+
+    A failure of ours is no exception but a trajectory with that cause and what was finished before it; so is
+    cancelling this coroutine (CANCELLED). Raises DataError or ConfigError for a task that can never run.
+    """
+    loop = agent_loop(task.agent_name)
+    tools = loop.uses_tools and task.tools_enabled and tool.enabled
+    if tools and sandboxes is None:
+        raise ConfigError(
+            f"agent {task.agent_name!r} runs code, but there is no sandbox: set tool.enabled=false or add one"
+        )
+    episode = Episode(
+        task,
+        generate=generate,
+        sandboxes=sandboxes,
+        renderer=renderer,
+        tool=tool,
+        engine=engine,
+        tools_in_prompt=tools,
+    )
+    error = ""
+    try:
+        cause = await loop.run(episode)
+    except EngineLost as lost:
+        cause, error = Cause.ENGINE_LOST, str(lost)
+    except SandboxError as lost:
+        cause, error = Cause.SANDBOX_LOST, str(lost)
+    except Aborted:
+        cause, error = Cause.CANCELLED, "the engine aborted the request"
+    except asyncio.CancelledError:
+        cause, error = Cause.CANCELLED, "cancelled"
+        _take_back_cancellation()
+    finally:
+        await episode.close()
+    return episode.trajectory(cause, error)
+
+
+def _take_back_cancellation() -> None:
+    """The cancellation is answered by returning the partial trajectory, so the task is no longer being cancelled."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
