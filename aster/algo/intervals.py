@@ -1,0 +1,190 @@
+"""How sure we may be of an accuracy: pass@k, majority vote, bootstrap intervals, paired comparison. Seeded numpy.
+
+Legend: P problems · G samples of a problem (may differ from problem to problem) · B bootstrap resamples.
+Not here: which verdict counts as correct (that is `metrics`), and any reading of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Resample = Literal["problems", "samples", "both"]
+"""What is drawn again: `problems` speaks about other problems like these, `samples` about this very set sampled again,
+`both` does the one and then the other. A problem's mean already carries its sampling noise, so `both` is the widest and
+errs on the careful side."""
+
+_CELLS_AT_ONCE = 2_000_000  # B x P x G numbers held in memory at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its percentile interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """`b - a` on the same problems. `p_value` is two-sided, never below 1 / (B + 1)."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    problems: int
+
+
+def pass_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray:
+    """Chance that at least one of k samples, drawn without replacement, is correct: 1 - C(n-c, k) / C(n, k).
+
+    correct, samples: [P] counts c and n. Unbiased (Chen et al. 2021, eq. 1). ValueError when some n < k.
+
+    >>> pass_at_k(np.array([1]), np.array([4]), k=2)   # 1 - C(3,2)/C(4,2) = 1 - 3/6
+    array([0.5])
+    """
+    return 1.0 - _all_from(np.asarray(samples) - np.asarray(correct), np.asarray(samples), k)
+
+
+def all_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray:
+    """Chance that all of k samples are correct (`worst@k`): C(c, k) / C(n, k).
+
+    >>> all_at_k(np.array([3]), np.array([4]), k=2)   # C(3,2)/C(4,2) = 3/6
+    array([0.5])
+    """
+    return _all_from(np.asarray(correct), np.asarray(samples), k)
+
+
+def _all_from(hits: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
+    """C(hits, k) / C(samples, k) as a product, so that no factorial overflows."""
+    if k < 1 or (samples < k).any():
+        raise ValueError(f"k={k} samples cannot be drawn from {int(samples.min())}: use 1 <= k <= samples")
+    i = np.arange(k)
+    return np.clip((hits[:, None] - i) / (samples[:, None] - i), 0.0, None).prod(axis=1)
+
+
+def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Is the most frequent answer correct? Samples without an answer ("" or None) abstain.
+
+    Ties share the vote; verdicts that differ under one spelling are averaged. All abstain: 0.
+
+    >>> majority(["7", "7", "8", None], [True, True, False, False])
+    1.0
+    >>> majority(["7", "8"], [True, False])
+    0.5
+    """
+    votes: dict[str, list[bool]] = {}
+    for answer, ok in zip(answers, correct, strict=True):
+        if answer:
+            votes.setdefault(answer, []).append(bool(ok))
+    if not votes:
+        return 0.0
+    top = max(len(v) for v in votes.values())
+    winners = [sum(v) / len(v) for v in votes.values() if len(v) == top]
+    return sum(winners) / len(winners)
+
+
+def majority_at_k(
+    answers: Sequence[str | None], correct: Sequence[bool], *, k: int, draws: int = 200, seed: int = 0
+) -> float:
+    """Mean `majority` over subsets of k samples; exact for k = G, else over `draws` seeded subsets."""
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} samples cannot be drawn from {n}: use 1 <= k <= {n}")
+    if k == n:
+        return majority(answers, correct)
+    rng = np.random.default_rng(seed)
+    total = 0.0
+    for _ in range(draws):
+        chosen = rng.choice(n, size=k, replace=False)
+        total += majority([answers[i] for i in chosen], [correct[i] for i in chosen])
+    return total / draws
+
+
+def bootstrap_mean(
+    scores_PG: Sequence[Sequence[float] | np.ndarray],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    over: Resample = "both",
+) -> Interval:
+    """Interval of the mean over problems of the mean over samples. Rows may differ in length, none may be empty."""
+    table, counts = _padded(scores_PG)
+    means_B = _resampled_means(table, counts, resamples=resamples, seed=seed, over=over)
+    low, high = np.quantile(means_B, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(_row_means(table, counts).mean()), float(low), float(high))
+
+
+def paired_bootstrap(
+    a_PG: Sequence[Sequence[float] | np.ndarray],
+    b_PG: Sequence[Sequence[float] | np.ndarray],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    over: Resample = "both",
+) -> PairedDifference:
+    """Two runs on the same problems, row for row: a resampled problem is taken from both, its samples from each."""
+    if len(a_PG) != len(b_PG):
+        raise ValueError(f"paired runs need the same problems, got {len(a_PG)} and {len(b_PG)}")
+    table_a, counts_a = _padded(a_PG)
+    table_b, counts_b = _padded(b_PG)
+    # the same seed draws the same problems for both; the samples come from streams of their own
+    diff_B = _resampled_means(table_b, counts_b, resamples=resamples, seed=seed, over=over, stream=2)
+    diff_B -= _resampled_means(table_a, counts_a, resamples=resamples, seed=seed, over=over, stream=1)
+    low, high = np.quantile(diff_B, [(1 - level) / 2, (1 + level) / 2])
+    tail = min(int((diff_B <= 0).sum()), int((diff_B >= 0).sum()))
+    return PairedDifference(
+        mean=float(_row_means(table_b, counts_b).mean() - _row_means(table_a, counts_a).mean()),
+        low=float(low),
+        high=float(high),
+        p_value=min(1.0, 2 * (tail + 1) / (resamples + 1)),
+        problems=len(a_PG),
+    )
+
+
+def _padded(scores_PG: Sequence[Sequence[float] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """([P, max G] zero-padded, [P] lengths)."""
+    counts = np.array([len(row) for row in scores_PG], dtype=np.int64)
+    if not len(counts) or counts.min() == 0:
+        raise ValueError(f"need at least one problem and one sample of each, got lengths {counts.tolist()[:10]}")
+    table = np.zeros((len(counts), int(counts.max())))
+    for row, values in zip(table, scores_PG, strict=True):
+        row[: len(values)] = values
+    return table, counts
+
+
+def _row_means(table: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return table.sum(axis=1) / counts
+
+
+def _resampled_means(
+    table: np.ndarray, counts: np.ndarray, *, resamples: int, seed: int, over: Resample, stream: int = 0
+) -> np.ndarray:
+    """[B] means. Two generators, so that paired calls with one seed draw the same problems."""
+    problems, width = table.shape
+    problem_rng = np.random.default_rng([seed, 0])
+    sample_rng = np.random.default_rng([seed, 1, stream])
+    means = _row_means(table, counts)
+    used = np.arange(width) < counts[:, None]
+    out = np.empty(resamples)
+    chunk = max(1, _CELLS_AT_ONCE // (problems * width))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        if over == "samples":
+            rows = np.broadcast_to(np.arange(problems), (size, problems))
+        else:
+            rows = problem_rng.integers(problems, size=(size, problems))
+        if over == "problems":
+            out[start : start + size] = means[rows].mean(axis=1)
+            continue
+        draw = (sample_rng.random((size, problems, width)) * counts[rows][..., None]).astype(np.int64)
+        values = np.take_along_axis(table[rows], draw, axis=2) * used[rows]
+        out[start : start + size] = (values.sum(axis=2) / counts[rows]).mean(axis=1)
+    return out

@@ -1,0 +1,250 @@
+"""Rollouts on disk as JSON lines: what a person, the filter, the report and the reference's own scripts read.
+
+`rollout_data/{step}.jsonl` and `val_rollout_data/{step}.jsonl` carry the reference's columns (input, output, score,
+step, acc, pred, final_reward; validation also reward and non_tensor_*) and ours after them. Token ids live in
+`trajectories/{step}.parquet` (`data.trajectories`). A file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aster.data.trajectories import read_trajectories, write_trajectories_parquet
+from aster.errors import DataError
+from aster.types import Trajectory, TrajectoryGroup, Turn
+
+__all__ = [
+    "Decode",
+    "ScoreTable",
+    "average_scores",
+    "read_rows",
+    "read_trajectories",
+    "rollout_files",
+    "write_rollouts",
+    "write_trajectories_parquet",
+    "write_validation",
+]
+
+
+class Decode(Protocol):
+    """`ChatRenderer.decode`."""
+
+    def __call__(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str: ...
+
+
+# writing -------------------------------------------------------------------------------------------------------------
+
+
+def write_rollouts(folder: Path, groups: Sequence[TrajectoryGroup], *, step: int, decode: Decode) -> Path:
+    """`folder/{step}.jsonl`, one row per trajectory; special tokens are skipped in the texts, as the reference does.
+
+    Lost attempts that were replaced are not rows; a trajectory we lost for good is one, with null score and acc.
+    """
+    rows = (_row(g, t, step=step, decode=decode, skip_special=True) for g in groups for t in g.trajectories)
+    return _write_lines(folder / f"{step}.jsonl", rows)
+
+
+def write_validation(folder: Path, groups: Sequence[TrajectoryGroup], *, step: int, decode: Decode) -> Path:
+    """`folder/{step}.jsonl` with the validation columns of the reference; special tokens stay in the texts."""
+    return _write_lines(folder / f"{step}.jsonl", _validation_rows(groups, step=step, decode=decode))
+
+
+def _validation_rows(groups: Iterable[TrajectoryGroup], *, step: int, decode: Decode) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        for t in group.trajectories:
+            row = _row(group, t, step=step, decode=decode, skip_special=False)
+            verdict = t.verdicts.math_verify if t.verdicts.math_verify is not None else row["acc"]
+            yield row | {
+                "acc": None if t.reward is None else verdict,
+                "reward": t.reward,
+                "non_tensor_data_source": group.row.data_source,
+                "non_tensor_reward_model": {"ground_truth": group.row.ground_truth, "style": "rule-lighteval/MATH_v2"},
+                "non_tensor_uid": t.uid,
+            }
+
+
+def _row(group: TrajectoryGroup, t: Trajectory, *, step: int, decode: Decode, skip_special: bool) -> dict[str, Any]:
+    output, spans = _decode_turns(t, decode=decode, skip_special=skip_special)
+    sampled = t.versions[t.mask]
+    return {
+        "input": decode(t.prompt_ids, skip_special=skip_special),
+        "output": output,
+        "score": t.reward,
+        "step": step,
+        "acc": None if t.reward is None else t.reward > 0.5,
+        "pred": t.verdicts.pred,
+        "final_reward": t.reward,
+        "row_id": t.row_id,
+        "uid": t.uid,
+        "sample": t.sample,
+        "data_source": group.row.data_source,
+        "ground_truth": group.row.ground_truth,
+        "num_turns": len(t.turns) + len(t.calls) + 1,
+        "tool_calls": len(t.calls),
+        "stop_reason": t.cause.value,
+        "error": t.error,
+        "acc_strict": t.verdicts.strict,
+        "acc_math_verify": t.verdicts.math_verify,
+        "prompt_tokens": len(t.prompt_ids),
+        "response_tokens": len(t.ids),
+        "model_tokens": t.model_tokens,
+        "policy_version": int(sampled.max()) if len(sampled) else None,
+        "policy_version_oldest": int(sampled.min()) if len(sampled) else None,
+        "mean_logprob": float(t.behaviour_logprobs[t.mask].mean(dtype=np.float64)) if len(sampled) else None,
+        "engine": t.engine,
+        "began_unix": t.timing.began_unix,
+        "seconds": t.timing.total_s,
+        "generate_s": t.timing.generate_s,
+        "tool_s": t.timing.tool_s,
+        "queue_s": t.timing.queue_s,
+        "turns": [_turn(turn, span) for turn, span in zip(t.turns, spans, strict=True)],
+    }
+
+
+def _turn(turn: Turn, span: tuple[int, int]) -> dict[str, Any]:
+    """`text` are the characters of `output` that the model wrote in this turn; up to the next turn is observation."""
+    out: dict[str, Any] = {
+        "text": span,
+        "tokens": turn.stop - turn.start,
+        "finish_reason": turn.finish_reason,
+        "seconds": round(turn.ended_s - turn.began_s, 4),
+        "call": None,
+    }
+    if turn.call is not None:
+        out["call"] = {
+            "code": turn.call.code,
+            "code_lines": len(turn.call.code.splitlines()),
+            "status": turn.call.status,
+            "outcome": turn.call.outcome.value,
+            "seconds": round(turn.call.seconds, 4),
+            "queue_s": round(turn.call.queue_s, 4),
+            "state_lost": turn.call.state_lost,
+        }
+    return out
+
+
+def _decode_turns(t: Trajectory, *, decode: Decode, skip_special: bool) -> tuple[str, list[tuple[int, int]]]:
+    """The response's text, and where each turn's own text lies in it. Turn borders are special tokens, so decoding
+    piece by piece gives the text of the whole."""
+    text = ""
+    spans = []
+    at = 0
+    for turn in t.turns:
+        text += decode(t.ids[at : turn.start], skip_special=skip_special) if turn.start > at else ""
+        begin = len(text)
+        text += decode(t.ids[turn.start : turn.stop], skip_special=skip_special)
+        spans.append((begin, len(text)))
+        at = turn.stop
+    return text + (decode(t.ids[at:], skip_special=skip_special) if at < len(t.ids) else ""), spans
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+_STEP_FILE = re.compile(r"(\d+)\.jsonl")
+
+
+def rollout_files(folder: Path, *, step_min: int | None = None, step_max: int | None = None) -> list[tuple[int, Path]]:
+    """`(step, path)` of every `{step}.jsonl` in `folder`, in order; both ends included. Other files are ignored."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a directory: name the folder that holds the STEP.jsonl files of a run")
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP_FILE.fullmatch(p.name))]
+    low, high = step_min if step_min is not None else 0, step_max if step_max is not None else 10**18
+    return sorted((step, path) for step, path in found if low <= step <= high)
+
+
+def read_rows(path: Path, *, on_bad_line: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of one file, one at a time. A line that is no JSON object is a `DataError`, or goes to `on_bad_line`."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                problem = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+            except json.JSONDecodeError as error:
+                problem = f"not JSON ({error})"
+            if not problem:
+                yield row
+                continue
+            message = f"{path}, line {number}: {problem}"
+            if on_bad_line is None:
+                raise DataError(f"{message}. Was the file cut off while it was written?")
+            on_bad_line(message)
+
+
+# scoring -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoreTable:
+    """`scores[source][step]` = mean verdict; `skipped[reason]` = rows that could not be judged."""
+
+    scores: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    rows: dict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    skipped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def csv(self, source: str) -> str:
+        """`step,avg_score` lines, by step: the reference's curve file."""
+        lines = [f"{step},{value!r}" for step, value in sorted(self.scores[source].items())]
+        return "\n".join(["step,avg_score", *lines]) + "\n"
+
+
+def average_scores(
+    folder: Path,
+    *,
+    verify: Callable[[str, str], bool],
+    sources: Sequence[str] | None = None,
+    last_chars: int = 500,
+    on_row: Callable[[int, dict[str, Any], bool], None] | None = None,
+) -> ScoreTable:
+    """Judge every validation row again: `verify(end of output, ground truth)`, mean per source and step.
+
+    Reads ours and the reference's own files. `sources` names those to look at (null = all). Rows without a ground
+    truth, and lines that are no JSON, are counted and left out, never wrong; so are rows that our failures lost.
+    """
+    table = ScoreTable()
+    for step, path in rollout_files(folder):
+        verdicts: dict[str, list[bool]] = defaultdict(list)
+
+        def bad_line(message: str) -> None:
+            table.skipped["not JSON"] += 1
+
+        for row in read_rows(path, on_bad_line=bad_line):
+            source = row.get("non_tensor_data_source") or row.get("data_source")
+            truth = (row.get("non_tensor_reward_model") or {}).get("ground_truth") or row.get("ground_truth")
+            if source is None or (sources is not None and source not in sources):
+                table.skipped["source"] += 1
+            elif not truth:
+                table.skipped["no ground truth"] += 1
+            elif row.get("error") and row.get("score") is None:
+                table.skipped["lost to infrastructure"] += 1
+            else:
+                verdict = verify(str(row.get("output") or "")[-last_chars:], str(truth))
+                verdicts[source].append(verdict)
+                if on_row is not None:
+                    on_row(step, row, verdict)
+        for source, seen in verdicts.items():
+            table.scores[source][step] = sum(seen) / len(seen)
+            table.rows[source][step] = len(seen)
+    return table

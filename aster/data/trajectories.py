@@ -1,0 +1,132 @@
+"""Token-exact trajectories on disk: `trajectories/{step}.parquet`, from which a `Trajectory` comes back bit for bit.
+
+One row per trajectory, attempts that a retry replaced included (`lost`). Ids, masks, log-probs and versions are
+list columns filled straight from the arrays. The texts a person wants to read are in `rollout_data` (`data.rollouts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aster.errors import DataError
+from aster.types import Cause, Timing, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup, Turn, Verdicts
+
+_CALL = pa.struct(
+    [
+        ("code", pa.string()),
+        ("status", pa.string()),
+        ("outcome", pa.string()),
+        ("observation", pa.string()),
+        ("seconds", pa.float64()),
+        ("queue_s", pa.float64()),
+        ("state_lost", pa.bool_()),
+        ("extra_calls_dropped", pa.int32()),
+    ]
+)
+_TURN = pa.struct(
+    [
+        ("start", pa.int32()),
+        ("stop", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("began_s", pa.float64()),
+        ("ended_s", pa.float64()),
+        ("call", _CALL),
+    ]
+)
+_TIMING = pa.struct([(name, pa.float64()) for name in Timing.__dataclass_fields__])
+_VERDICTS = pa.struct([("strict", pa.bool_()), ("math_verify", pa.bool_()), ("pred", pa.string())])
+
+_ARRAYS: dict[str, np.dtype] = {
+    "prompt_ids": np.dtype(np.int32),
+    "ids": np.dtype(np.int32),
+    "mask": np.dtype(np.bool_),
+    "behaviour_logprobs": np.dtype(np.float32),
+    "versions": np.dtype(np.int32),
+}
+_SCALARS: dict[str, pa.DataType] = {
+    "uid": pa.string(),
+    "row_id": pa.string(),
+    "sample": pa.int32(),
+    "cause": pa.string(),
+    "reward": pa.float64(),
+    "final_text": pa.string(),
+    "engine": pa.string(),
+    "parent": pa.string(),
+    "branch_turn": pa.int32(),
+    "error": pa.string(),
+}
+
+
+def write_trajectories_parquet(folder: Path, groups: Sequence[TrajectoryGroup], *, step: int) -> Path:
+    """`folder/{step}.parquet`; atomic. Readers: `read_trajectories`, or any parquet tool."""
+    rows = [(g, t, lost) for g in groups for lost, part in ((False, g.trajectories), (True, g.lost)) for t in part]
+    trajectories = [t for _, t, _ in rows]
+    columns: dict[str, pa.Array] = {
+        "step": pa.array([step] * len(rows), pa.int64()),
+        "data_source": pa.array([g.row.data_source for g, _, _ in rows], pa.string()),
+        "kind": pa.array([g.kind for g, _, _ in rows], pa.string()),
+        "lost": pa.array([lost for _, _, lost in rows], pa.bool_()),
+    }
+    for name, kind in _SCALARS.items():
+        columns[name] = pa.array([getattr(t, name) for t in trajectories], kind)
+    for name, dtype in _ARRAYS.items():
+        columns[name] = _list_column([getattr(t, name) for t in trajectories], dtype)
+    columns["turns"] = pa.array([[asdict(turn) for turn in t.turns] for t in trajectories], pa.list_(_TURN))
+    columns["timing"] = pa.array([asdict(t.timing) for t in trajectories], _TIMING)
+    columns["verdicts"] = pa.array([asdict(t.verdicts) for t in trajectories], _VERDICTS)
+
+    path = folder / f"{step}.parquet"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{path.name}.partial"
+    pq.write_table(pa.table(columns), partial, compression="zstd", row_group_size=256)
+    partial.replace(path)
+    return path
+
+
+def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bool = False) -> Iterator[Trajectory]:
+    """Stream the trajectories of one file; `uids` picks some, `lost` yields the replaced attempts instead."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: trajectories of step N lie in RUN/trajectories/N.parquet")
+    wanted = None if uids is None else set(uids)
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
+        arrays = {name: _split(batch.column(name), dtype) for name, dtype in _ARRAYS.items()}
+        scalars = batch.drop_columns(list(_ARRAYS)).to_pylist()
+        for index, row in enumerate(scalars):
+            if row["lost"] == lost and (wanted is None or row["uid"] in wanted):
+                yield _trajectory(row, {name: parts[index] for name, parts in arrays.items()})
+
+
+def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
+    turns = tuple(Turn(**{**turn, "call": _call(turn["call"])}) for turn in row["turns"])
+    plain: dict[str, Any] = {name: row[name] for name in _SCALARS if name != "cause"} | arrays
+    return Trajectory(
+        **plain,
+        turns=turns,
+        cause=Cause(row["cause"]),
+        timing=Timing(**row["timing"]),
+        verdicts=Verdicts(**row["verdicts"]),
+    )
+
+
+def _call(call: dict[str, Any] | None) -> ToolCall | None:
+    return None if call is None else ToolCall(**{**call, "outcome": ToolOutcome(call["outcome"])})
+
+
+def _list_column(arrays: Sequence[np.ndarray], dtype: np.dtype) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int64)
+    values = np.concatenate([np.asarray(a, dtype=dtype) for a in arrays]) if arrays else np.zeros(0, dtype)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _split(column: pa.Array, dtype: np.dtype) -> list[np.ndarray]:
+    """Own, contiguous arrays, so that a kept trajectory does not hold its whole batch in memory."""
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False))
+    return [part.copy() for part in np.split(flat, ends[:-1])]

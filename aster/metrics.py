@@ -1,0 +1,382 @@
+"""What a step is reported as: pure functions from records to `{name: float}`, under the names of verl and the ASTER
+reproduction, so that dashboards and scripts made for those read ours.
+
+A trajectory that our infrastructure lost has no reward and enters no statistic here; it is counted (`causes/*`,
+`infra_failed_rate`). A metric that has no data is absent rather than 0 or NaN. Writing anything is `tracking`'s job.
+
+Legend: P problems (groups) · G scored samples of one · T response tokens of a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from aster.algo.advantages import group_advantages
+from aster.algo.collapse import collapse_metrics
+from aster.algo.intervals import all_at_k, bootstrap_mean, majority_at_k, pass_at_k
+from aster.types import Cause, OptimStats, StepStats, ToolOutcome, Trajectory, TrajectoryGroup
+
+_MAX_LOG_RATIO = 20.0  # exp() of a broken engine's log-prob must not overflow; the objective clamps at the same value
+
+Decode = Callable[[np.ndarray], str]
+
+
+# a step's rollouts ---------------------------------------------------------------------------------------------------
+
+
+def rollout_metrics(
+    groups: Sequence[TrajectoryGroup], *, scale_by_std: bool = True, decode: Decode | None = None
+) -> dict[str, float]:
+    """Everything that follows from the trajectories of one training step, the collapse monitor included.
+
+    `scale_by_std` as in `algo`, for critic/advantages. `decode` sharpens collapse/post_hoc_ratio (see there).
+    """
+    out = cause_metrics(groups)
+    scored = [t for g in groups for t in g.scored]
+    if not scored:
+        return out
+
+    def advantages(rewards_G: np.ndarray) -> np.ndarray:
+        return group_advantages(rewards_G, scale_by_std=scale_by_std)
+
+    rewards = np.array([t.reward for t in scored], dtype=np.float64)
+    out |= _spread("critic/score", rewards)
+    out |= _spread("critic/rewards", rewards)  # no KL in the reward, no shaping: the same number as the score
+    out |= _advantage_metrics(groups, advantages)
+    out |= _length_metrics(scored)
+    out |= _spread("num_turns", np.array([_num_turns(t) for t in scored]))
+    out |= tool_metrics(scored, prefix="tool_use_info")
+    out |= _agent_loop_times(scored)
+    out |= _version_metrics(scored)
+    out |= collapse_metrics(groups, decode=decode, advantages=advantages)
+    out["training/acc"] = float((rewards > 0.5).mean())
+    out["training/score"] = out["training/final_reward"] = float(rewards.mean())
+    checked = [t.verdicts.math_verify for t in scored if t.verdicts.math_verify is not None]
+    if checked:
+        out["training/acc_math_verify"] = float(np.mean(checked))
+    return out
+
+
+def cause_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """Why trajectories ended, over all attempts, those replaced by a retry included.
+
+    `infra_failed_rate`: attempts that ended by our failure / all attempts. `training/infra_masked_count`: how many of
+    them no retry replaced, so that their group is smaller.
+    """
+    final = [t for g in groups for t in g.trajectories]
+    attempts = final + [t for g in groups for t in g.lost]
+    if not attempts:
+        return {}
+    out: dict[str, float] = {}
+    for cause in Cause:
+        count = sum(t.cause is cause for t in attempts)
+        out[f"causes/{cause.value}_count"] = float(count)
+        out[f"causes/{cause.value}_ratio"] = count / len(attempts)
+    failed = sum(t.cause.is_ours for t in attempts)
+    out["infra_failed_rate"] = failed / len(attempts)
+    out["training/infra_failed_count"] = float(failed)
+    out["training/infra_masked_count"] = float(sum(t.reward is None for t in final))
+    out["training/infra_masked_groups"] = float(sum(len(g.scored) < len(g.trajectories) for g in groups))
+    return out
+
+
+def tool_metrics(trajectories: Sequence[Trajectory], *, prefix: str) -> dict[str, float]:
+    """`{prefix}/...`: the reference's tool_use_info. `overlong_filter_*` is there for its dashboards: GRPO as specified
+    trains on cut trajectories, so nothing is ever filtered and it reads 0; `overlong_*` counts the cut ones."""
+    n = len(trajectories)
+    calls = [c for t in trajectories for c in t.calls]
+    per_trajectory = np.array([len(t.calls) for t in trajectories])
+    turns = sum(len(t.turns) for t in trajectories)
+    lines = sum(len(c.code.splitlines()) for c in calls)
+    users = int((per_trajectory > 0).sum())
+    out = {
+        "num_samples": float(n),
+        "use_tool_count": float(users),
+        "tool_use_ratio": users / n,
+        "total_tool_calls_count": float(len(calls)),
+        "avg_tool_calls_per_trajectory": len(calls) / n,
+        "tool_call_counts_p50": float(np.percentile(per_trajectory, 50)),
+        "tool_call_counts_p75": float(np.percentile(per_trajectory, 75)),
+        "tool_call_counts_p90": float(np.percentile(per_trajectory, 90)),
+        "total_code_lines": float(lines),
+        "avg_code_lines_per_call": lines / max(len(calls), 1),
+        "avg_single_turn_response_length": sum(t.model_tokens for t in trajectories) / max(turns, 1),
+        "extra_calls_dropped_count": float(sum(c.extra_calls_dropped for c in calls)),
+        "state_lost_count": float(sum(c.state_lost for c in calls)),
+    }
+    for outcome in ToolOutcome:
+        count = sum(c.outcome is outcome for c in calls)
+        out[f"tool_execution_{outcome.value}_count"] = float(count)
+        out[f"tool_execution_{outcome.value}_ratio"] = count / max(len(calls), 1)
+    for name, count in (
+        ("hit_max_turns", sum(t.cause is Cause.MAX_TOOL_CALLS for t in trajectories)),
+        ("overlong", sum(_is_cut(t) for t in trajectories)),
+        ("overlong_filter", sum(_is_cut(t) and len(t.mask) > 0 and not t.mask.any() for t in trajectories)),
+        ("stop_on_error", sum(t.cause is Cause.MALFORMED_END for t in trajectories)),
+    ):
+        out[f"{name}_count"] = float(count)
+        out[f"{name}_ratio"] = count / n
+    return {f"{prefix}/{name}": value for name, value in out.items()}
+
+
+def _advantage_metrics(
+    groups: Sequence[TrajectoryGroup], advantages: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, float]:
+    """critic/advantages over model tokens (as the loss sees them), and how many groups carry a signal."""
+    values: list[float] = []
+    tokens: list[int] = []
+    solved: list[float] = []
+    for group in groups:
+        if group.scored:
+            rewards_G = np.array([t.reward for t in group.scored], dtype=np.float64)
+            values += advantages(rewards_G).tolist()
+            tokens += [t.model_tokens for t in group.scored]
+            solved.append(float(rewards_G.mean()) if np.ptp(rewards_G) == 0 else np.nan)
+    flat = np.array([s for s in solved if not np.isnan(s)])
+    out = {
+        "training/zero_variance_groups_ratio": len(flat) / len(solved),
+        "training/all_correct_groups_ratio": float((flat > 0.5).sum()) / len(solved),
+        "training/all_wrong_groups_ratio": float((flat <= 0.5).sum()) / len(solved),
+    }
+    if sum(tokens):
+        spread = np.repeat(np.array(values), tokens)
+        out |= _spread("critic/advantages", spread)
+        out |= _spread("critic/returns", spread)  # gamma = lambda = 1 and no critic: the return is the advantage
+    return out
+
+
+def _length_metrics(scored: Sequence[Trajectory]) -> dict[str, float]:
+    response = np.array([len(t.ids) for t in scored])
+    cut = np.array([_is_cut(t) for t in scored])
+    out = _spread("response_length", response) | {"response_length/clip_ratio": float(cut.mean())}
+    kept = response > 0  # verl calls a sample without a response token aborted
+    if kept.any():
+        out |= _spread("response_length_non_aborted", response[kept])
+        out["response_length_non_aborted/clip_ratio"] = float(cut[kept].mean())
+    out["response/aborted_ratio"] = float((~kept).mean())
+    out["response_length/model_tokens_mean"] = float(np.mean([t.model_tokens for t in scored]))
+    return out | _spread("prompt_length", np.array([len(t.prompt_ids) for t in scored]))
+
+
+def _agent_loop_times(scored: Sequence[Trajectory]) -> dict[str, float]:
+    prefix = "timing_s/agent_loop"
+    out = _spread(f"{prefix}/generate_sequences", np.array([t.timing.generate_s for t in scored]))
+    out |= _spread(f"{prefix}/tool_calls", np.array([t.timing.tool_s for t in scored]))
+    out |= _spread(f"{prefix}/tool_queue", np.array([t.timing.queue_s for t in scored]))
+    slowest = max(scored, key=lambda t: t.timing.total_s)
+    return out | {
+        f"{prefix}/slowest/total": slowest.timing.total_s,
+        f"{prefix}/slowest/generate_sequences": slowest.timing.generate_s,
+        f"{prefix}/slowest/tool_calls": slowest.timing.tool_s,
+        f"{prefix}/slowest/prompt_length": float(len(slowest.prompt_ids)),
+        f"{prefix}/slowest/response_length": float(len(slowest.ids)),
+    }
+
+
+def _version_metrics(scored: Sequence[Trajectory]) -> dict[str, float]:
+    ranges = [(int(v.min()), int(v.max())) for t in scored if len(v := t.versions[t.mask])]
+    if not ranges:
+        return {}
+    return {
+        "training/policy_version_min": float(min(low for low, _ in ranges)),
+        "training/policy_version_max": float(max(high for _, high in ranges)),
+        "training/mixed_version_ratio": float(np.mean([low != high for low, high in ranges])),
+    }
+
+
+def _num_turns(trajectory: Trajectory) -> int:
+    """Tool turns + assistant turns + 1 for the user, as the reference counts."""
+    return len(trajectory.calls) + len(trajectory.turns) + 1
+
+
+def _is_cut(trajectory: Trajectory) -> bool:
+    return trajectory.cause is Cause.MAX_TOKENS
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    return {
+        f"{name}/mean": float(values.mean()),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }
+
+
+# a step's learning ---------------------------------------------------------------------------------------------------
+
+
+def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> dict[str, float]:
+    """actor/*: one `StepStats` and one `OptimStats` per optimizer step of the rollout step.
+
+    Ratios are over all loss tokens of the step; pg_loss and grad_norm are means over its optimizer steps. A skipped
+    step's norm is not finite: it is counted and stays out of the mean.
+    """
+    if not stats:
+        return {}
+    total = sum(stats, StepStats())
+    out = {
+        "actor/pg_loss": float(np.mean([s.loss for s in stats])),
+        "actor/entropy": total.per_token(total.entropy_sum),
+        "actor/pg_clipfrac": total.per_token(total.clipped_sum),
+        "actor/pg_clipfrac_lower": total.per_token(total.clipped_lower_sum),
+        "actor/ppo_kl": total.per_token(total.kl_sum),
+        "actor/tis_mean": total.per_token(total.tis_sum),
+        "actor/tis_capped_ratio": total.per_token(total.tis_capped_sum),
+        "actor/loss_tokens": float(total.tokens),
+        "perf/loss_token_ratio": total.tokens / max(total.padded_tokens, 1),  # of the tokens fed to the model
+    }
+    norms = [o.grad_norm for o in optims if not o.skipped]
+    if norms:
+        out["actor/grad_norm"] = float(np.mean(norms))
+    if optims:
+        out["actor/lr"] = optims[-1].lr
+        out["actor/skipped_steps"] = float(sum(o.skipped for o in optims))
+    return out
+
+
+def mismatch_metrics(behaviour: Sequence[np.ndarray], old: Sequence[np.ndarray]) -> dict[str, float]:
+    """How far the engine's log-probs are from the learner's, over sampled tokens only ([tokens] each, aligned).
+
+    k1 = mean(behaviour - old) and k3 = mean(exp(old - behaviour) - 1 - (old - behaviour)) estimate the same
+    KL(engine || learner) in nats; k1 is unbiased and may be negative, k3 is never.
+    """
+    b = np.concatenate([np.asarray(x, dtype=np.float64) for x in behaviour]) if behaviour else np.zeros(0)
+    o = np.concatenate([np.asarray(x, dtype=np.float64) for x in old]) if old else np.zeros(0)
+    if b.shape != o.shape:
+        raise ValueError(f"log-probs of the same tokens must align, got {b.shape} and {o.shape}")
+    valid = np.isfinite(b) & np.isfinite(o)
+    out = {"training/rollout_probs_diff_valid": float(len(b) > 0 and bool(valid.all()))}
+    b, o = b[valid], o[valid]
+    if not len(b):
+        return out
+    difference = np.abs(np.exp(b) - np.exp(o))
+    ratio = np.clip(o - b, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    out |= {
+        "training/rollout_probs_diff_max": float(difference.max()),
+        "training/rollout_probs_diff_mean": float(difference.mean()),
+        "training/rollout_probs_diff_std": float(difference.std(ddof=1)) if len(b) > 1 else 0.0,
+        "training/mismatch_k1": float(-ratio.mean()),
+        "training/mismatch_k3": float((np.expm1(ratio) - ratio).mean()),
+    }
+    if np.exp(b).std() > 0 and np.exp(o).std() > 0:
+        out["training/rollout_actor_probs_pearson_corr"] = float(np.corrcoef(np.exp(b), np.exp(o))[0, 1])
+    return out
+
+
+def timing_metrics(
+    seconds: Mapping[str, float],
+    *,
+    total_tokens: int,
+    response_tokens: int,
+    devices: int = 1,
+    tokens_per_rank: Sequence[int] = (),
+) -> dict[str, float]:
+    """timing_s/*, timing_per_token_ms/*, perf/* and global_seqlen/* of one step.
+
+    `seconds` by phase; "step" is the whole. Throughput is tokens (prompt and response) / second / device, generation
+    is charged to response tokens, every other phase to all tokens.
+    """
+    out = {f"timing_s/{name}": value for name, value in seconds.items()}
+    for name, value in seconds.items():
+        tokens = response_tokens if name == "gen" else total_tokens
+        if name != "step" and tokens:
+            out[f"timing_per_token_ms/{name}"] = 1000.0 * value / tokens
+    out["perf/total_num_tokens"] = float(total_tokens)
+    if seconds.get("step"):
+        out["perf/time_per_step"] = seconds["step"]
+        out["perf/throughput"] = total_tokens / (seconds["step"] * devices)
+    if tokens_per_rank:
+        ranks = np.array(tokens_per_rank, dtype=np.float64)
+        out |= _spread("global_seqlen", ranks)
+        out["global_seqlen/minmax_diff"] = float(np.ptp(ranks))
+    return out
+
+
+# validation ----------------------------------------------------------------------------------------------------------
+
+
+def validation_metrics(
+    groups: Sequence[TrajectoryGroup], *, n: int, bootstrap: int = 2000, seed: int = 0, decode: Decode | None = None
+) -> dict[str, float]:
+    """val-core/{source}/acc/* and val-aux/{source}/*; `n` = samples asked of each problem.
+
+    acc is math_verify's verdict where it was asked, else the strict one, else reward > 0.5. mean@n: mean over samples,
+    then over problems. best@k and worst@k are exact expectations over subsets of k samples (best@k = pass@k), maj@k a
+    majority vote. A problem that lost samples to our failures uses those it has; one that lost all is left out and
+    counted. mean@n/ci_low and ci_high: 95 % bootstrap over problems and samples.
+    """
+    out: dict[str, float] = {}
+    for source in sorted({g.row.data_source for g in groups}):
+        mine = [g for g in groups if g.row.data_source == source]
+        core, aux = f"val-core/{source}", f"val-aux/{source}"
+        out |= {f"{aux}/{name}": value for name, value in cause_metrics(mine).items()}
+        alive = [g for g in mine if g.scored]
+        out[f"{aux}/problems"] = float(len(alive))
+        out[f"{aux}/problems_lost"] = float(len(mine) - len(alive))
+        if not alive:
+            continue
+        acc_PG = [np.array([_is_right(t) for t in g.scored], dtype=np.float64) for g in alive]
+        correct, samples = np.array([a.sum() for a in acc_PG]), np.array([len(a) for a in acc_PG])
+        interval = bootstrap_mean(acc_PG, resamples=bootstrap, seed=seed)
+        out[f"{core}/acc/mean@{n}"] = interval.mean
+        out[f"{core}/acc/mean@{n}/ci_low"], out[f"{core}/acc/mean@{n}/ci_high"] = interval.low, interval.high
+        out[f"{aux}/acc/std@{n}"] = float(np.mean([a.std(ddof=1) if len(a) > 1 else 0.0 for a in acc_PG]))
+        for k in _subset_sizes(n):
+            home = core if k == n else aux
+            out[f"{home}/acc/best@{k}/mean"] = _at_most(pass_at_k, correct, samples, k)
+            out[f"{home}/acc/maj@{k}/mean"] = float(
+                np.mean(
+                    [
+                        majority_at_k(
+                            [t.verdicts.pred for t in g.scored],
+                            [_is_right(t) for t in g.scored],
+                            k=min(k, len(g.scored)),
+                            seed=seed + index,
+                        )
+                        for index, g in enumerate(alive)
+                    ]
+                )
+            )
+            out[f"{aux}/acc/worst@{k}/mean"] = _at_most(all_at_k, correct, samples, k)
+        out |= _validation_details(alive, n=n, prefix=aux, decode=decode)
+    return out
+
+
+def _validation_details(
+    alive: Sequence[TrajectoryGroup], *, n: int, prefix: str, decode: Decode | None
+) -> dict[str, float]:
+    scored = [t for g in alive for t in g.scored]
+    out = {f"{prefix}/score/mean@{n}": float(np.mean([np.mean([t.reward for t in g.scored]) for g in alive]))}
+    strict = [[t.verdicts.strict for t in g.scored if t.verdicts.strict is not None] for g in alive]
+    if any(strict):
+        out[f"{prefix}/acc_strict/mean@{n}"] = float(np.mean([np.mean(s) for s in strict if s]))
+    for part in (
+        _length_metrics(scored),
+        _spread("num_turns", np.array([_num_turns(t) for t in scored])),
+        tool_metrics(scored, prefix="tool_use_info"),
+        collapse_metrics(alive, decode=decode),
+    ):
+        out |= {f"{prefix}/{name}": value for name, value in part.items()}
+    return out
+
+
+def _is_right(trajectory: Trajectory) -> bool:
+    verdicts = trajectory.verdicts
+    for verdict in (verdicts.math_verify, verdicts.strict):
+        if verdict is not None:
+            return verdict
+    return trajectory.reward is not None and trajectory.reward > 0.5
+
+
+def _subset_sizes(n: int) -> list[int]:
+    """2, 4, 8, ... below n, and n itself."""
+    return [*(2**i for i in range(1, 20) if 2**i < n), n]
+
+
+def _at_most(estimator: Callable[..., np.ndarray], correct: np.ndarray, samples: np.ndarray, k: int) -> float:
+    """Mean over problems; a problem with fewer than k samples left is judged on all it has."""
+    values = [
+        estimator(correct[i : i + 1], samples[i : i + 1], k=min(k, int(samples[i])))[0] for i in range(len(samples))
+    ]
+    return float(np.mean(values))

@@ -1,0 +1,365 @@
+"""Where a run's metrics go: metrics.jsonl (the record), TensorBoard, W&B if asked for, and a line for the person.
+
+A sink that fails does not end the training, and does not fail in silence either: it is counted, its first traceback is
+printed, and `tracking/{sink}_failures` appears in the other sinks' metrics. What the values mean is `metrics`' job.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from aster.algo.collapse import CollapseAlarm
+from aster.config import Recipe
+from aster.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+_ABOUT_LINE = frozenset({"run_id", "config_hash", "step", "time", "event", "message"})
+
+
+class Sink(Protocol):
+    name: str
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def event(self, step: int, kind: str, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Logs one run to all its sinks, and watches for interaction collapse on the way.
+
+    >>> with Tracker.open(recipe, total_steps=405) as tracker:      # doctest: +SKIP
+    ...     tracker.log(1, {"critic/score/mean": 0.25})
+    """
+
+    def __init__(self, run_dir: Path, recipe: Recipe, *, sinks: Sequence[Sink], alarm: CollapseAlarm | None = None):
+        self.run_dir = run_dir
+        self.config_hash = recipe.config_hash
+        self.failures: dict[str, int] = {}
+        self._sinks = tuple(sinks)
+        self._alarm = alarm or CollapseAlarm()
+        self._alarmed: frozenset[str] = frozenset()
+
+    @classmethod
+    def open(cls, recipe: Recipe, *, total_steps: int, console: Console | None = None) -> Tracker:
+        """The sinks that the recipe names, in its run directory, which also gets the resolved `config.yaml`.
+
+        A resumed run goes on in the same metrics.jsonl under the same run id, and the collapse alarm remembers where
+        calls began. With `run.resume=false` an older metrics.jsonl is kept aside as `metrics.RUN_ID.jsonl`.
+        """
+        run_dir = recipe.run.path
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        run_id, alarm = _continue_run(path, resume=recipe.run.resume)
+        run_id = run_id or f"{recipe.run.name}-{secrets.token_hex(4)}"
+        (run_dir / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        sinks: list[Sink] = [
+            JsonlSink(path, run_id=run_id, config_hash=recipe.config_hash),
+            Progress(total_steps, stage=recipe.run.name, console=console),
+        ]
+        if recipe.run.tensorboard:
+            sinks.append(TensorBoardSink(run_dir / "tensorboard"))
+        if recipe.run.wandb_project:
+            sinks.append(WandbSink(recipe, run_id=run_id))
+        return cls(run_dir, recipe, sinks=sinks, alarm=alarm)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics. May be called again for a step: readers merge its lines, the last value wins."""
+        values = dict(values)
+        self._alarm, reasons = self._alarm.observe(values)
+        if self._alarm.ema_calls is not None and "collapse/calls_mean" in values:
+            values["collapse/calls_ema"] = self._alarm.ema_calls
+            values["collapse/alarm"] = float(bool(reasons))
+        for name, count in self.failures.items():
+            values[f"tracking/{name}_failures"] = float(count)
+        for sink in self._sinks:
+            self._guard(sink, lambda sink=sink: sink.write(step, values))
+        if "collapse/alarm" in values:
+            self._raise_alarm(step, reasons)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Something a person should read: an alarm, a restart, a dropped batch."""
+        for sink in self._sinks:
+            self._guard(sink, lambda sink=sink: sink.event(step, kind, message))
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            self._guard(sink, sink.close)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _raise_alarm(self, step: int, reasons: Mapping[str, str]) -> None:
+        """One event when a rule of the alarm begins to hold, one when none holds any more; not one per step."""
+        rules = frozenset(reasons)
+        if not rules <= self._alarmed:
+            self.event(step, "collapse", "interaction collapse: " + "; ".join(reasons.values()))
+        elif self._alarmed and not rules:
+            self.event(step, "collapse_over", "tool use is back within the limits of the collapse alarm")
+        self._alarmed = rules
+
+    def _guard(self, sink: Sink, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # policy: a sink may be full, slow or offline; the training goes on, and says so
+            self.failures[sink.name] = self.failures.get(sink.name, 0) + 1
+            if self.failures[sink.name] == 1:
+                console = Console(stderr=True)
+                console.print(
+                    f"metrics sink {sink.name!r} failed ({type(error).__name__}: {error}); the run goes on, further "
+                    f"failures are only counted in tracking/{sink.name}_failures",
+                    style="yellow",
+                    markup=False,
+                )
+                traceback.print_exception(error)
+
+
+def _continue_run(path: Path, *, resume: bool) -> tuple[str | None, CollapseAlarm]:
+    """The run id and alarm state that an existing metrics.jsonl carries; moves the file aside if not resuming."""
+    alarm = CollapseAlarm()
+    if not path.exists():
+        return None, alarm
+    run_id: str | None = None
+    for line in read_lines(path):
+        run_id = line.get("run_id", run_id)
+        if "event" not in line:
+            alarm, _ = alarm.observe(_numbers(line))
+    if resume:
+        return run_id, alarm
+    path.rename(path.with_name(f"metrics.{run_id or 'unnamed'}.jsonl"))
+    return None, CollapseAlarm()
+
+
+# sinks ---------------------------------------------------------------------------------------------------------------
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one strict-JSON object per call, with run id, config hash, step and unix time; flushed.
+
+    A value that is not finite is written as the string "nan", "inf" or "-inf", which `float()` reads back.
+    """
+
+    name = "jsonl"
+
+    def __init__(self, path: Path, *, run_id: str, config_hash: str) -> None:
+        self.run_id = run_id
+        self._about = {"run_id": run_id, "config_hash": config_hash}
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # the last process died while writing; its half line must not swallow ours
+            self._file.write("\n")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._line(step, {name: _strict(value) for name, value in values.items()})
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        self._line(step, {"event": kind, "message": message})
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _line(self, step: int, body: Mapping[str, Any]) -> None:
+        line = {**self._about, "step": step, "time": round(time.time(), 3), **body}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+class TensorBoardSink:
+    """Scalars through the tensorboard package's own event writer; torch is not imported."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            raise ConfigError(
+                "run.tensorboard=true needs the package tensorboard: install aster-rl[train] "
+                "or set run.tensorboard=false"
+            ) from None
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        items = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+        self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=items)))
+        self._writer.flush()
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        self.write(step, {f"events/{kind}": 1.0})
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, only when `run.wandb_project` is set; a resumed run continues its W&B run."""
+
+    name = "wandb"
+
+    def __init__(self, recipe: Recipe, *, run_id: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                f"run.wandb_project={recipe.run.wandb_project!r} needs the package wandb: install aster-rl[wandb], "
+                "or leave run.wandb_project empty"
+            ) from None
+        self._run = wandb.init(
+            project=recipe.run.wandb_project,
+            name=recipe.run.name,
+            id=run_id,
+            resume="allow",
+            dir=str(recipe.run.path),
+            config=recipe.flat() | {"config_hash": recipe.config_hash},
+        )
+        self._alert = wandb.AlertLevel.WARN
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        self._run.alert(title=kind, text=f"step {step}: {message}", level=self._alert)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Progress:
+    """What a person sees: a live line on a terminal, one plain line per step in a log file."""
+
+    name = "console"
+
+    def __init__(self, total: int, *, stage: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._stage = stage
+        self._total = total
+        self._began: tuple[int, float] | None = None  # first step seen, and when
+        self._live: RichProgress | None = None
+        if self._console.is_terminal:
+            self._live = RichProgress(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[summary]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._live.add_task(stage, total=total, summary="")
+            self._live.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        summary = summary_line(values)
+        if not summary:  # a checkpoint's timing, say
+            return
+        if self._live is not None:
+            self._live.update(self._task, completed=step, summary=summary)
+            return
+        self._began = self._began or (step, time.monotonic())
+        self._console.print(
+            f"{self._stage} {step}/{self._total}  {summary}{self._eta(step)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        self._console.print(f"{self._stage} {step}/{self._total}  {kind}: {message}", style="yellow", markup=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _eta(self, step: int) -> str:
+        first, began = self._began or (step, time.monotonic())
+        if step <= first or step >= self._total:
+            return ""
+        left = (time.monotonic() - began) / (step - first) * (self._total - step)
+        hours, minutes = divmod(round(left) // 60, 60)
+        return f"  eta {hours}h{minutes:02d}m" if hours else f"  eta {round(left) // 60}m{round(left) % 60:02d}s"
+
+
+def summary_line(values: Mapping[str, float]) -> str:
+    """The few numbers worth watching.
+
+    >>> summary_line({"critic/score/mean": 0.5, "perf/throughput": 1234.5})
+    'reward 0.500  1234 tok/s'
+    """
+    parts = []
+    for key, form in (
+        ("critic/score/mean", "reward {:.3f}"),
+        ("train/loss", "loss {:.4f}"),
+        ("tool_use_info/avg_tool_calls_per_trajectory", "calls {:.2f}"),
+        ("actor/entropy", "entropy {:.3f}"),
+        ("perf/throughput", "{:.0f} tok/s"),
+    ):
+        if key in values:
+            parts.append(form.format(values[key]))
+    for key, value in values.items():
+        if key.startswith("val-core/") and "/acc/mean@" in key and not key.endswith(("/ci_low", "/ci_high")):
+            interval = [values.get(f"{key}/{end}") for end in ("ci_low", "ci_high")]
+            spread = "" if None in interval else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+            parts.append(f"{key.split('/')[1]} {key.split('/')[-1]} {value:.3f}{spread}")
+    return "  ".join(parts)
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics.jsonl in order. A line torn by a killed process is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """`{step: {name: value}}`, steps in order; of several lines for a step the last value wins."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in read_lines(path):
+        if "event" not in line and isinstance(line.get("step"), int):
+            steps.setdefault(line["step"], {}).update(_numbers(line))
+    return dict(sorted(steps.items()))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics.jsonl: step, time, event, message."""
+    return [line for line in read_lines(path) if "event" in line]
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in line.items() if name not in _ABOUT_LINE}
+
+
+def _strict(value: float) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
