@@ -144,6 +144,7 @@ class Turn:
     began_s: float
     ended_s: float
     call: ToolCall | None = None
+    further_calls: tuple[ToolCall, ...] = ()  # only with tool.max_calls_per_turn > 1
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Trajectory:
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        return tuple(t.call for t in self.turns if t.call is not None)
+        return tuple(call for t in self.turns if t.call is not None for call in (t.call, *t.further_calls))
 
     def with_reward(self, reward: float, verdicts: Verdicts) -> Trajectory:
         return replace(self, reward=reward, verdicts=verdicts)
@@ -267,6 +268,8 @@ class MicroBatch:
     segment_ids: np.ndarray  # [R] int32
     sample_index: tuple[int, ...]  # which samples of the packed list, in order of segment; () = padding row
     sample_group: tuple[int, ...]  # the group of each segment
+    group_loss_tokens: tuple[int, ...] = ()  # per segment: loss tokens of its whole group in the packed list
+    num_sequences: int = 0  # sequences with a loss token in the packed list, all rows and ranks
 
     @property
     def cu_seqlens(self) -> np.ndarray:

@@ -1,0 +1,197 @@
+"""Is the final answer right? Two verifiers as pure functions, and the pool that runs the slow one outside our process.
+
+`strict` (the training default) is exact string equality of the last `\\boxed{}`; `math_verify` (evaluation) is the
+mathematical comparison of the math-verify package. Both see the final assistant turn only, with tool calls cut out.
+A verifier that hangs or crashes is our failure (`RewardFailed`), never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, Literal
+
+from aster.errors import RewardFailed
+from aster.types import Verdicts
+
+log = logging.getLogger(__name__)
+
+STRICT_TAIL_CHARS = 100
+"""The reference cuts to 300 and then to 100 characters, which is a cut to 100."""
+MATH_VERIFY_TAIL_CHARS = 500
+_START_S = 120.0  # a worker's import of math-verify (sympy, a parser) takes seconds, on a busy machine many
+_BOX = "\\boxed{"
+
+
+def strict_verdict(final_text: str, ground_truth: str) -> tuple[bool, str]:
+    """(right, what was in the box). Exact string equality; no box, or one that never closes, is `""` and wrong.
+
+    >>> strict_verdict("So it is \\\\boxed{34}.", "34"), strict_verdict("So it is \\\\boxed{ 34 }.", "34")
+    ((True, '34'), (False, ' 34 '))
+    """
+    pred = _last_boxed(final_text[-STRICT_TAIL_CHARS:])
+    return pred is not None and pred == ground_truth, pred or ""
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    depth = 0
+    for at in range(start + len(_BOX) - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start + len(_BOX) : at]
+    return None
+
+
+def math_verify_verdict(final_text: str, ground_truth: str) -> bool:
+    """Whether the last 500 characters hold an answer equal to `ground_truth`: gold LaTeX, prediction Expr+LaTeX.
+
+    Slow (milliseconds to seconds), importing sympy; may hang in arithmetic that cannot be interrupted. Main thread
+    only (math-verify uses SIGALRM). Raises ValueError when the ground truth itself cannot be read.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    gold = parse(f"{_BOX}{ground_truth}}}", (LatexExtractionConfig(),))
+    if not gold:
+        raise ValueError(f"math-verify cannot read the ground truth {ground_truth!r}")
+    pred = parse(final_text[-MATH_VERIFY_TAIL_CHARS:], (ExprExtractionConfig(), LatexExtractionConfig()))
+    return bool(verify(gold, pred))
+
+
+class RewardPool:
+    """Scores answers; worker processes that never import torch run math-verify, one answer each at a time.
+
+    A worker that is silent for `timeout_s` or dies is killed and replaced, and that answer raises RewardFailed; where
+    the reward is `strict`, math-verify's opinion is only logged and its failure only leaves that verdict empty.
+    Separate programs rather than multiprocessing: spawn would import the caller's main module, and with it torch.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        timeout_s: float = 10.0,
+        reward: Literal["strict", "math_verify"] = "strict",
+        math_verify: bool = True,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers={workers}: a reward pool needs at least one")
+        self.reward = reward
+        self.failures = 0
+        self._ask_math_verify = math_verify or reward == "math_verify"
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards") if self._ask_math_verify else None
+        if self._ask_math_verify:
+            self._workers = [_Worker() for _ in range(workers)]
+            for worker in self._workers:
+                self._free.put(worker)
+
+    async def score(self, final_text: str, ground_truth: str) -> tuple[float, Verdicts]:
+        """(reward 1.0 or 0.0, both verdicts). Raises RewardFailed when the verifier that decides did not answer."""
+        strict, pred = strict_verdict(final_text, ground_truth)
+        verified: bool | None = None
+        if self._threads is not None:
+            if self._closed:
+                raise RewardFailed("the reward pool is closed")
+            loop = asyncio.get_running_loop()
+            try:
+                verified = await loop.run_in_executor(self._threads, self._verify, final_text, ground_truth)
+            except RewardFailed as error:
+                self.failures += 1
+                if self.reward == "math_verify":
+                    raise
+                log.warning("math-verify has no opinion on one answer: %s", error)
+        right = verified if self.reward == "math_verify" else strict
+        return float(bool(right)), Verdicts(strict=strict, math_verify=verified, pred=pred)
+
+    def close(self) -> None:
+        """Kill the workers; an answer in the making raises RewardFailed. Idempotent."""
+        self._closed = True
+        for worker in self._workers:
+            worker.close()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _verify(self, final_text: str, ground_truth: str) -> bool:
+        """Runs in one of as many threads as there are workers, so that a worker is always free."""
+        worker = self._free.get(timeout=_START_S)
+        try:
+            return worker.ask(final_text[-MATH_VERIFY_TAIL_CHARS:], ground_truth, timeout_s=self._timeout_s)
+        finally:
+            self._free.put(worker)
+
+
+class _Worker:
+    """One verifier process, replaced when it is silent or dies. `ask` in one thread at a time, `close` from any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # a process must not be started after close()
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._pipe, theirs = Pipe()
+            root = str(Path(__file__).parents[2])
+            path = os.environ.get("PYTHONPATH")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "aster.agent.verifier", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}",
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
+            )
+            theirs.close()
+            self._ready = False
+
+    def ask(self, final_text: str, ground_truth: str, *, timeout_s: float) -> bool:
+        """Raises RewardFailed. A process that is silent or dead is replaced at once, so that the next one is warm."""
+        try:
+            if not self._ready:
+                self._receive(_START_S)
+                self._ready = True
+            self._pipe.send_bytes(json.dumps([final_text, ground_truth, timeout_s]).encode())
+            answer = self._receive(timeout_s)
+        except (TimeoutError, EOFError, OSError) as error:
+            self._kill()
+            self._pipe.close()
+            self._start()
+            how = str(error) if isinstance(error, TimeoutError) else f"died ({error!r})"
+            raise RewardFailed(f"the verifier {how}, comparing with {ground_truth!r}") from error
+        if "error" in answer:
+            raise RewardFailed(f"the verifier could not compare with {ground_truth!r}: {answer['error']}")
+        return answer["right"] is True
+
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        if not self._pipe.poll(timeout_s):
+            raise TimeoutError(f"was silent for {timeout_s:g} s")
+        return dict(json.loads(self._pipe.recv_bytes()))
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._kill()
