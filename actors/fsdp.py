@@ -1,0 +1,318 @@
+"""One rank's share of the model: FSDP2 over a Hugging Face decoder, fp32 masters, log-probs without logits.
+
+Knows nothing of losses, optimizers or Ray. Four traps are handled here and nowhere else:
+
+* parameters are built on the meta device and each rank reads only its slice of the safetensors files, but buffers are
+  built for real: the rotary tables are in no checkpoint, and `to_empty` would leave garbage in them;
+* gloo has no reduce with a divide factor, so FSDP's mean over ranks stays and the learner scales its loss instead;
+* packing needs `use_cache=False` and no attention mask, else transformers silently attends across samples;
+* a forward without gradient leaves the root's full weights in memory, and an update or a load in between would not
+  reach them: `log_probs` therefore reshards.
+
+Shape legend: R tokens of a packed row · N of them under the loss mask · V vocabulary · H hidden.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from actors.attention import SEGMENTED
+from aster.algo import naming
+from aster.config import ModelConfig
+from aster.errors import ConfigError
+from aster.types import TensorMeta
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# process group ------------------------------------------------------------------------------------------------------
+
+
+def open_store(host: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """The rendezvous of a gang. Rank 0 listens (port 0 = a free one, see `.port`), the others connect."""
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        wait_for_workers=False,  # rank 0 must be able to publish its port before anyone can come
+    )
+
+
+def join_group(store: dist.Store, *, rank: int, world_size: int, device: torch.device, timeout_s: float) -> bool:
+    """Make the default process group; False if this process already has one of the same size and rank.
+
+    NCCL on CUDA with gloo beside it for CPU tensors (checkpoints), gloo on CPU. Collectives give up after `timeout_s`.
+    """
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+            raise RuntimeError(
+                f"this process is already rank {dist.get_rank()} of {dist.get_world_size()}, "
+                f"it cannot become rank {rank} of {world_size}"
+            )
+        return False
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return True
+
+
+# the model ----------------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """The root that FSDP shards: a causal LM whose forward gives log-probs of chosen labels, never all logits."""
+
+    def __init__(self, hf: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.hf = hf
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self,
+        input_ids_R: torch.Tensor,
+        position_ids_R: torch.Tensor,
+        at_N: torch.Tensor,
+        labels_N: torch.Tensor,
+        *,
+        segment_lengths: list[int],
+        cu_seqlens: torch.Tensor,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log pi(label) [N] fp32, entropy [N] fp32 without gradient) at the positions `at_N`.
+
+        The distribution is softmax(logits / temperature): that of the sampler, as long as it cuts no tail.
+        """
+        longest = max(segment_lengths)
+        packing: dict[str, Any] = (
+            {"segment_lengths": segment_lengths}
+            if self.hf.config._attn_implementation == SEGMENTED
+            else {
+                "cu_seq_lens_q": cu_seqlens,
+                "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        )
+        hidden_RH = self.hf.base_model(
+            input_ids=input_ids_R[None], position_ids=position_ids_R[None], use_cache=False, **packing
+        ).last_hidden_state[0]
+        return label_log_probs(
+            hidden_RH.index_select(0, at_N),
+            labels_N,
+            self.hf.get_output_embeddings(),
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+def label_log_probs(
+    hidden_NH: torch.Tensor,
+    labels_N: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the labels and entropies, [N] fp32 each, with logits of at most `chunk_tokens` rows alive at once.
+
+    More than one chunk: each is recomputed in the backward pass instead of being kept. Entropy has no gradient; it
+    comes after the loss inside a chunk, so that the recomputation, which stops at the last saved tensor, skips it.
+    """
+
+    def chunk(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        all_logprobs = logits.log_softmax(-1)
+        logprobs = -nn.functional.nll_loss(all_logprobs, labels, reduction="none")
+        with torch.no_grad():
+            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        return logprobs, entropy
+
+    pieces = list(zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True))
+    if len(pieces) == 1 or not torch.is_grad_enabled():
+        outs = [chunk(h, y) for h, y in pieces]
+    else:
+        outs = [checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces]
+    return torch.cat([logprobs for logprobs, _ in outs]), torch.cat([entropy for _, entropy in outs])
+
+
+class ShardedPolicy:
+    """The sharded model and what the rest of the learner may ask of it."""
+
+    def __init__(
+        self, config: ModelConfig, *, path: str, device: torch.device, world_size: int, chunk_tokens: int
+    ) -> None:
+        self.path = Path(path)
+        self.device = device
+        self.rank = dist.get_rank()
+        hf = _skeleton(self.path, attention=_attention(config, device))
+        if config.gradient_checkpointing:
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.hf_config = hf.config
+        self.tied = _tied_aliases(hf)
+        self.policy = Policy(hf, chunk_tokens=chunk_tokens)
+        buffers = {name: buffer.clone() for name, buffer in self.policy.named_buffers()}
+        mesh = init_device_mesh(device.type, (world_size,))
+        precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.compute_dtype], reduce_dtype=torch.float32)
+        for layer in _decoder_layers(hf):
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(self.policy, mesh=mesh, mp_policy=precision)
+        self.policy.to_empty(device=device)
+        for name, buffer in self.policy.named_buffers():
+            buffer.copy_(buffers[name])
+        self._load_checkpoint()
+        self.policy.train()  # gradient checkpointing is off in eval mode; there is no dropout to tell the two apart
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Sharded fp32 masters by Hugging Face name, tied ones once, in wire order."""
+        return {naming.to_hf(name): p for name, p in self.policy.named_parameters()}
+
+    def reshard(self) -> None:
+        """Forget full weights of a forward that had no backward, so that the next one reads the masters."""
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def metadata(self, dtype: str) -> list[TensorMeta]:
+        return [TensorMeta(name, dtype, tuple(p.shape)) for name, p in self.parameters().items()]
+
+    def named_full_tensors(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor in wire order, cast then gathered; a collective, so every rank must iterate to the end.
+
+        Rank 0 gets the tensor on the learner's device, the others an empty one.
+        """
+        for name, parameter in self.parameters().items():
+            full = _full(parameter.detach().to(DTYPES[dtype]))
+            yield name, full if self.rank == 0 else full.new_empty(0)
+
+    def _load_checkpoint(self) -> None:
+        parameters = self.parameters()
+        files = _tensor_files(self.path)
+        missing, unexpected = naming.missing_and_unexpected(parameters, files, tied=self.tied)
+        if missing:
+            raise ConfigError(
+                f"model.path={str(self.path)!r}: {len(missing)} tensors are in none of its safetensors files "
+                f"({', '.join(missing[:3])}...), while {len(unexpected)} there are not asked for "
+                f"({', '.join(unexpected[:3]) or 'none'}): is this a complete causal LM in the Hugging Face layout?"
+            )
+        by_file: dict[Path, list[str]] = {}
+        for name in parameters:
+            by_file.setdefault(files[name], []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                for name in names:
+                    _copy_shard(parameters[name], tensors.get_slice(name), name=name, file=file)
+
+
+# pieces -------------------------------------------------------------------------------------------------------------
+
+
+def _attention(config: ModelConfig, device: torch.device) -> str:
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    if config.attention == "flash" and not flash:
+        raise ConfigError("model.attention=flash needs CUDA and the flash-attn package: use auto or sdpa")
+    return "flash_attention_2" if flash and config.attention != "sdpa" else SEGMENTED
+
+
+def _skeleton(path: Path, *, attention: str) -> PreTrainedModel:
+    """The model with parameters on meta and real buffers, no dropout."""
+    config = AutoConfig.from_pretrained(path)
+    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(config, key, 0):
+            setattr(config, key, 0.0)  # pi_old and pi must be the same function
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, a parameter that a module registers goes to the meta device at once; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _decoder_layers(hf: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that are sharded one by one: modules whose class the model calls unsplittable."""
+    names = set(hf._no_split_modules or ())
+    layers = [m for m in hf.modules() if type(m).__name__ in names]
+    if not layers:
+        raise ConfigError(f"{type(hf).__name__} does not say which of its modules are decoder layers")
+    return layers
+
+
+def _tied_aliases(hf: PreTrainedModel) -> dict[str, str]:
+    """Names that share a parameter with an earlier name: {"lm_head.weight": "model.embed_tokens.weight"}."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in hf.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            aliases[name] = owner
+    return aliases
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a model directory."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: path / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        present = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "no such directory"
+        raise ConfigError(f"model.path={str(path)!r} holds no model.safetensors (found: {present})")
+    with safe_open(single, framework="pt") as tensors:
+        return {name: single for name in tensors.keys()}  # noqa: SIM118  (not a dict)
+
+
+@torch.no_grad()
+def _copy_shard(parameter: nn.Parameter, tensor: Any, *, name: str, file: Path) -> None:
+    """Read this rank's rows of a safetensors slice into its fp32 shard."""
+    shape = tuple(tensor.get_shape())
+    if shape != tuple(parameter.shape):
+        raise ConfigError(f"{file}: {name} has shape {shape}, the config asks for {tuple(parameter.shape)}")
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(tensor[:])
+        return
+    local_shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    if local_shape[0]:
+        parameter.to_local().copy_(tensor[offset[0] : offset[0] + local_shape[0]])
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,353 @@
+"""One learner rank: log-probs, gradients, optimizer steps, checkpoints. A plain class; `group.py` makes actors of it.
+
+Every method is a collective: all ranks call it, in the same order, each with its own micro-batch. `Learner(recipe,
+model_path=...)` alone is a gang of one, on CPU or CUDA, and what the tests build.
+
+Stage `rl` takes the policy loss (spec 1.1), stage `sft` the negative log-likelihood; both read a `MicroBatch`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from actors import persist
+from actors.fsdp import ShardedPolicy, join_group, open_store
+from aster.algo.losses import aggregate, policy_loss, sft_loss, token_weights
+from aster.algo.schedule import learning_rate, warmup_length
+from aster.config import Recipe
+from aster.errors import AsterError, ConfigError
+from aster.types import MicroBatch, OptimStats, StepStats, TensorMeta
+
+if TYPE_CHECKING:
+    from actors.weight_sync import WeightSender
+
+
+class Learner:
+    """One rank of the gang. Not thread-safe; the order of calls is the order of collectives."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        model_path: str,
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        master: tuple[str, int] = ("127.0.0.1", 0),
+        store: dist.Store | None = None,
+    ) -> None:
+        """Join the group at `master` and load this rank's slice of `model_path`.
+
+        `total_steps` optimizer steps shape the learning-rate schedule. `store` is the rendezvous that rank 0 already
+        opened, so that its port was known before the others came. Raises `ConfigError` for a model directory that
+        cannot be used, and torch's own error after `learner.step_timeout_s` when a peer never comes.
+        """
+        if recipe.learner.backend != "fsdp2":
+            raise ConfigError(f"learner.backend={recipe.learner.backend} is not the FSDP2 learner: use fsdp2")
+        self.recipe = recipe
+        self.rank = rank
+        self.world_size = world_size
+        self.total_steps = total_steps
+        self.device = _device(recipe)
+        timeout_s = recipe.learner.step_timeout_s
+        if not dist.is_initialized() and store is None:
+            store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
+        self._owns_group = join_group(
+            store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s
+        )
+        torch.manual_seed(recipe.run.seed + rank)
+        self.model = ShardedPolicy(
+            recipe.model,
+            path=model_path,
+            device=self.device,
+            world_size=world_size,
+            chunk_tokens=recipe.learner.logprob_chunk_tokens,
+        )
+        self.optimizer = self._adamw()
+        self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
+        self.applied = 0  # those that changed the weights: what Adam's bias correction counts
+        self.skipped_in_a_row = 0
+        self._sender: WeightSender | None = None
+
+    # the algorithm ---------------------------------------------------------------------------------------------------
+
+    def log_probs(self, microbatch: MicroBatch) -> np.ndarray:
+        """log pi(label) at every position, float32 [R]; 0 where `loss_mask` is False. No gradient."""
+        with torch.no_grad():
+            logprobs, _ = self._forward(microbatch)
+        self.model.reshard()
+        out = np.zeros(len(microbatch.labels), np.float32)
+        if microbatch.loss_mask.any():
+            out[microbatch.loss_mask] = logprobs.cpu().numpy()
+        return out
+
+    def forward_backward(self, microbatch: MicroBatch, *, num_loss_tokens: int, num_groups: int) -> StepStats:
+        """Add this row's share of the mini-batch gradient. Returns this rank's sums; the gang's are their total.
+
+        Denominators are the mini-batch's over all ranks, so rows, ranks and their order do not change the loss. The
+        gradient is scaled by the world size because FSDP takes the mean over ranks.
+        """
+        began = time.monotonic()
+        mask = microbatch.loss_mask
+        weights = self._tensor(
+            token_weights(
+                microbatch,
+                aggregation="token" if self.recipe.stage == "sft" else self.recipe.algo.aggregation,
+                num_loss_tokens=num_loss_tokens,
+                num_groups=num_groups,
+                constant=self.recipe.algo.aggregation_constant or self.recipe.budget.max_response_tokens,
+            )[mask].astype(np.float32)
+        )
+        logprobs, entropy = self._forward(microbatch)
+        sums = [0.0] * 7
+        if mask.any():
+            losses, extra = self._token_losses(logprobs, microbatch)
+            loss = aggregate(losses, weights)
+            sums = torch.stack([loss.detach(), entropy.sum(), *extra]).double().tolist()
+        else:
+            loss = logprobs.sum() * 0.0  # nothing to learn here, but the peers wait for the gradient's collectives
+        (loss * self.world_size).backward()
+        return StepStats(
+            loss=sums[0],
+            tokens=int(mask.sum()),
+            padded_tokens=len(mask),
+            entropy_sum=sums[1],
+            clipped_sum=sums[2],
+            clipped_lower_sum=sums[3],
+            kl_sum=sums[4],
+            tis_sum=sums[5],
+            tis_capped_sum=sums[6],
+            seconds=time.monotonic() - began,
+        )
+
+    def optim_step(self) -> OptimStats:
+        """Clip by global norm, AdamW, zero the gradients. A norm that is not finite skips the update and is counted.
+
+        Raises `AsterError` after `optim.max_skipped_in_a_row` such steps: the run has diverged.
+        """
+        began = time.monotonic()
+        optim = self.recipe.optim
+        parameters = list(self.model.parameters().values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise AsterError("optim_step() without forward_backward(): there is no gradient")
+        total = get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        lr = self._set_lr()
+        skipped = not np.isfinite(norm)
+        if skipped:
+            self.skipped_in_a_row += 1
+        else:
+            clip_grads_with_norm_(parameters, optim.max_grad_norm, torch.tensor(norm, device=self.device))
+            self.optimizer.step()
+            self.applied += 1
+            self.skipped_in_a_row = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        if self.skipped_in_a_row >= optim.max_skipped_in_a_row:
+            raise AsterError(
+                f"the gradient norm was {norm} for {self.skipped_in_a_row} optimizer steps in a row (last: step "
+                f"{self.steps}): lower optim.lr={optim.lr:g}, or look for extreme advantages or log-probs in the data"
+            )
+        return OptimStats(grad_norm=norm, lr=lr, skipped=skipped, seconds=time.monotonic() - began)
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str) -> None:
+        """Weights, AdamW moments, step counts and RNG of every rank. `path` appears only when all of it is on disk."""
+        persist.save(path, tensors=self._tensors(), counters=self._counters(), rank=self.rank)
+
+    def load(self, path: str) -> int:
+        """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
+        counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
+        self.steps, self.applied = counters["steps"], counters["applied"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.applied)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.reshard()
+        return self.steps
+
+    def save_hf(self, path: str, *, dtype: str | None = None) -> None:
+        """A Hugging Face directory: safetensors in `dtype` (None = the compute dtype), config, tokenizer, template."""
+        dtype = dtype or self.recipe.model.compute_dtype
+        tensors = ((name, tensor.cpu()) for name, tensor in self.model.named_full_tensors(dtype))
+        if self.rank == 0:
+            persist.write_hf(path, tensors, metadata=self.model.metadata(dtype), source=self.model.path)
+        else:
+            for _ in tensors:  # the gathering is a collective
+                pass
+        dist.barrier()
+
+    # weights for the engines -----------------------------------------------------------------------------------------
+
+    def weight_metadata(self) -> list[TensorMeta]:
+        """Every tensor in wire order, Hugging Face names, tied ones once, in the engines' dtype."""
+        return self.model.metadata(self.recipe.rollout.dtype)
+
+    def weight_address(self) -> tuple[str, int]:
+        return self._weight_sender().address()
+
+    def weight_open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
+        self._weight_sender().open(
+            backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s
+        )
+
+    def weight_send(self, *, bucket_bytes: int) -> list[str]:
+        return self._weight_sender().send(bucket_bytes=bucket_bytes)
+
+    def weight_close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
+    def close(self) -> None:
+        """Leave the process group if this learner made it. The object is of no use afterwards."""
+        self.weight_close()
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_group = False
+
+    # pieces ----------------------------------------------------------------------------------------------------------
+
+    def _forward(self, microbatch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the labels under the mask, [N]; of position 0 where nothing is masked in."""
+        at = np.flatnonzero(microbatch.loss_mask)
+        if len(at) == 0:
+            at = np.zeros(1, np.int64)  # every parameter must get a gradient, else FSDP's reductions differ in size
+        boundaries = microbatch.cu_seqlens
+        return self.model.policy(
+            self._tensor(microbatch.input_ids),
+            self._tensor(microbatch.position_ids),
+            self._tensor(at),
+            self._tensor(microbatch.labels[at]),
+            segment_lengths=np.diff(boundaries).tolist(),
+            cu_seqlens=self._tensor(boundaries),
+            temperature=1.0 if self.recipe.stage == "sft" else self.recipe.sampling.temperature,
+        )
+
+    def _token_losses(
+        self, logprobs: torch.Tensor, microbatch: MicroBatch
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Losses [N] and the five sums of `TokenSums`."""
+        mask = microbatch.loss_mask
+        on = torch.ones_like(logprobs, dtype=torch.bool)
+        if self.recipe.stage == "sft":
+            return sft_loss(logprobs, mask_R=on), (torch.zeros((), device=self.device),) * 5
+        algo = self.recipe.algo
+        old, behaviour = _reference_log_probs(microbatch, proximal=algo.proximal_pass, tis=algo.tis_cap is not None)
+        return policy_loss(
+            logprobs,
+            old_R=self._tensor(old),
+            behaviour_R=self._tensor(behaviour),
+            advantages_R=self._tensor(microbatch.advantages[mask]),
+            mask_R=on,
+            clip_low=algo.clip_low,
+            clip_high=algo.clip_high,
+            dual_clip=algo.dual_clip,
+            tis_cap=algo.tis_cap,
+        )
+
+    def _adamw(self) -> torch.optim.AdamW:
+        """AdamW on the fp32 shards, its state made now: memory is honest from the start and loading has a target."""
+        optim = self.recipe.optim
+        parameters = list(self.model.parameters().values())
+        adamw = torch.optim.AdamW(
+            parameters,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        for parameter in parameters:
+            adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+        return adamw
+
+    def _set_lr(self) -> float:
+        optim = self.recipe.optim
+        lr = learning_rate(
+            self.steps,
+            lr=optim.lr,
+            min_lr=optim.min_lr or 0.0,
+            schedule=optim.schedule,
+            warmup=warmup_length(
+                total_steps=self.total_steps, warmup_ratio=optim.warmup_ratio, warmup_steps=optim.warmup_steps
+            ),
+            total_steps=self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by stable name; the live shards themselves, so that loading writes into them."""
+        out: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.parameters().items():
+            state = self.optimizer.state[parameter]
+            out[f"model.{name}"] = parameter.detach()
+            out[f"optim.{name}.exp_avg"] = state["exp_avg"]
+            out[f"optim.{name}.exp_avg_sq"] = state["exp_avg_sq"]
+        return out
+
+    def _counters(self) -> dict[str, int]:
+        return {
+            "steps": self.steps,
+            "applied": self.applied,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "world_size": self.world_size,
+        }
+
+    def _weight_sender(self) -> WeightSender:
+        if self._sender is None:
+            from actors.weight_sync import WeightSender  # with the engines' side it pulls in Ray
+
+            self._sender = WeightSender(
+                tensors=lambda: self.model.named_full_tensors(self.recipe.rollout.dtype),
+                metadata=self.weight_metadata(),
+                rank=self.rank,
+                device=self.device,
+            )
+        return self._sender
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, device=self.device)  # a copy: arrays out of the object store are read-only
+
+
+def _device(recipe: Recipe) -> torch.device:
+    kind = recipe.cluster.device
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("cluster.device=cuda but torch sees no CUDA device here: use auto or cpu")
+    if kind == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)  # Ray shows each actor its own device only
+    torch.cuda.set_device(device)
+    return device
+
+
+def _reference_log_probs(microbatch: MicroBatch, *, proximal: bool, tis: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(old, behaviour) under the mask. Without a proximal pass pi_old is the behaviour policy; else absence is an error."""
+    mask = microbatch.loss_mask
+    old, behaviour = microbatch.old_logprobs[mask], microbatch.behaviour_logprobs[mask]
+    absent = np.isnan(old)
+    if absent.any():
+        if proximal:
+            raise ValueError(
+                f"{int(absent.sum())} of {len(old)} loss tokens have no old_logprobs: run log_probs() over the batch "
+                "before the first update, or set algo.proximal_pass=false"
+            )
+        old = np.where(absent, behaviour, old)
+    needed = behaviour if tis else old
+    if not np.isfinite(needed).all() or not np.isfinite(old).all():
+        raise ValueError("behaviour or old log-probs of loss tokens are not finite: the rollout did not record them")
+    return old, behaviour
