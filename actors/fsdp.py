@@ -297,7 +297,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         present = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "no such directory"
         raise ConfigError(f"model.path={str(path)!r} holds no model.safetensors (found: {present})")
     with safe_open(single, framework="pt") as tensors:
-        return {name: single for name in tensors.keys()}  # noqa: SIM118  (not a dict)
+        return dict.fromkeys(tensors.keys(), single)
 
 
 @torch.no_grad()

@@ -59,9 +59,7 @@ class Learner:
         timeout_s = recipe.learner.step_timeout_s
         if not dist.is_initialized() and store is None:
             store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
-        self._owns_group = join_group(
-            store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s
-        )
+        self._owns_group = join_group(store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s)
         torch.manual_seed(recipe.run.seed + rank)
         self.model = ShardedPolicy(
             recipe.model,
@@ -196,9 +194,7 @@ class Learner:
         return self._weight_sender().address()
 
     def weight_open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
-        self._weight_sender().open(
-            backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s
-        )
+        self._weight_sender().open(backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s)
 
     def weight_send(self, *, bucket_bytes: int) -> list[str]:
         return self._weight_sender().send(bucket_bytes=bucket_bytes)
