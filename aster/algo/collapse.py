@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -123,8 +123,8 @@ def collapse_metrics(
 
 def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
     calls = np.array([use.calls for use in uses], dtype=np.float64)
-    total_calls = calls.sum()
-    later_calls = np.maximum(calls - 1, 0).sum()
+    total_calls = int(calls.sum())
+    later_calls = int(np.maximum(calls - 1, 0).sum())
     model_tokens = sum(use.model_tokens for use in uses)
     errors = sum(use.errors for use in uses)
     out = {
@@ -192,59 +192,76 @@ def names_of(code: str) -> tuple[frozenset[str], frozenset[str]]:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # what ast.parse raises for what a model may write
         return frozenset(), frozenset()
-    reads: set[str] = set()
-    writes: set[str] = set()
     try:
-        for statement in tree.body:  # in order: a name set by an earlier statement of this cell is the cell's own
-            loaded, stored = _scope(statement)
-            reads |= loaded - writes - _BUILTIN_NAMES
-            writes |= stored
+        loaded, stored = _in_order(tree.body)
     except RecursionError:  # a parsed tree may still nest deeper than our walk
         return frozenset(), frozenset()
-    return frozenset(reads), frozenset(writes)
+    return frozenset(loaded - _BUILTIN_NAMES), frozenset(stored)
 
 
-def _scope(node: ast.AST) -> tuple[set[str], set[str]]:
-    """(names loaded from outside the nested scopes of `node`, names bound in the scope that `node` stands in)."""
-    if isinstance(node, ast.Name):
-        return ({node.id}, set()) if isinstance(node.ctx, ast.Load) else (set(), {node.id})
-    if isinstance(node, ast.alias):
-        return set(), {(node.asname or node.name).split(".")[0]}
-    if isinstance(node, ast.ExceptHandler):
-        loaded, stored = _children(ast.iter_child_nodes(node))
-        return loaded, stored | ({node.name} if node.name else set())
-    if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-        loaded, stored = _scope(node.value)
-        return loaded | {node.target.id}, stored | {node.target.id}
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        inner = node.body if isinstance(node.body, list) else [node.body]
-        loaded, local = _children(iter(inner))
-        arguments = node.args
-        params = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-        local |= {p.arg for p in params if p is not None}
-        defaults = [d for d in (*arguments.defaults, *arguments.kw_defaults) if d is not None]
-        decorators = [] if isinstance(node, ast.Lambda) else node.decorator_list
-        outer, _ = _children(iter([*defaults, *decorators]))
-        name = set() if isinstance(node, ast.Lambda) else {node.name}
-        return (loaded - local - name) | outer, name
-    if isinstance(node, ast.ClassDef):
-        loaded, local = _children(iter(node.body))
-        outer, _ = _children(iter([*node.bases, *node.keywords, *node.decorator_list]))
-        return (loaded - local) | outer, {node.name}
-    if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-        loaded, local = _children(ast.iter_child_nodes(node))
-        return loaded - local, set()
-    return _children(ast.iter_child_nodes(node))
-
-
-def _children(nodes: Iterator[ast.AST]) -> tuple[set[str], set[str]]:
+def _in_order(nodes: Iterable[ast.AST | None]) -> tuple[set[str], set[str]]:
+    """(names loaded before these nodes bind them, names bound), nodes in the order in which they run."""
     loaded: set[str] = set()
     stored: set[str] = set()
     for node in nodes:
-        more_loaded, more_stored = _scope(node)
-        loaded |= more_loaded
-        stored |= more_stored
+        if node is not None:
+            more_loaded, more_stored = _scope(node)
+            loaded |= more_loaded - stored
+            stored |= more_stored
     return loaded, stored
+
+
+def _scope(node: ast.AST) -> tuple[set[str], set[str]]:
+    """(names that `node` loads from outside itself, names that it binds in the scope it stands in).
+
+    Branches count as if both ran. `global` and `del` are not followed.
+    """
+    match node:
+        case ast.Name(id=name, ctx=ast.Load()):
+            return {name}, set()
+        case ast.Name(id=name):
+            return set(), {name}
+        case ast.alias(name=name, asname=asname):
+            return set(), {asname or name.split(".")[0]}
+        case ast.Assign(targets=targets, value=value):
+            return _in_order([value, *targets])
+        case ast.AnnAssign(target=target, annotation=annotation, value=value):
+            return _in_order([annotation, value, *([target] if value is not None else [])])
+        case ast.AugAssign(target=ast.Name(id=name), value=value):
+            loaded, stored = _scope(value)
+            return loaded | {name}, stored | {name}
+        case ast.NamedExpr(target=target, value=value):
+            return _in_order([value, target])
+        case (
+            ast.For(target=target, iter=values, body=body, orelse=orelse)
+            | ast.AsyncFor(target=target, iter=values, body=body, orelse=orelse)
+        ):
+            return _in_order([values, target, *body, *orelse])
+        case ast.ExceptHandler(type=kind, name=name, body=body):
+            return _in_order([kind, *([ast.Name(name, ast.Store())] if name else []), *body])
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            return _function(node.args, node.body, node.decorator_list, {node.name})
+        case ast.Lambda():
+            return _function(node.args, [node.body], [], set())
+        case ast.ClassDef():
+            inside, _ = _in_order(node.body)
+            around, _ = _in_order([*node.bases, *node.keywords, *node.decorator_list])
+            return inside | around, {node.name}
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            loaded, local = _in_order(ast.iter_child_nodes(node))
+            return loaded - local, set()
+        case _:
+            return _in_order(ast.iter_child_nodes(node))
+
+
+def _function(
+    arguments: ast.arguments, body: Sequence[ast.AST], decorators: Sequence[ast.AST], name: set[str]
+) -> tuple[set[str], set[str]]:
+    loaded, local = _in_order(body)
+    parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    local |= {p.arg for p in parameters if p is not None} | name
+    around, _ = _in_order([*arguments.defaults, *arguments.kw_defaults, *decorators])
+    return (loaded - local) | around, name
 
 
 def _answered_before_calling(trajectory: Trajectory, decode: Decode) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from aster.data.trajectories import read_trajectories, write_trajectories_parquet
 from aster.errors import DataError
-from aster.types import Trajectory, TrajectoryGroup, Turn
+from aster.types import ToolCall, Trajectory, TrajectoryGroup, Turn
 
 __all__ = [
     "Decode",
@@ -112,24 +112,25 @@ def _row(group: TrajectoryGroup, t: Trajectory, *, step: int, decode: Decode, sk
 
 def _turn(turn: Turn, span: tuple[int, int]) -> dict[str, Any]:
     """`text` are the characters of `output` that the model wrote in this turn; up to the next turn is observation."""
-    out: dict[str, Any] = {
+    return {
         "text": span,
         "tokens": turn.stop - turn.start,
         "finish_reason": turn.finish_reason,
         "seconds": round(turn.ended_s - turn.began_s, 4),
-        "call": None,
+        "call": None if turn.call is None else _call(turn.call),
+    } | ({"further_calls": [_call(c) for c in turn.further_calls]} if turn.further_calls else {})
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "code": call.code,
+        "code_lines": len(call.code.splitlines()),
+        "status": call.status,
+        "outcome": call.outcome.value,
+        "seconds": round(call.seconds, 4),
+        "queue_s": round(call.queue_s, 4),
+        "state_lost": call.state_lost,
     }
-    if turn.call is not None:
-        out["call"] = {
-            "code": turn.call.code,
-            "code_lines": len(turn.call.code.splitlines()),
-            "status": turn.call.status,
-            "outcome": turn.call.outcome.value,
-            "seconds": round(turn.call.seconds, 4),
-            "queue_s": round(turn.call.queue_s, 4),
-            "state_lost": turn.call.state_lost,
-        }
-    return out
 
 
 def _decode_turns(t: Trajectory, *, decode: Decode, skip_special: bool) -> tuple[str, list[tuple[int, int]]]:

@@ -38,6 +38,7 @@ _TURN = pa.struct(
         ("began_s", pa.float64()),
         ("ended_s", pa.float64()),
         ("call", _CALL),
+        ("further_calls", pa.list_(_CALL)),
     ]
 )
 _TIMING = pa.struct([(name, pa.float64()) for name in Timing.__dataclass_fields__])
@@ -104,7 +105,7 @@ def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bo
 
 
 def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
-    turns = tuple(Turn(**{**turn, "call": _call(turn["call"])}) for turn in row["turns"])
+    turns = tuple(_turn(turn) for turn in row["turns"])
     plain: dict[str, Any] = {name: row[name] for name in _SCALARS if name != "cause"} | arrays
     return Trajectory(
         **plain,
@@ -115,8 +116,13 @@ def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajector
     )
 
 
-def _call(call: dict[str, Any] | None) -> ToolCall | None:
-    return None if call is None else ToolCall(**{**call, "outcome": ToolOutcome(call["outcome"])})
+def _turn(turn: dict[str, Any]) -> Turn:
+    call = None if turn["call"] is None else _call(turn["call"])
+    return Turn(**{**turn, "call": call, "further_calls": tuple(_call(c) for c in turn["further_calls"])})
+
+
+def _call(call: dict[str, Any]) -> ToolCall:
+    return ToolCall(**{**call, "outcome": ToolOutcome(call["outcome"])})
 
 
 def _list_column(arrays: Sequence[np.ndarray], dtype: np.dtype) -> pa.Array:

@@ -168,6 +168,18 @@ def test_trajectories_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert [t.sample for t in read_trajectories(path, uids=["r/train/1/row/2"])] == [2]
 
 
+def test_further_calls_of_a_turn_are_kept_in_both_files(tmp_path: Path) -> None:
+    t = trajectory()
+    first = t.turns[0]
+    assert first.call is not None
+    more = replace(t, turns=(replace(first, further_calls=(replace(first.call, code="y"), first.call)), t.turns[1]))
+    (row,) = read_rows(write_rollouts(tmp_path, [group(more)], step=1, decode=decode))
+    assert [c["code"] for c in row["turns"][0]["further_calls"]] == ["y", "x = 1\nx + 1"]
+    assert row["tool_calls"] == 3
+    (back,) = read_trajectories(write_trajectories_parquet(tmp_path, [group(more)], step=1))
+    assert back.turns == more.turns
+
+
 def test_many_trajectories_stream_in_order_and_any_parquet_reader_sees_the_arrays(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     many = []
