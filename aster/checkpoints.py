@@ -51,25 +51,31 @@ class DirectoryCheckpointer:
         return str(final)
 
     def latest(self) -> str | None:
-        """The newest complete checkpoint, or None. Names are the truth; the text file is for other tools."""
-        steps = self._complete()
-        return str(steps[max(steps)]) if steps else None
+        found = newest(self.directory)
+        return str(found) if found else None
 
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
         state = read_state(path)
         await learners.load(str((Path(path) / "actor").resolve()))
         return state
 
-    def _complete(self) -> dict[int, Path]:
-        if not self.directory.is_dir():
-            return {}
-        found = ((_NAME.search(p.name), p) for p in self.directory.iterdir())
-        return {int(m.group(1)): p for m, p in found if m and (p / "driver.json").is_file()}
-
     def _prune(self) -> None:
-        steps = self._complete()
+        steps = _complete(self.directory)
         for step in sorted(steps)[: -self.keep]:
             shutil.rmtree(steps[step], ignore_errors=True)
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest complete checkpoint under `directory`, or None. Names are the truth; the text file is for others."""
+    steps = _complete(directory)
+    return steps[max(steps)] if steps else None
+
+
+def _complete(directory: Path) -> dict[int, Path]:
+    if not directory.is_dir():
+        return {}
+    found = ((_NAME.search(p.name), p) for p in directory.iterdir())
+    return {int(m.group(1)): p for m, p in found if m and (p / "driver.json").is_file()}
 
 
 def copy_model_files(source: Path, target: Path) -> None:

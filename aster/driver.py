@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +24,9 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages
-from aster.algo.packing import pack, unpack
+from aster.algo.packing import denominators, pack, unpack
 from aster.config import Recipe
-from aster.data.rollouts import write_rollouts, write_trajectories_parquet, write_validation
+from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
 from aster.types import OptimStats, PromptRow, RolloutWork, Sample, StepStats, TrajectoryGroup
@@ -72,10 +72,9 @@ class GrpoLoop:
     pool: RolloutPool
     prompts: Prompts
     log: Log
-    decode: Callable[[np.ndarray], str]
+    decode: Decode
     val_rows: Sequence[PromptRow] = ()
     checkpoints: Checkpointer | None = None
-    on_step: Callable[[int, int, Mapping[str, float]], None] = lambda step, total, values: None
 
     def __post_init__(self) -> None:
         self.total_steps = self.recipe.run.steps or self.prompts.total_steps
@@ -100,7 +99,6 @@ class GrpoLoop:
             values |= self._timing(groups, began=began, sampled=sampled)
             self._write(groups)
             self.log.log(self.step, values)
-            self.on_step(self.step, self.total_steps, values)
             if self._due(self.recipe.run.val_every):
                 await self.validate()
             if self._due(self.recipe.run.save_every):
@@ -183,8 +181,7 @@ class GrpoLoop:
     async def update(self, mini: Sequence[Sample]) -> tuple[StepStats, OptimStats]:
         """One optimizer step. Denominators are those of the whole mini-batch, so packing cannot change the loss."""
         micro = pack(mini, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
-        tokens = sum(int(s.mask[1:].sum()) for s in mini)
-        groups = len({s.group for s in mini})
+        tokens, groups = denominators(mini)
         total = StepStats()
         for per_rank in micro:
             total += await self.learners.forward_backward(per_rank, num_loss_tokens=tokens, num_groups=groups)
@@ -210,7 +207,6 @@ class GrpoLoop:
         values["timing_s/testing"] = time.monotonic() - began
         write_validation(self.recipe.run.path / "val_rollout_data", groups, step=self.step, decode=self.decode)
         self.log.log(self.step, values)
-        self.on_step(self.step, self.total_steps, values)
         return values
 
     # state -----------------------------------------------------------------------------------------------------------
@@ -263,17 +259,18 @@ class GrpoLoop:
         return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
 
     def _timing(self, groups: Sequence[TrajectoryGroup], *, began: float, sampled: float) -> dict[str, float]:
-        wall = time.monotonic() - began
-        tokens = sum(t.num_tokens for g in groups for t in g.trajectories)
+        trajectories = [t for g in groups for t in g.trajectories]
+        seconds = {"gen": sampled - began, "step": time.monotonic() - began}
         return {
             "training/global_step": float(self.step),
             "training/epoch": float(self.prompts.epoch),
             "training/stale_groups": float(self.stale_groups),
-            "timing_s/gen": sampled - began,
-            "timing_s/step": wall,
-            "perf/total_num_tokens": float(tokens),
-            "perf/time_per_step": wall,
-            "perf/throughput": tokens / wall,
+            **metrics.timing_metrics(
+                seconds,
+                total_tokens=sum(t.num_tokens for t in trajectories),
+                response_tokens=sum(len(t.ids) for t in trajectories),
+                devices=self.learners.dp_size + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
+            ),
         }
 
     def _write(self, groups: Sequence[TrajectoryGroup]) -> None:

@@ -126,6 +126,13 @@ async def trainer(
         yield opened[0], opened[1]  # type: ignore[misc]  # narrowed by the loop above
 
 
+def merge_checkpoint(path: str, out: str, *, source: str, dtype: str) -> None:
+    """The learner checkpoint `path` as the Hugging Face directory `out`, in this process, without Ray."""
+    from actors.persist import merge_checkpoint
+
+    merge_checkpoint(path, out, source=source, dtype=dtype)
+
+
 def require_model(recipe: Recipe) -> None:
     """Raises `ConfigError` unless `model.path` is a directory with a config.json."""
     path = recipe.model.path

@@ -14,7 +14,7 @@ import numpy as np
 
 from aster import launch, metrics
 from aster.agent.chat import ChatRenderer
-from aster.algo.packing import pack
+from aster.algo.packing import denominators, pack
 from aster.checkpoints import DirectoryCheckpointer
 from aster.command import parse_recipe, print_resolved
 from aster.config import Recipe, SftConfig
@@ -105,9 +105,9 @@ def epoch_batches(samples: Sequence[Sample], config: SftConfig, *, epoch: int) -
 async def update(learners: LearnerGroup, batch: Sequence[Sample], *, row_tokens: int) -> tuple[StepStats, OptimStats]:
     """One optimizer step; the loss is the mean over all target tokens of the batch, however it is packed."""
     total = StepStats()
-    targets = sum(int(s.mask[1:].sum()) for s in batch)
+    tokens, conversations = denominators(batch)
     for per_rank in pack(batch, row_tokens=row_tokens, dp_size=learners.dp_size):
-        total += await learners.forward_backward(per_rank, num_loss_tokens=targets, num_groups=len(batch))
+        total += await learners.forward_backward(per_rank, num_loss_tokens=tokens, num_groups=conversations)
     return total, await learners.optim_step()
 
 

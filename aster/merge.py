@@ -1,0 +1,59 @@
+"""`aster merge`: a checkpoint of a run becomes a Hugging Face directory that transformers and vLLM load.
+
+    aster merge --local_dir runs/rl_stage1_18k --target_dir models/stage1
+    aster merge --local_dir runs/rl_stage1_18k/checkpoints/global_step_405 --target_dir models/stage1
+
+Tokenizer, chat template and generation config come along; a tied head is written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aster import launch
+from aster.checkpoints import newest, read_state
+from aster.errors import DataError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="aster merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--local_dir", required=True, help="a run directory (its newest checkpoint) or a global_step_N")
+    parser.add_argument("--target_dir", required=True, help="the model directory to write; replaced when it exists")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (%(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be merged and stop")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        print(f"local_dir = {args.local_dir}\ntarget_dir = {args.target_dir}\ndtype = {args.dtype}")
+        return 0
+    checkpoint = merge(args.local_dir, args.target_dir, dtype=args.dtype)
+    print(f"{checkpoint} -> {args.target_dir}")
+    return 0
+
+
+def merge(local_dir: str | Path, target_dir: str | Path, *, dtype: str) -> Path:
+    """Returns the checkpoint that was merged. Raises `DataError` when `local_dir` holds none."""
+    path = Path(local_dir)
+    if not (path / "driver.json").is_file():
+        found = newest(path / "checkpoints")
+        if found is None:
+            raise DataError(
+                f"{path} is neither a checkpoint (no driver.json) nor a run with one under {path / 'checkpoints'}"
+            )
+        path = found
+    read_state(path)
+    Path(target_dir).parent.mkdir(parents=True, exist_ok=True)
+    launch.merge_checkpoint(str(path / "actor"), str(target_dir), source=str(path / "huggingface"), dtype=dtype)
+    return path
+
+
+if __name__ == "__main__":
+    from aster.cli import run_verb
+
+    sys.exit(run_verb("merge"))

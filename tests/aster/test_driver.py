@@ -1,0 +1,174 @@
+"""The loop on fakes: order of events, denominators, failures that stay out of the statistics, resume, staleness."""
+
+import json
+
+import numpy as np
+import pytest
+from fakes import FakeLearners, FakePool, MemoryLog, row
+
+from aster.checkpoints import DirectoryCheckpointer
+from aster.config import Recipe
+from aster.data.prompts import PromptStream
+from aster.driver import GrpoLoop
+from aster.errors import AsterError
+
+TINY = [
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=2",
+    "algo.mini_batch_prompts=1",
+    "run.val_every=0",
+    "run.val_before_train=false",
+    "learner.micro_batch_tokens=64",
+]
+
+
+def recipe(tmp_path, *more):
+    return Recipe.load("rl_stage1_18k", [*TINY, f"run.dir={tmp_path}", "run.name=r", "run.steps=2", *more])
+
+
+def loop(r, events, *, pool=None, learners=None, checkpoints=None, val_rows=(), log=None):
+    return GrpoLoop(
+        recipe=r,
+        learners=learners or FakeLearners(events),
+        pool=pool or FakePool(events),
+        prompts=PromptStream([row(i) for i in range(8)], batch=r.rollout.prompts_per_step, seed=1, epochs=3),
+        log=log or MemoryLog(),
+        decode=lambda ids, *, skip_special=False: " ".join(map(str, ids)),
+        val_rows=val_rows,
+        checkpoints=checkpoints,
+    )
+
+
+async def test_one_step_is_sample_proximal_pass_two_updates_publish(tmp_path):
+    events = []
+    await loop(recipe(tmp_path, "run.steps=1"), events).run()
+    assert [e.split(" row")[0] for e in events] == [
+        "publish v0",
+        "submit train",
+        "submit train",
+        "log_probs",
+        "forward_backward",
+        "optim_step",
+        "forward_backward",
+        "optim_step",
+        "publish v1",
+    ]
+
+
+async def test_no_sample_is_born_stale_when_synchronous(tmp_path):
+    events = []
+    await loop(recipe(tmp_path, "run.steps=3"), events).run()
+    born = [e.rsplit(" ", 1)[1] for e in events if e.startswith("submit")]
+    assert born == ["v0", "v0", "v1", "v1", "v2", "v2"]
+
+
+async def test_with_staleness_one_the_next_step_is_sampled_ahead_and_never_further(tmp_path):
+    events = []
+    pool = FakePool(events)
+    await loop(recipe(tmp_path, "run.steps=3", "rollout.max_staleness=1"), events, pool=pool).run()
+    assert [e.rsplit(" ", 1)[1] for e in events if e.startswith("submit")] == ["v0"] * 4 + ["v1"] * 2 + ["v2"] * 2
+
+
+async def test_denominators_are_the_tokens_and_groups_of_the_whole_mini_batch(tmp_path):
+    events = []
+    learners = FakeLearners(events)
+    await loop(recipe(tmp_path, "run.steps=1", "algo.mini_batch_prompts=2"), events, learners=learners).run()
+    # 2 prompts x 2 samples x 3 model tokens each
+    assert learners.denominators == [(12, 2)]
+
+
+async def test_advantages_reach_the_learner_with_their_sign(tmp_path):
+    events = []
+    learners = FakeLearners(events)
+    await loop(recipe(tmp_path, "run.steps=1"), events, learners=learners).run()
+    values = np.concatenate(learners.advantages)
+    # rewards (1, 0): (1 - 0.5) / (std(ddof=1) = 0.7071) = 0.7071, for 3 tokens each, in 2 groups
+    np.testing.assert_allclose(np.sort(values), [-0.70710] * 6 + [0.70710] * 6, atol=1e-4)
+
+
+async def test_what_we_lost_stays_out_of_its_groups_statistics(tmp_path):
+    events = []
+    learners = FakeLearners(events)
+    # three samples: right, wrong, lost by us. Scored as 0 the mean would be 1/3; masked it is 1/2
+    pool = FakePool(events, reward=lambda _, i: (1.0, 0.0, None)[i])
+    r = recipe(tmp_path, "run.steps=1", "rollout.group_size=3")
+    await loop(r, events, pool=pool, learners=learners).run()
+    np.testing.assert_allclose(np.unique(np.concatenate(learners.advantages)), [-0.70710, 0.70710], atol=1e-4)
+
+
+async def test_a_group_with_one_survivor_is_masked_whole(tmp_path):
+    events = []
+    learners = FakeLearners(events)
+    pool = FakePool(events, reward=lambda r, i: None if (r.row_id == r.row_id and i == 1) else 1.0)
+    with pytest.raises(AsterError, match="no trajectory of 2 prompts carries a training signal"):
+        await loop(recipe(tmp_path, "run.steps=1"), events, pool=pool, learners=learners).run()
+    assert learners.updates == 0
+
+
+async def test_zero_variance_groups_count_in_the_denominator_unless_dropped(tmp_path):
+    for drop, expected in ((False, [(6, 1), (6, 1)]), (True, [(6, 1)])):
+        events = []
+        learners = FakeLearners(events)
+        first = {}
+        pool = FakePool(events, reward=lambda r, i, first=first: 1.0 if first.setdefault("row", r.row_id) == r.row_id else float(i))
+        r = recipe(tmp_path, "run.steps=1", f"algo.drop_zero_variance={str(drop).lower()}")
+        await loop(r, events, pool=pool, learners=learners).run()
+        assert learners.denominators == expected
+
+
+async def test_a_resumed_run_sees_the_prompts_of_an_uninterrupted_one(tmp_path):
+    def checkpoints(r):
+        return DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
+
+    async def prompts_of(directory, *steps):
+        seen = []
+        for until in steps:
+            r = recipe(directory, f"run.steps={until}", "run.save_every=1")
+            events = []
+            learners = FakeLearners(events)
+            await loop(r, events, learners=learners, checkpoints=checkpoints(r)).run()
+            seen += [e.split(" ")[2] for e in events if e.startswith("submit")]
+        return seen, learners.updates
+
+    whole = await prompts_of(tmp_path / "a", 6)
+    parts = await prompts_of(tmp_path / "b", 2, 3, 6)
+    assert parts == whole
+    assert whole[1] == 12  # two updates a step
+
+
+async def test_validation_uses_the_evaluation_budget_and_is_written(tmp_path):
+    events, log = [], MemoryLog()
+    r = recipe(
+        tmp_path, "run.steps=1", "run.val_before_train=true", "run.val_every=1", "eval.samples=2", "eval.preset=paper"
+    )
+    pool = FakePool(events)
+    await loop(r, events, pool=pool, val_rows=[row(i, "aime") for i in range(3)], log=log).run()
+    val = [w for w in pool.submitted if w.kind == "val"]
+    assert {(w.sampling.temperature, w.sampling.top_p, w.group_size) for w in val} == {(0.6, 0.95, 2)}
+    assert [step for step, values in log.lines if any(k.startswith("val-core/aime/acc") for k in values)] == [0, 1]
+    rows = [json.loads(x) for x in (tmp_path / "r" / "val_rollout_data" / "1.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+
+
+async def test_each_step_leaves_rollouts_trajectories_and_metrics(tmp_path):
+    events, log = [], MemoryLog()
+    await loop(recipe(tmp_path), events, log=log).run()
+    run = tmp_path / "r"
+    assert {p.name for p in (run / "rollout_data").iterdir()} == {"1.jsonl", "2.jsonl"}
+    assert {p.name for p in (run / "trajectories").iterdir()} == {"1.parquet", "2.parquet"}
+    values = dict(log.lines)[1]
+    for name in (
+        "critic/score/mean",
+        "actor/grad_norm",
+        "actor/lr",
+        "training/rollout_probs_diff_mean",
+        "training/rollout_actor_probs_pearson_corr",
+        "tool_use_info/avg_tool_calls_per_trajectory",
+        "response_length/mean",
+        "timing_s/gen",
+        "timing_s/update_actor",
+        "perf/throughput",
+        "infra_failed_rate",
+    ):
+        assert name in values, name
+    assert values["critic/score/mean"] == 0.5
