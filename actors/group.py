@@ -3,8 +3,8 @@
     driver --await--> RayLearnerGroup --one call per rank--> LearnerRank 0 .. n-1  <--collectives--> each other
 
 A rank that raises or dies leaves its peers waiting inside a collective, and neither NCCL nor gloo can heal. So any
-failure, and any silence past `learner.step_timeout_s`, kills the whole gang and becomes one `GangFailure` that names the
-rank that began it. The exception is an `AsterError` that every rank raises alike (a checkpoint that does not exist, a
+failure, and any silence past `learner.step_timeout_s`, kills the whole gang and becomes one `GangFailure` that names
+the rank that began it. The exception is an `AsterError` that every rank raises alike (a checkpoint that does not exist, a
 run that diverged): it passes through and the gang lives on.
 """
 
@@ -119,7 +119,7 @@ class RayLearnerGroup:
             group.pids = await group._all(
                 "join",
                 recipe,
-                model_path=os.path.abspath(model_path),
+                model_path=_absolute(model_path),
                 total_steps=total_steps,
                 master=master,
                 timeout_s=start_s,
@@ -157,15 +157,15 @@ class RayLearnerGroup:
         return RayWeightSource(self._ranks, timeout_s=self._timeout_s)
 
     async def save(self, path: str) -> None:
-        await self._all("save", os.path.abspath(path))
+        await self._all("save", _absolute(path))
 
     async def load(self, path: str) -> int:
-        versions: list[int] = await self._all("load", os.path.abspath(path))
+        versions: list[int] = await self._all("load", _absolute(path))
         return versions[0]
 
     async def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """Write a Hugging Face model directory; `dtype` None = the compute dtype."""
-        await self._all("save_hf", os.path.abspath(path), dtype=dtype)
+        await self._all("save_hf", _absolute(path), dtype=dtype)
 
     async def close(self) -> None:
         """Idempotent. Ranks leave the process group together if they still can, and are ended in any case."""
@@ -238,6 +238,11 @@ class RayLearnerGroup:
         log.error("killing the learner gang: %s", self._failure)
         self.kill()
         raise self._failure
+
+
+def _absolute(path: str) -> str:
+    """Actors have another working directory than the driver."""
+    return os.path.abspath(path)
 
 
 async def _outcome(ref: Awaitable[Any]) -> Any:

@@ -57,7 +57,7 @@ class Learner:
         self.total_steps = total_steps
         self.device = _device(recipe)
         timeout_s = recipe.learner.step_timeout_s
-        if not dist.is_initialized() and store is None:
+        if store is None:
             store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self._owns_group = join_group(store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s)
         torch.manual_seed(recipe.run.seed + rank)
@@ -332,7 +332,7 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _reference_log_probs(microbatch: MicroBatch, *, proximal: bool, tis: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(old, behaviour) under the mask. Without a proximal pass pi_old is the behaviour policy; else absence is an error."""
+    """(old, behaviour) under the mask. Without a proximal pass pi_old is the behaviour policy; else absence raises."""
     mask = microbatch.loss_mask
     old, behaviour = microbatch.old_logprobs[mask], microbatch.behaviour_logprobs[mask]
     absent = np.isnan(old)

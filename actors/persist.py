@@ -1,4 +1,4 @@
-"""What a learner leaves on disk: resumable checkpoints and Hugging Face directories. Both appear complete or not at all.
+"""What a learner leaves on disk: checkpoints to resume from and Hugging Face directories. Complete, or not there.
 
     PATH/              torch.distributed.checkpoint shards: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq
     PATH/learner.json  step counts

@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, spec 1.1). A function of rewards; which trajectories count is the caller's choice."""
+"""Group-relative advantages (GRPO, spec 1.1), a function of rewards. Which trajectories count, the caller decides."""
 
 from __future__ import annotations
 

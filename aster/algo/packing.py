@@ -55,7 +55,7 @@ def unpack(
 
     The first token of a sample is nobody's label, so its value is 0. `lengths` are those of the packed list.
 
-    >>> pair = [Sample(ids=np.array([5, 6, 7]), mask=np.ones(3, bool)), Sample(ids=np.array([8, 9]), mask=np.ones(2, bool))]
+    >>> pair = [Sample(ids=np.array(ids), mask=np.ones(len(ids), bool)) for ids in ([5, 6, 7], [8, 9])]
     >>> rows = pack(pair, row_tokens=5, dp_size=1)
     >>> [v.tolist() for v in unpack([[np.array([0.6, 0.7, 9.9, 0.9, 9.9])]], rows, [3, 2])]
     [[0.0, 0.6, 0.7], [0.0, 0.9]]
