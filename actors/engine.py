@@ -1,0 +1,371 @@
+"""The rollout engine: vLLM, the episodes that it serves, and its side of a weight publication.
+
+    driver process (rollout.py)          | actor process (RolloutEngine)             | engine core (vLLM)
+    RayEngine.run(task) ---- Ray ------->| run_episode -- generate --> AsyncLLM ---->| scheduler, worker, weights
+    WeightSync ------------- Ray ------->| weight_begin/receive/commit/verify/accept | TransferEngine (transfer.py)
+
+Token ids in, token ids out; log-probs are those of the sampling distribution; each token carries its policy version.
+Nothing waits for ever: each await has a deadline, and a core that is dead or late is `EngineLost`. Knows no Ray; does
+not route, retry or score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from aster.agent.chat import ChatRenderer
+from aster.agent.rollout import Generation, run_episode
+from aster.config import Recipe
+from aster.errors import EngineLost, WeightSyncError
+from aster.roles import SandboxFactory
+from aster.types import Sampling, Task, TensorMeta, Trajectory
+
+T = TypeVar("T")
+
+_CALL_S = 60.0  # deadline of a call that the engine core answers at once
+_CANARY_PRIORITY = -1  # before every episode's request (priority 0)
+
+
+class _Gate:
+    """Shut between `weight_begin` and `weight_accept`: no new request enters, and no finished one leaves.
+
+    So nothing that an unverified policy sampled is ever handed out: it passes with the weights or is lost with them.
+    """
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._open = False
+        self.rejections = 0
+
+    async def set(self, *, open: bool, rejected: bool = False) -> None:
+        async with self._changed:
+            self._open = open
+            self.rejections += rejected
+            self._changed.notify_all()
+
+    async def enter(self) -> int:
+        """Waits until open; returns the ticket for `leave`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._open)
+            return self.rejections
+
+    async def leave(self, ticket: int) -> bool:
+        """Waits until open or rejected; False = weights were rejected since `enter`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._open or self.rejections != ticket)
+            return self.rejections == ticket
+
+
+class RolloutEngine:
+    """vLLM and the episodes that it serves. A plain class with async methods; `spawn_engines` makes it an actor."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        name: str,
+        device: str,
+        transfer: str,
+        model_path: str,
+        sandboxes: SandboxFactory | None,
+    ) -> None:
+        """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
+
+        `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
+        """
+        _prepare_process()
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        rollout, cpu = recipe.rollout, device == "cpu"
+        self.name = name
+        self._recipe = recipe
+        self._sandboxes = sandboxes
+        self._renderer: ChatRenderer | None = None
+        # On a GPU a per-request seed costs a kernel launch per sequence and step, and the batch changes bits anyway.
+        self._seeded = cpu or recipe.run.deterministic
+        self._model_path = model_path
+        self._episodes: set[asyncio.Task[Trajectory]] = set()
+        self._gate = _Gate()
+        self._session_open = False
+        self._canaries = itertools.count()
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model_path,
+                dtype=rollout.dtype,
+                seed=0,
+                max_model_len=recipe.max_model_len,
+                max_num_seqs=rollout.max_num_seqs + 1,  # one seat for the canary, however full the engine is
+                scheduling_policy="priority",  # first come first served, but the canary goes first
+                max_num_batched_tokens=rollout.max_num_batched_tokens,
+                tensor_parallel_size=rollout.tensor_parallel,
+                distributed_executor_backend="uni" if cpu and rollout.tensor_parallel == 1 else None,
+                enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
+                gpu_memory_utilization=rollout.gpu_memory_utilization,
+                kv_cache_memory_bytes=rollout.kv_cache_bytes,
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature and top-p
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # stop ids and sampling come with the request, never from the model directory
+                enable_log_requests=False,
+                disable_log_stats=True,
+                worker_extension_cls="actors.transfer.WorkerExtension",
+                weight_transfer_config=WeightTransferConfig(backend=transfer),
+            )
+        )
+
+    async def ready(self) -> dict[str, Any]:
+        """The first call: proves that the engine core answers, and opens the gate at version 0."""
+        await self._within(_CALL_S, self._engine.update_weight_version("0"))
+        await self._gate.set(open=True)
+        return {"vocab_size": self._engine.model_config.get_vocab_size()}
+
+    # episodes --------------------------------------------------------------------------------------------------------
+
+    async def run(self, task: Task) -> Trajectory:
+        """One episode; failures of ours come back as the trajectory's cause."""
+        if self._renderer is None:
+            self._renderer = ChatRenderer.from_model_dir(self._model_path)
+        episode = asyncio.create_task(
+            run_episode(
+                task,
+                generate=self.generate,
+                sandboxes=self._sandboxes,
+                renderer=self._renderer,
+                tool=self._recipe.tool,
+                engine=self.name,
+            )
+        )
+        self._episodes.add(episode)
+        try:
+            return await episode
+        finally:
+            self._episodes.discard(episode)
+
+    async def generate(
+        self,
+        ids: np.ndarray,
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_token_ids: tuple[int, ...],
+        seed: int,
+        request_id: str,
+    ) -> Generation:
+        """Sample up to `max_tokens` after `ids` [N] int32; stops with (and keeps) any of `stop_token_ids`.
+
+        Raises `EngineLost` when the engine is dead, late, or its new weights did not verify, and ValueError for a
+        request that no engine could serve (longer than max_model_len).
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=max_tokens,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # only `stop_token_ids` end a turn
+            seed=seed if self._seeded else None,
+            logprobs=0,  # the sampled token's own
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # streaming costs 1.65x
+        )
+        try:
+            async with asyncio.timeout(self._recipe.rollout.generate_timeout_s):
+                ticket = await self._gate.enter()
+                output = (await self._complete(ids, params, request_id)).outputs[0]
+                if not await self._gate.leave(ticket):
+                    raise EngineLost(f"{self.name}: {request_id} ran under weights that did not verify")
+        except TimeoutError:
+            limit = self._recipe.rollout.generate_timeout_s
+            raise EngineLost(f"{self.name}: {request_id} not answered within generate_timeout_s={limit:g}") from None
+        if output.finish_reason not in ("stop", "length", "abort"):
+            raise EngineLost(f"{self.name}: {request_id} ended with {output.finish_reason!r}")
+        return Generation(
+            ids=np.asarray(output.token_ids, dtype=np.int32),
+            logprobs=np.asarray(
+                [entry[token].logprob for entry, token in zip(output.logprobs or [], output.token_ids, strict=True)],
+                dtype=np.float32,
+            ),
+            versions=_versions(output),
+            finish_reason=output.finish_reason,
+        )
+
+    async def log_probs(self, ids: np.ndarray, prompt_len: int, *, temperature: float = 1.0) -> np.ndarray:
+        """log p(ids[t] | ids[:t]) at `temperature` for t >= prompt_len; float32 [len(ids) - prompt_len].
+
+        Teacher-forced through the sampler that the episodes use, one request per position, ahead of every waiting one.
+        For short sequences: the work grows with the square of the length. Does not pass the gate.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        assert 1 <= prompt_len < len(ids) <= self._recipe.max_model_len, (prompt_len, len(ids))
+
+        async def one(at: int, token: int) -> float:
+            params = SamplingParams(
+                temperature=temperature,
+                max_tokens=1,
+                ignore_eos=True,
+                logprob_token_ids=[token],
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            request_id = f"canary-{next(self._canaries)}"
+            output = await self._complete(ids[:at], params, request_id, priority=_CANARY_PRIORITY)
+            return float(output.outputs[0].logprobs[0][token].logprob)
+
+        positions = range(prompt_len, len(ids))
+        return np.asarray(await asyncio.gather(*(one(t, int(ids[t])) for t in positions)), dtype=np.float32)
+
+    async def _complete(self, ids: np.ndarray, params: Any, request_id: str, *, priority: int = 0) -> Any:
+        """The finished RequestOutput. The only place that hands vLLM a prompt."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        final = None
+        try:
+            prompt = tokens_input(ids.tolist())
+            async for output in self._engine.generate(prompt, params, request_id, priority=priority):
+                final = output
+        except VLLMValidationError as error:
+            raise ValueError(f"{request_id}: {error}") from None
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineLost(f"{self.name}: {request_id}: {error}") from error
+        if final is None:
+            raise EngineLost(f"{self.name}: {request_id} ended without an answer")
+        return final
+
+    async def cancel_all(self) -> None:
+        """Stop every episode; each closes its session and comes home CANCELLED, with its finished turns."""
+        for episode in self._episodes:
+            episode.cancel()
+
+    # weights ---------------------------------------------------------------------------------------------------------
+
+    async def weight_open(self, init_info: dict[str, Any], *, timeout_s: float) -> None:
+        """Join the transfer group; blocks until all its ranks are there."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._step(timeout_s, self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+
+    async def weight_close(self, *, timeout_s: float) -> None:
+        """Leave the group, so that peers waiting for us fail now. Also ends an unfinished session."""
+        await self._end_session(timeout_s)
+        await self._step(timeout_s, self._engine.shutdown_weight_transfer_engine())
+
+    async def weight_begin(self, *, timeout_s: float) -> None:
+        """Close the gate, freeze what is in flight, drop every cached key and value, and start a reload."""
+        await self._gate.set(open=False)
+        await self._end_session(timeout_s)
+        # keep + clear_cache: a frozen request is prefilled again under the new weights. With its old keys and values it
+        # would sample from a mixture that is no model's distribution.
+        await self._step(timeout_s, self._engine.pause_generation(mode="keep", clear_cache=True))
+        await self._step(timeout_s, self._engine.start_weight_update())
+        self._session_open = True
+
+    async def weight_receive(self, tensors: list[TensorMeta], *, timeout_s: float) -> None:
+        """Receive and load; runs while the learner sends."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        info = {
+            "names": [m.name for m in tensors],
+            "dtype_names": [m.dtype for m in tensors],
+            "shapes": [list(m.shape) for m in tensors],
+        }
+        try:
+            await self._step(timeout_s, self._engine.update_weights(WeightTransferUpdateRequest(info)))
+        except BaseException:
+            self._session_open = False  # vLLM closes the session itself when an update fails
+            raise
+
+    async def weight_commit(self, version: int, *, timeout_s: float) -> None:
+        """Finish the reload and label what is sampled from here on. The engine stays paused."""
+        self._session_open = False
+        await self._step(timeout_s, self._engine.finish_weight_update())
+        await self._step(timeout_s, self._engine.update_weight_version(str(version)))
+
+    async def weight_verify(self, ids: np.ndarray, prompt_len: int, *, timeout_s: float) -> np.ndarray:
+        """Run again, behind the closed gate, and say what the new weights think of the canary: `log_probs` at the
+        training temperature, which the learner's log-probs have too."""
+        temperature = self._recipe.sampling.temperature
+        canary = asyncio.ensure_future(self.log_probs(ids, prompt_len, temperature=temperature))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._engine.resume_generation()
+                return await canary
+        except TimeoutError:
+            raise EngineLost(f"{self.name}: the canary was not answered within {timeout_s:g} s") from None
+        finally:
+            canary.cancel()
+
+    async def weight_accept(self, *, timeout_s: float) -> None:
+        """The weights are proven: open the gate."""
+        await self._gate.set(open=True)
+
+    async def weight_reject(self, *, timeout_s: float) -> None:
+        """The weights are wrong: what ran under them is lost, and the gate stays shut until a publication succeeds."""
+        await self._gate.set(open=False, rejected=True)
+        await self._step(timeout_s, self._engine.pause_generation(mode="abort", clear_cache=True))
+
+    async def _step(self, timeout_s: float, call: Coroutine[Any, Any, None]) -> None:
+        """One step of a publication. What the worker raised arrives from vLLM as text: `WeightSyncError` with it."""
+        try:
+            await self._within(timeout_s, call)
+        except EngineLost:
+            raise
+        except Exception as error:  # whatever it was, the policy is the same: the publication failed
+            raise WeightSyncError(f"{self.name}: {error}") from error
+
+    async def _end_session(self, timeout_s: float) -> None:
+        if self._session_open:
+            self._session_open = False
+            await self._step(timeout_s, self._engine.finish_weight_update())
+
+    async def alive(self) -> bool:
+        return not self._engine.errored
+
+    # life ------------------------------------------------------------------------------------------------------------
+
+    async def _within(self, timeout_s: float, call: Coroutine[Any, Any, T]) -> T:
+        """`call`, or `EngineLost` if the core is dead or does not answer in time."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError:
+            raise EngineLost(f"{self.name}: the engine core did not answer within {timeout_s:g} s") from None
+        except EngineDeadError as error:
+            raise EngineLost(f"{self.name}: the engine core is dead") from error
+
+    async def shutdown(self) -> None:
+        await asyncio.to_thread(self._engine.shutdown, timeout=5)
+
+
+def _versions(output: Any) -> np.ndarray:
+    """int32 [tokens] from vLLM's spans; an in-flight update leaves two versions in one output."""
+    versions = np.full(len(output.token_ids), -1, dtype=np.int32)
+    for span in output.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    assert (versions >= 0).all(), f"tokens without a version: {output.weight_versions}"
+    return versions
+
+
+def _prepare_process() -> None:
+    """The environment that vLLM's processes inherit from this one."""
+    root = str(Path(__file__).resolve().parents[1])  # where they find `actors.transfer`
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and would override rollout.kv_cache_bytes

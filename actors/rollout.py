@@ -1,0 +1,235 @@
+"""Engines as the pool sees them: `spawn_engines` starts them on the cluster, `RayEngine` is the handle of one.
+
+All of Ray that concerns engines is here; what an engine does is in `engine.py`. A dead actor is not an exception for
+the caller of `run` but a trajectory with cause ENGINE_LOST, which the pool may run elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, TaskCancelledError
+
+from actors.engine import RolloutEngine
+from aster.config import Recipe
+from aster.errors import ConfigError, EngineLost
+from aster.roles import SandboxFactory
+from aster.types import Cause, Task, Trajectory
+
+log = logging.getLogger("aster")
+
+_CONTROL_CALLS = 64  # concurrent calls beside the episodes: weights, health, cancel
+_GRACE_S = 60.0  # what an episode may take past its own deadline to close its session and come home
+_CLOSE_S = 20.0
+
+_CPU_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with 1, vLLM on CPU silently turns the `uni` executor into `mp`
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # `auto` pins every engine of the machine to core 0
+    "OMP_NUM_THREADS": "1",  # two OpenMP threads on a busy core spin against each other: 5x slower
+}
+_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class RayEngine:
+    """The pool's handle of one engine actor (`router.EngineHandle`)."""
+
+    def __init__(self, actor: Any, *, name: str, recipe: Recipe, weight_backend: str) -> None:
+        self.name = name
+        self.capacity = recipe.rollout.max_num_seqs
+        self.weight_backend = weight_backend  # "gloo" | "nccl" | "vllm_nccl"
+        self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
+        self.max_model_len = recipe.max_model_len
+        self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
+        self.vocab_size = 0  # known once it is ready
+        self.lost = ""  # why it is dead; "" = alive as far as we know
+        self._actor = actor
+
+    async def run(self, task: Task) -> Trajectory:
+        """One episode. Never raises for a failure of ours."""
+        try:
+            trajectory: Trajectory = await self.call(
+                "run", task, deadline_s=task.budget.trajectory_timeout_s + _GRACE_S
+            )
+        except EngineLost as error:
+            return _lost(task, self.name, str(error))
+        if trajectory.cause is Cause.ENGINE_LOST:
+            await self.probe()
+        return trajectory
+
+    async def probe(self) -> bool:
+        """Is it alive? Remembers in `lost` if not: an actor may outlive its engine core."""
+        if not self.lost:
+            try:
+                alive = await self.call("alive", deadline_s=_GRACE_S)
+                self.lost = "" if alive else "the engine core is dead"
+            except EngineLost as error:
+                self.lost = self.lost or str(error)
+        return not self.lost
+
+    async def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """`await engine.method(...)` with a deadline.
+
+        Raises `EngineLost` when the actor is dead (and remembers it) or late, and the method's own exception otherwise.
+        Cancelling the caller cancels the call.
+        """
+        if self.lost:
+            raise EngineLost(f"{self.name} is dead: {self.lost}")
+        ref = getattr(self._actor, method).remote(*args, **kwargs)
+        try:
+            return await asyncio.wait_for(ref, deadline_s)
+        except TimeoutError:
+            ray.cancel(ref)
+            raise EngineLost(f"{self.name}: {method} did not answer within {deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            raise
+        except RayActorError as error:
+            self.lost = _first_line(error)
+            log.error("%s is dead: %s", self.name, self.lost)
+            raise EngineLost(f"{self.name} is dead: {self.lost}") from error
+        except TaskCancelledError as error:
+            raise EngineLost(f"{self.name}: {method} was cancelled") from error
+        except RayError as error:
+            raise _unwrap(error) from None
+
+    async def cancel_all(self) -> None:
+        """End every episode of this engine; they come home through `run`, cancelled, with what they had sampled."""
+        with contextlib.suppress(EngineLost):  # nothing runs on a dead engine
+            await self.call("cancel_all", deadline_s=_GRACE_S)
+
+    async def close(self) -> None:
+        """Idempotent. The actor goes in any case, orderly if it still answers."""
+        if not self.lost:
+            try:
+                await self.call("shutdown", deadline_s=_CLOSE_S)
+            except EngineLost as error:
+                log.warning("closing %s: %s", self.name, error)
+        self.lost = self.lost or "closed"
+        ray.kill(self._actor, no_restart=True)
+
+
+def spawn_engines(recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory | None) -> list[RayEngine]:
+    """Start `rollout.engines` engines in parallel and wait until all of them answer.
+
+    Raises `ConfigError` where the cluster or the recipe cannot hold them, `EngineLost` with vLLM's own words when one
+    does not come up within `rollout.start_timeout_s`; nothing is left running then.
+    """
+    rollout = recipe.rollout
+    device = _device(recipe)
+    backend = _weight_backend(recipe, device)
+    _check(recipe, device)
+    parallel = rollout.tensor_parallel
+    options = {
+        "num_cpus": parallel if device == "cpu" else 1,
+        "num_gpus": 0 if device == "cpu" else parallel,
+        "max_concurrency": rollout.max_num_seqs + _CONTROL_CALLS,
+        "runtime_env": {"env_vars": {**_ENV, **(_CPU_ENV if device == "cpu" else {})}},
+    }
+    make = functools.partial(
+        ray.remote(RolloutEngine).options(**options).remote,
+        recipe,
+        device=device,
+        transfer="nccl" if backend == "vllm_nccl" else "aster",
+        model_path=model_path,
+        sandboxes=sandboxes,
+    )
+    engines = []
+    for i in range(rollout.engines):
+        name = f"engine-{i}"
+        engines.append(RayEngine(make(name=name), name=name, recipe=recipe, weight_backend=backend))
+    try:
+        answers = ray.get([engine._actor.ready.remote() for engine in engines], timeout=rollout.start_timeout_s)
+    except RayError as error:
+        for engine in engines:
+            ray.kill(engine._actor, no_restart=True)
+        if isinstance(error, GetTimeoutError):
+            raise EngineLost(
+                f"{rollout.engines} engine(s) on {model_path!r} were not ready within rollout.start_timeout_s="
+                f"{rollout.start_timeout_s:g}; the cluster has {_resources()}, each engine asks for "
+                f"{options['num_cpus']} CPU and {options['num_gpus']} GPU: raise the limit, or free what holds them"
+            ) from None
+        raise EngineLost(f"an engine on {model_path!r} did not start: {error}") from None
+    for engine, answer in zip(engines, answers, strict=True):
+        engine.vocab_size = answer["vocab_size"]
+    return engines
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.cluster.device != "auto":
+        return recipe.cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+
+
+def _weight_backend(recipe: Recipe, device: str) -> str:
+    backend = recipe.rollout.weight_backend
+    if backend == "auto":
+        return "nccl" if device == "cuda" else "gloo"
+    if backend != "gloo" and device == "cpu":
+        raise ConfigError(f"rollout.weight_backend={backend} needs GPUs, and the engines run on cpu: use gloo or auto")
+    return backend
+
+
+def _check(recipe: Recipe, device: str) -> None:
+    rollout = recipe.rollout
+    if recipe.cluster.placement == "colocated":
+        raise ConfigError("cluster.placement=colocated is not available for engines: use disaggregated")
+    if device == "cpu" and rollout.kv_cache_bytes is None:
+        raise ConfigError(
+            "rollout.kv_cache_bytes is needed on CPU, where vLLM cannot measure free memory: "
+            "set it, for example rollout.kv_cache_bytes=268435456 (256 MiB)"
+        )
+    have = ray.cluster_resources()
+    parallel = rollout.tensor_parallel
+    need, kind = rollout.engines * parallel, "CPU" if device == "cpu" else "GPU"
+    if have.get(kind, 0) < need:
+        raise ConfigError(
+            f"rollout.engines={rollout.engines} x rollout.tensor_parallel={parallel} need {need} {kind}, the "
+            f"cluster has {have.get(kind, 0):g}: lower them, or add nodes"
+            + (" (a local cluster takes cluster.num_cpus)" if kind == "CPU" else "")
+        )
+
+
+def _resources() -> str:
+    free = ray.available_resources()
+    return ", ".join(
+        f"{free.get(k, 0):g} of {v:g} {k} free" for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")
+    )
+
+
+def _lost(task: Task, engine: str, error: str) -> Trajectory:
+    """The trajectory of an episode whose engine is gone: no tokens, and nobody's fault but ours."""
+    return Trajectory(
+        uid=task.uid,
+        row_id=task.row_id,
+        sample=task.sample,
+        prompt_ids=np.zeros(0, np.int32),
+        ids=np.zeros(0, np.int32),
+        mask=np.zeros(0, bool),
+        behaviour_logprobs=np.zeros(0, np.float32),
+        versions=np.zeros(0, np.int32),
+        turns=(),
+        cause=Cause.ENGINE_LOST,
+        engine=engine,
+        error=error,
+    )
+
+
+def _unwrap(error: RayError) -> BaseException:
+    """The exception that the actor raised, not Ray's wrapper, so that `except ValueError` matches here as there."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

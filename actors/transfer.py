@@ -1,0 +1,179 @@
+"""The receiving end inside the vLLM worker: our weight-transfer engine in vLLM's factory, under the name "aster".
+
+Imported by vLLM in every worker process, since `worker_extension_cls` names `WorkerExtension`; the import registers the
+engine. Not imported by the driver or the learner (vLLM costs seconds and hundreds of MB): they know `wire.py` only.
+
+A round is start -> receive (once) -> finish, driven from outside (`weight_sync.py`) while generation is paused. A
+bucket is checked before it is loaded, and the next one is on the wire while this one loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.wire import Bucket, WireGroup, address_towards, digest, join_store, plan_buckets, sealed_digest, view
+from aster.errors import WeightSyncError
+from aster.types import TensorMeta
+
+log = logging.getLogger("aster")
+# It warns at every reload of rotary tables and tied heads, which no checkpoint ever names.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+BACKEND = "aster"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """How to join the group; `rank_offset` is the rank of this engine's first worker, different for every engine."""
+
+    backend: str
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    bucket_bytes: int
+    timeout_s: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What will come, in wire order. The same three lists as vLLM's own NCCL engine."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    def tensors(self) -> list[TensorMeta]:
+        return [
+            TensorMeta(name, dtype, tuple(shape))
+            for name, dtype, shape in zip(self.names, self.dtype_names, self.shapes, strict=True)
+        ]
+
+
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Receives buckets by broadcast and loads them with the model's own `load_weights` (which fuses and shards)."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    _group: WireGroup | None = None
+    _bucket_bytes = 0
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        self._bucket_bytes = init_info.bucket_bytes
+        self._group = WireGroup(
+            backend=init_info.backend,
+            store=join_store(init_info.host, init_info.port, timeout_s=init_info.timeout_s),
+            rank=init_info.rank_offset + self.parallel_config.rank,
+            world_size=init_info.world_size,
+            timeout_s=init_info.timeout_s,
+            device=self.device,
+            ip=address_towards(init_info.host, init_info.port),
+        )
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict) -> None:
+        """As the base class, but the base synchronizes an accelerator, and raises where there is none."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Receive every bucket, check it, load it. Raises `WeightSyncError` naming the bucket and its tensors.
+
+        After a bad bucket the rest is received but not loaded: leaving early would block the peers until their
+        timeout. The model is then part old, part new, and must not serve until a later round succeeds.
+        """
+        if self._group is None:
+            raise WeightSyncError("weights were announced before the transfer group was opened")
+        buckets = plan_buckets(update_info.tensors(), bucket_bytes=self._bucket_bytes)
+        error: Exception | None = None
+        try:
+            with disable_mtp_completeness_check():
+                for bucket, buffer in self._received(self._group, buckets):
+                    if error is None:
+                        error = self._load(bucket, buffer)
+        except BaseException:
+            self._end_reload()
+            raise
+        if error is not None:
+            self._end_reload()
+            raise error
+
+    @staticmethod
+    def _received(group: WireGroup, buckets: list[Bucket]) -> Iterator[tuple[Bucket, torch.Tensor]]:
+        """Each bucket with its bytes, while the next one is already being received.
+
+        A fresh buffer each: vLLM keeps views of the tensors of a fused layer until the layer is complete.
+        """
+
+        def post(bucket: Bucket) -> tuple[Bucket, torch.Tensor, dist.Work]:
+            buffer = group.empty(bucket.size)
+            return bucket, buffer, group.broadcast(buffer)
+
+        posted = map(post, buckets)
+        current = next(posted, None)
+        while current is not None:
+            following = next(posted, None)
+            bucket, buffer, work = current
+            work.wait()
+            yield bucket, buffer
+            current = following
+
+    def _load(self, bucket: Bucket, buffer: torch.Tensor) -> Exception | None:
+        sent, got = sealed_digest(buffer), digest(buffer)
+        if sent != got:
+            return WeightSyncError(f"{bucket.label}: checksum {got} does not match the sender's {sent}; not loaded")
+        try:
+            model: Any = self.model  # the loader is a method that vLLM's models have, not nn.Module
+            model.load_weights([(slot.meta.name, view(buffer, slot)) for slot in bucket.slots])
+        except Exception as error:  # any refusal of the loader ends the round, after the peers were served
+            log.exception("loading %s failed", bucket.label)
+            return WeightSyncError(f"{bucket.label}: the model refused the weights: {type(error).__name__}: {error}")
+        return None
+
+    def _end_reload(self) -> None:
+        """Leave no layer waiting for weights: the next round must start from a clean slate."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        _refresh_packed_head(self.model, self.device)
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+def _refresh_packed_head(model: torch.nn.Module, device: torch.device) -> None:
+    """Re-pack a tied output head on CPU.
+
+    The head shares the embedding's Parameter but computes with a oneDNN-packed copy of it, and the layer-wise reload
+    never visits it, because no checkpoint tensor names it: without this the logits keep the old embedding.
+    TODO: remove when vLLM re-processes tied heads on reload (test_weight_sync's tied-embedding test stays green
+    without this function).
+    """
+    head: Any = getattr(model, "lm_head", None)
+    if device.type == "cpu" and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; exists so that vLLM imports this module in every worker process."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)

@@ -1,0 +1,304 @@
+"""Publication of a policy: one object owns the hand-over from the learner gang to every engine, and proves it.
+
+    WeightSync (driver)      engines                                   learner ranks
+    open, once               join the group (rank_offset each)         rank 0 serves the rendezvous and joins
+    begin                    gate shut, pause(keep), reload started
+    transfer                 receive, check, load each bucket    <---  pack, seal, broadcast; ranks > 0 gather along
+    commit                   reload finished, version set
+    verify                   resumed behind the gate: canary           canary, same ids
+    accept                   gate open                                                 or reject: gate stays shut
+
+Invariant: no token leaves an engine that was sampled by weights whose bytes and whose canary did not agree with the
+learner's. A failed publication leaves the engines shut; the next one that succeeds opens them. All three backends run
+this control flow: `gloo` and `nccl` (ours, `wire.py`) and `vllm_nccl` (vLLM's own engine; canary only, no checksums).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from actors.rollout import RayEngine
+from actors.weight_sender import WeightSender
+from actors.wire import dtype_of
+from aster.errors import EngineLost, GangFailure, WeightSyncError
+from aster.types import MicroBatch, PublishReport, TensorMeta
+
+__all__ = ["RayWeightSource", "WeightSender", "WeightSync"]
+
+log = logging.getLogger("aster")
+
+_CANARY_TOKENS = 32
+_EXACT_NATS = 1e-4  # fp32 on both sides: 4e-5 was the largest difference in 768 tokens of a 135M model
+_EXACT_RELATIVE = 1e-5  # of the log-prob itself, for ids that the model finds absurd
+_MEAN_NATS = 0.2  # bf16 on either side: 0.03 to 0.04 on average, so this is five times the noise
+
+
+@dataclass
+class RayWeightSource:
+    """The learner gang, seen from the pool (`roles.WeightSource`). Every call goes to all ranks: they are collectives.
+
+    A dead rank is `GangFailure`; a late one `WeightSyncError`.
+    """
+
+    ranks: Sequence[Any]  # actor handles of `Learner`, rank by rank
+    timeout_s: float = 600.0
+    _tensors: list[TensorMeta] = field(default_factory=list, repr=False)
+
+    def metadata(self) -> Sequence[TensorMeta]:
+        """Every tensor in wire order. Blocks on the first call; inside a loop use `describe`."""
+        if not self._tensors:
+            self._tensors = ray.get(self.ranks[0].weight_metadata.remote(), timeout=self.timeout_s)
+        return self._tensors
+
+    async def describe(self) -> list[TensorMeta]:
+        if not self._tensors:
+            self._tensors = await self._call(0, "weight_metadata")
+        return self._tensors
+
+    async def address(self) -> tuple[str, int]:
+        host, port = await self._call(0, "weight_address")
+        return host, port
+
+    async def open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
+        await self._all(
+            "weight_open", backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s
+        )
+
+    async def send(self, *, bucket_bytes: int) -> list[str]:
+        digests: list[str] = (await self._all("weight_send", bucket_bytes=bucket_bytes))[0]
+        return digests
+
+    async def close(self) -> None:
+        await self._all("weight_close")
+
+    async def log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """log p(ids[t] | ids[:t]) for t >= 1 at the training temperature, float32 [len(ids) - 1]."""
+        return np.asarray((await self._all("log_probs", _row(ids)))[0][: len(ids) - 1], dtype=np.float32)
+
+    async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return list(await asyncio.gather(*(self._call(r, method, *args, **kwargs) for r in range(len(self.ranks)))))
+
+    async def _call(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await asyncio.wait_for(getattr(self.ranks[rank], method).remote(*args, **kwargs), self.timeout_s)
+        except TimeoutError:
+            raise WeightSyncError(f"learner rank {rank}: {method} did not return within {self.timeout_s:g} s") from None
+        except RayActorError as error:
+            raise GangFailure(rank, str(error)) from error
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, WeightSyncError):
+                raise cause from None
+            raise WeightSyncError(f"learner rank {rank}: {method} failed: {cause or error}") from error
+
+
+def _row(ids: np.ndarray) -> MicroBatch:
+    """The canary as a packed row of one sample, with every prediction asked for."""
+    n = len(ids)
+    mask = np.ones(n, dtype=bool)
+    mask[-1] = False
+    return MicroBatch(
+        input_ids=ids.astype(np.int64),
+        position_ids=np.arange(n, dtype=np.int64),
+        labels=np.append(ids[1:], 0).astype(np.int64),
+        loss_mask=mask,
+        advantages=np.zeros(n, np.float32),
+        behaviour_logprobs=np.zeros(n, np.float32),
+        old_logprobs=np.full(n, np.nan, np.float32),
+        segment_ids=np.zeros(n, np.int32),
+        sample_index=(0,),
+        sample_group=(0,),
+    )
+
+
+class WeightSync:
+    """Publishes to a fixed set of engines (`router.Publisher`). One publication at a time."""
+
+    def __init__(
+        self,
+        engines: Sequence[RayEngine],
+        *,
+        backend: str = "auto",
+        bucket_bytes: int = 64 << 20,
+        canary_ids: np.ndarray | None = None,
+        canary_nats: float | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """`canary_ids` [n] int; null = fixed random ids. `canary_nats`: largest (fp32) or mean (bf16) difference of
+        log-probs that passes; null = 1e-4 or 0.2. `timeout_s` bounds every single step and every broadcast."""
+        assert engines, "an engine at least"
+        actual = engines[0].weight_backend
+        if backend not in ("auto", actual):
+            raise ValueError(f"weight backend {backend!r} was asked for, but the engines were started with {actual!r}")
+        self._engines = list(engines)
+        self._backend = actual
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        self._exact = engines[0].exact
+        self._nats = canary_nats if canary_nats is not None else _EXACT_NATS if self._exact else _MEAN_NATS
+        if canary_ids is None:
+            canary_ids = np.random.default_rng(0).integers(0, engines[0].vocab_size, _CANARY_TOKENS)
+        self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len]
+        self._members: tuple[Any, ...] = ()  # who is in the open group; () = none is open
+        self._lock = asyncio.Lock()
+
+    async def publish(self, source: RayWeightSource, version: int) -> PublishReport:
+        """Bring every living engine to the learner's weights, labelled `version`.
+
+        An engine that dies on the way is left out and the rest is served. Raises `WeightSyncError` naming the bucket or
+        the canary token that disagrees (the engines stay shut), `EngineLost` when no engine is left, `GangFailure`.
+        """
+        async with self._lock:
+            began = time.perf_counter()
+            tensors = await source.describe()
+            while True:
+                engines = [engine for engine in self._engines if not engine.lost]
+                if not engines:
+                    raise EngineLost("no engine is left to publish to: " + "; ".join(e.lost for e in self._engines))
+                try:
+                    await self._transfer(source, engines, tensors, version)
+                    worst = await self._verify(source, engines, version)
+                    await self._each(engines, "weight_accept")
+                    break
+                except EngineLost as error:
+                    await self._leave(source, engines)
+                    await asyncio.gather(*(engine.probe() for engine in engines))
+                    if not any(engine.lost for engine in engines):
+                        raise WeightSyncError(f"version {version} was not published: {error}") from error
+                    log.error("version %d is published again without the engine that died: %s", version, error)
+                except BaseException:
+                    await self._leave(source, engines)
+                    raise
+            return PublishReport(
+                version=version,
+                bytes=sum(prod(m.shape) * dtype_of(m).itemsize for m in tensors),
+                seconds=time.perf_counter() - began,
+                engines=len(engines),
+                canary_max_diff=worst,
+            )
+
+    async def _join(self, source: RayWeightSource, engines: Sequence[RayEngine]) -> None:
+        """Open the group with exactly these engines, unless it is open already."""
+        members = (*source.ranks, *(engine.name for engine in engines))
+        if members == self._members:
+            return
+        if self._members:
+            await self._leave(source, engines)
+        host, port = await source.address()
+        world_size = 1 + sum(engine.workers for engine in engines)
+        joining: list[Awaitable[Any]] = [
+            source.open(backend=self._backend, host=host, port=port, world_size=world_size, timeout_s=self._timeout_s)
+        ]
+        offset = 1
+        for engine in engines:
+            info = self._init_info(host=host, port=port, rank_offset=offset, world_size=world_size)
+            joining.append(self._one(engine, "weight_open", info))
+            offset += engine.workers
+        await _together(joining)
+        self._members = members
+
+    def _init_info(self, *, host: str, port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
+        if self._backend == "vllm_nccl":  # packed, as the stock sender's default; both take vLLM's default buffer size
+            rendezvous = {"master_address": host, "master_port": port, "packed": True}
+            return rendezvous | {"rank_offset": rank_offset, "world_size": world_size}
+        return {
+            "backend": self._backend,
+            "host": host,
+            "port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "bucket_bytes": self._bucket_bytes,
+            "timeout_s": self._timeout_s,
+        }
+
+    async def _transfer(
+        self, source: RayWeightSource, engines: Sequence[RayEngine], tensors: list[TensorMeta], version: int
+    ) -> None:
+        await self._join(source, engines)
+        await self._each(engines, "weight_begin")
+        await _together(
+            [
+                source.send(bucket_bytes=self._bucket_bytes),
+                *(self._receive(engine, tensors) for engine in engines),
+            ]
+        )
+        await self._each(engines, "weight_commit", version)
+
+    async def _receive(self, engine: RayEngine, tensors: list[TensorMeta]) -> None:
+        try:
+            await self._one(engine, "weight_receive", tensors)
+        except BaseException:
+            await self._quietly(self._one(engine, "weight_close"))  # so that the sender does not wait for this engine
+            raise
+
+    async def _verify(self, source: RayWeightSource, engines: Sequence[RayEngine], version: int) -> float:
+        """The canary through every engine and the learner. Returns the largest difference in nats."""
+        ours, *theirs = await _together(
+            [
+                source.log_probs(self._canary),
+                *(self._one(engine, "weight_verify", self._canary, 1) for engine in engines),
+            ]
+        )
+        worst = 0.0
+        for engine, logprobs in zip(engines, theirs, strict=True):
+            gap = np.abs(logprobs - ours)
+            if self._exact:
+                passes = bool((gap <= self._nats + _EXACT_RELATIVE * np.abs(ours)).all())
+            else:
+                passes = bool(gap.mean() <= self._nats)
+            worst = max(worst, float(gap.max()))
+            if not passes:
+                at = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
+                await self._each(engines, "weight_reject")
+                raise WeightSyncError(
+                    f"version {version} does not verify on {engine.name}: canary token {at + 1} of {len(ours)} has "
+                    f"log-prob {logprobs[at]:.6g} there and {ours[at]:.6g} in the learner (mean difference "
+                    f"{gap.mean():.3g}, allowed {self._nats:g}{' at most' if self._exact else ' on average'}); every "
+                    "bucket arrived as sent, so a tensor was loaded wrongly or not at all"
+                )
+        return worst
+
+    async def _leave(self, source: RayWeightSource, engines: Sequence[RayEngine]) -> None:
+        """Take the group down, whatever state its members are in; the next publication builds a new one."""
+        self._members = ()
+        await self._quietly(source.close(), *(self._one(engine, "weight_close") for engine in engines))
+
+    async def _one(self, engine: RayEngine, method: str, *args: Any) -> Any:
+        # The call inside the actor must end first, so that its own words arrive instead of our timeout.
+        return await engine.call(method, *args, timeout_s=self._timeout_s, deadline_s=self._timeout_s + 30)
+
+    async def _each(self, engines: Iterable[RayEngine], method: str, *args: Any) -> list[Any]:
+        return await _together([self._one(engine, method, *args) for engine in engines])
+
+    @staticmethod
+    async def _quietly(*calls: Coroutine[Any, Any, Any]) -> None:
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.warning("while closing the weight group: %s", result)
+
+
+async def _together(calls: Sequence[Awaitable[Any]]) -> list[Any]:
+    """All results in order; waits for all even if one fails, then raises the failure that explains the others.
+
+    Whoever saw the bad bucket knows more than the peers, who only see a closed connection.
+    """
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    failures = [r for r in results if isinstance(r, BaseException)]
+    if failures:
+        raise min(failures, key=_explains)
+    return list(results)
+
+
+def _explains(failure: BaseException) -> int:
+    order = (asyncio.CancelledError, GangFailure, EngineLost, WeightSyncError)
+    return next((i for i, kind in enumerate(order) if isinstance(failure, kind)), len(order))
