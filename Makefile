@@ -56,9 +56,6 @@ lock: $(STAMP)  ## resolve deploy/requirements/*.lock.txt again after a change o
 quickstart: bootstrap  ## everything on this machine: SFT, RL, filter, RL, merge, eval, report.html (SEED=0)
 	$(BIN)/aster quickstart --seed $(SEED) sandbox.backend=$$(cat .cache/sandbox_backend) $(ARGS)
 
-.PHONY: sandbox-up
-sandbox-up: bootstrap  ## only the sandbox service, on http://127.0.0.1:8000 (a local Ray with no trainer); cluster-down ends it
-	$(BIN)/python deploy/cluster.py up --no-dashboard-hints
 
 .PHONY: cluster-up
 cluster-up: bootstrap  ## Ray head, dashboard and sandbox service here; CLUSTER=deploy/ray-cluster.yaml: with `ray up`
@@ -67,6 +64,9 @@ cluster-up: bootstrap  ## Ray head, dashboard and sandbox service here; CLUSTER=
 .PHONY: cluster-down
 cluster-down: $(STAMP)  ## end exactly what cluster-up started, processes and containers
 	$(BIN)/python deploy/cluster.py down $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
+
+.PHONY: sandbox-up
+sandbox-up: cluster-up  ## the same: a Ray head is all that the sandbox service needs
 
 # --- check ------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ lint: $(STAMP)  ## ruff, formatting, and who may import whom
 .PHONY: types
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
-	$(BIN)/mypy deploy/environment.py deploy/cluster.py
+	$(BIN)/mypy --no-namespace-packages deploy/environment.py deploy/cluster.py  # deploy/docker is no package
 
 .PHONY: format
 format: $(STAMP)  ## let ruff rewrite what it can
