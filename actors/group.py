@@ -3,9 +3,9 @@
     driver --await--> RayLearnerGroup --one call per rank--> LearnerRank 0 .. n-1  <--collectives--> each other
 
 A rank that raises or dies leaves its peers waiting inside a collective, and neither NCCL nor gloo can heal. So any
-failure, and any silence past `learner.step_timeout_s`, kills the whole gang and becomes one `GangFailure` that names
-the rank that began it. The exception is an `AsterError` that every rank raises alike (a checkpoint that does not exist, a
-run that diverged): it passes through and the gang lives on.
+failure, or silence past `learner.step_timeout_s`, kills the whole gang and becomes one `GangFailure` that names
+the rank that began it. The exception is an `AsterError` that every rank raises alike (a checkpoint that does not
+exist, a run that diverged): it passes through and the gang lives on.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def token_weights(
     """Each position's share of the mini-batch loss, float64 [R], 0 where `loss_mask` is False (table above).
 
     `num_loss_tokens` and `num_groups` are those of the whole mini-batch. Which tokens share a group or sequence, and
-    how many sequences there are, the packer wrote into the row (`group_loss_tokens`, `num_sequences`). Raises ValueError
-    where a denominator is missing or zero although the row has loss tokens.
+    how many sequences there are, the packer wrote into the row (`group_loss_tokens`, `num_sequences`). Raises
+    ValueError where a denominator is missing or zero although the row has loss tokens.
     """
     mask = microbatch.loss_mask
     if not mask.any():

@@ -28,7 +28,7 @@ def pack(samples: Sequence[Sample], *, row_tokens: int, dp_size: int) -> list[li
 
     >>> three = [Sample(ids=np.arange(n, dtype=np.int32), mask=np.ones(n, bool)) for n in (3, 5, 2)]
     >>> [[m.sample_index for m in ranks] for ranks in pack(three, row_tokens=6, dp_size=2)]
-    [[(1,), (0, 2)]]
+    [[(0, 2), (1,)]]
     """
     if row_tokens < 1 or dp_size < 1:
         raise ValueError(f"row_tokens={row_tokens} and dp_size={dp_size} must be at least 1")
