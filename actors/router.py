@@ -1,0 +1,322 @@
+"""The pool of engines: hands out trajectories, scores what comes home, and puts groups together.
+
+    submit(work) --> waiting [retries | new, FIFO] --pull--> engine 0  <= capacity trajectories, each stays there
+                         ^                            +----> engine 1  <= capacity
+                         |                                       |
+                         +------- lost by us: RETRY -- judge <-- + score (reward pool: own processes)
+                                                        |
+                                        KEEP | MASK     v
+                                     group complete --> finished --> groups()   in order of completion
+
+Every arrow is one asyncio task per trajectory; there is no other background task. An engine pulls when it has room,
+so a slow trajectory never holds up a queue, and `submit` never blocks. Back-pressure is the caller's: it decides how
+many groups are outstanding. Whatever raises in a task ends `groups()` with that exception and its traceback.
+No Ray here: engines are duck-typed handles whose awaits have deadlines of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from aster.agent.ledger import Decision, Ledger, lost_trajectory
+from aster.agent.rewards import RewardPool
+from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed
+from aster.types import Cause, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
+_CANCEL_S = 60.0
+_CLOSE_S = 120.0
+
+
+class EngineHandle(Protocol):
+    """One engine. `lost` says why it is dead; "" = alive as far as anybody knows."""
+
+    name: str
+    capacity: int
+    lost: str
+
+    async def run(self, task: Task) -> Trajectory: ...
+    async def cancel_all(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Publisher(Protocol):
+    async def publish(self, source: Any, version: int) -> PublishReport: ...
+
+
+@dataclass
+class _Group:
+    """A prompt whose samples are on their way."""
+
+    work: RolloutWork
+    done: dict[int, Trajectory] = field(default_factory=dict)  # sample -> final attempt
+    lost: list[Trajectory] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    group: _Group
+    task: Task
+    avoid: str = ""  # the engine that lost the previous attempt
+
+
+class EnginePool:
+    """roles.RolloutPool over engine handles. All methods belong to one event loop; `close` ends the engines too."""
+
+    def __init__(
+        self,
+        engines: Sequence[EngineHandle],
+        *,
+        rewards: RewardPool,
+        publisher: Publisher | None = None,
+        max_retries: int = 1,
+        max_infra_failed_rate: float = 0.5,
+        run_name: str = "aster",
+    ) -> None:
+        names = [engine.name for engine in engines]
+        if not engines or len(set(names)) != len(names):
+            raise ConfigError(f"a pool needs engines of different names, got {names}")
+        self.version = -1  # of the weights last published; -1 = those the engines started with
+        self.ledger = Ledger(max_retries=max_retries, max_infra_failed_rate=max_infra_failed_rate)
+        self._engines = list(engines)
+        self._rewards = rewards
+        self._publisher = publisher
+        self._run_name = run_name
+        self._waiting: deque[_Attempt] = deque()
+        self._running: dict[asyncio.Task[None], tuple[_Attempt, EngineHandle]] = {}
+        self._load: Counter[str] = Counter()
+        self._open: dict[int, _Group] = {}
+        self._finished: asyncio.Queue[TrajectoryGroup | None] = asyncio.Queue()  # None wakes groups() to raise
+        self._seen: Counter[str] = Counter()
+        self._failure: BaseException | None = None
+        self._draining = False
+        self._closed = False
+
+    @property
+    def in_flight(self) -> int:
+        """Trajectories on an engine or being scored."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Trajectories that no engine has had room for yet."""
+        return len(self._waiting)
+
+    def submit(self, work: RolloutWork) -> None:
+        if self._closed or self._draining:
+            raise RuntimeError("the pool is closed" if self._closed else "the pool is being drained")
+        if work.group_size < 1:
+            raise ValueError(f"group_size={work.group_size}: a group has at least one sample")
+        group = _Group(work)
+        self._open[id(group)] = group
+        self.ledger.opened(work.kind, work.step, work.group_size)
+        self._waiting.extend(_Attempt(group, task) for task in self._tasks(work))
+        self._pull()
+
+    async def groups(self) -> AsyncIterator[TrajectoryGroup]:
+        """Endless, in order of completion. Raises the pool's own failure, now and whenever it is asked again."""
+        while True:
+            group = None if self._failure else await self._finished.get()
+            if self._failure is not None:
+                raise self._failure
+            if group is not None:
+                yield group
+
+    async def publish(self, source: Any, version: int) -> PublishReport:
+        """Hand version `version` of the weights to every engine. Raises what the publisher raises."""
+        if self._publisher is None:
+            raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
+        if self._failure is not None:
+            raise self._failure
+        report = await self._publisher.publish(source, version)
+        self.version = version
+        return report
+
+    async def drain(self) -> list[Trajectory]:
+        """Stop everything and hand back what no group has delivered.
+
+        That is: the partial trajectories (CANCELLED, whole turns only) and the finished ones of groups that are not
+        complete. Work that had not begun is forgotten. The pool takes work again afterwards.
+        """
+        self._draining = True
+        try:
+            self._waiting.clear()
+            await self._within(_CANCEL_S, "cancelling", [engine.cancel_all() for engine in self._engines])
+            if self._running:
+                await asyncio.wait(self._running, timeout=_CANCEL_S)
+            await self._cancel_running()
+            unfinished = [t for group in self._open.values() for t in group.done.values()]
+            self._open.clear()
+            return unfinished
+        finally:
+            self._draining = False
+
+    async def close(self) -> None:
+        """Stop taking work, end the tasks, then the engines. Idempotent; what fails is logged, nothing is waited for
+        without a deadline."""
+        if self._closed:
+            return
+        self._closed = self._draining = True
+        self._waiting.clear()
+        await self._cancel_running()
+        await self._within(_CLOSE_S, "closing", [engine.close() for engine in self._engines])
+
+    # the way of one trajectory ---------------------------------------------------------------------------------------
+
+    def _tasks(self, work: RolloutWork) -> list[Task]:
+        """The G tasks of a prompt. Seeds come from the data's place in the run, so a restart samples the same."""
+        place = f"{work.kind}/{work.step}/{work.row.row_id}"
+        self._seen[place] += 1
+        if self._seen[place] > 1:  # the same row twice in a step, at the seam of two epochs: request ids must differ
+            place = f"{place}~{self._seen[place]}"
+        return [
+            Task(
+                uid=f"{self._run_name}/{place}/{sample}",
+                row_id=work.row.row_id,
+                sample=sample,
+                messages=work.row.messages,
+                agent_name=work.row.agent_name,
+                budget=work.budget,
+                sampling=work.sampling,
+                seed=sample_seed(work.seed, f"{place}/{sample}"),
+                tools_enabled=work.tools_enabled,
+            )
+            for sample in range(work.group_size)
+        ]
+
+    def _pull(self) -> None:
+        """Give waiting attempts to engines with room, the emptiest first."""
+        alive = [engine for engine in self._engines if not engine.lost]
+        if self._waiting and not alive:
+            reasons = "; ".join(f"{engine.name}: {engine.lost}" for engine in self._engines)
+            self._fail(
+                CircuitOpen(f"every engine is dead, {len(self._waiting)} trajectories have nowhere to run: {reasons}")
+            )
+            return
+        held: deque[_Attempt] = deque()  # what only the engine it must avoid has room for
+        while self._waiting and not self._failure:
+            attempt = self._waiting.popleft()
+            others = [e for e in alive if e.name != attempt.avoid] or alive
+            roomy = [e for e in others if self._load[e.name] < e.capacity]
+            if roomy:
+                self._start(attempt, min(roomy, key=lambda e: self._load[e.name] / e.capacity))
+                continue
+            held.append(attempt)
+            if not any(self._load[e.name] < e.capacity for e in alive):
+                break
+        self._waiting.extendleft(reversed(held))
+
+    def _start(self, attempt: _Attempt, engine: EngineHandle) -> None:
+        self._load[engine.name] += 1
+        running = asyncio.create_task(self._attempt(attempt, engine), name=f"{attempt.task.uid} on {engine.name}")
+        self._running[running] = (attempt, engine)
+        running.add_done_callback(self._ended)
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        del self._running[running]
+        if running.cancelled():
+            if not self._draining:
+                self._fail(RuntimeError(f"{running.get_name()} was cancelled, and not by the pool"))
+        elif (error := running.exception()) is not None:
+            self._fail(error)
+        if not self._draining:
+            self._pull()
+
+    async def _attempt(self, attempt: _Attempt, engine: EngineHandle) -> None:
+        try:
+            trajectory = await self._run(attempt.task, engine)
+        finally:
+            self._load[engine.name] -= 1
+        if not self._draining:
+            self._pull()  # the engine has room while this one is being scored
+        if not trajectory.cause.is_ours:
+            trajectory = await self._score(trajectory, attempt.group.work.row.ground_truth)
+        self._settle(attempt, trajectory)
+
+    async def _run(self, task: Task, engine: EngineHandle) -> Trajectory:
+        limit = task.budget.trajectory_timeout_s + _GRACE_S
+        try:
+            return await asyncio.wait_for(engine.run(task), limit)
+        except EngineLost as error:
+            return lost_trajectory(task, Cause.ENGINE_LOST, str(error), engine=engine.name)
+        except TimeoutError:
+            return lost_trajectory(task, Cause.ENGINE_LOST, f"silent for {limit:g} s", engine=engine.name)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            return lost_trajectory(task, Cause.CANCELLED, "the engine dropped the trajectory", engine=engine.name)
+
+    async def _score(self, trajectory: Trajectory, ground_truth: str) -> Trajectory:
+        """A verifier that dies is asked once more, in its successor: what hangs twice would hang elsewhere too."""
+        for last in (False, True):
+            try:
+                return trajectory.with_reward(*await self._rewards.score(trajectory.final_text, ground_truth))
+            except RewardFailed as error:
+                if last:
+                    return trajectory.failed(Cause.REWARD_FAILED, str(error))
+        raise AssertionError("unreachable")
+
+    def _settle(self, attempt: _Attempt, trajectory: Trajectory) -> None:
+        """Book one ended attempt; complete its group if it was the last one missing."""
+        group, task = attempt.group, attempt.task
+        work = group.work
+        if self._draining:
+            group.done[task.sample] = trajectory
+            return
+        rerun = trajectory.cause is not Cause.REWARD_FAILED  # it has been asked twice; the tokens are not at fault
+        attempt_number = task.attempt if rerun else self.ledger.max_retries
+        decision = self.ledger.judge(trajectory, kind=work.kind, step=work.step, attempt=attempt_number)
+        if decision is Decision.RETRY:
+            log.warning(
+                "%s: %s on %s, again elsewhere: %s", task.uid, trajectory.cause, trajectory.engine, trajectory.error
+            )
+            group.lost.append(trajectory)
+            again = replace(task, attempt=task.attempt + 1)
+            self._waiting.appendleft(_Attempt(group, again, avoid=trajectory.engine))
+            return
+        if decision is Decision.MASK:
+            log.warning("%s: %s, masked: %s", task.uid, trajectory.cause, trajectory.error)
+        group.done[task.sample] = trajectory
+        if len(group.done) == work.group_size:
+            del self._open[id(group)]
+            members = tuple(group.done[sample] for sample in range(work.group_size))
+            self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
+
+    # failure and the end ---------------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException) -> None:
+        """The first failure is the pool's; nothing new starts after it."""
+        if self._failure is None:
+            self._failure = error
+            self._waiting.clear()
+            self._finished.put_nowait(None)
+
+    async def _cancel_running(self) -> None:
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        if running:
+            _, late = await asyncio.wait(running, timeout=_CANCEL_S)
+            for task in late:
+                log.error("%s did not end within %g s of its cancellation", task.get_name(), _CANCEL_S)
+
+    async def _within(self, seconds: float, doing: str, steps: Sequence[Awaitable[None]]) -> None:
+        """All at once, each guarded: one engine that does not answer must not keep the others."""
+        results = await asyncio.gather(*(asyncio.wait_for(step, seconds) for step in steps), return_exceptions=True)
+        for engine, result in zip(self._engines, results, strict=True):
+            if isinstance(result, BaseException):
+                log.error("%s %s: %r", doing, engine.name, result)
+
+
+def sample_seed(seed: int, place: str) -> int:
+    """63 bits from the run's seed and the trajectory's place `kind/step/row_id/sample`; the same for a retry."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from actors.router import EnginePool, sample_seed
+from aster.agent.ledger import lost_trajectory
+from aster.agent.rewards import RewardPool
+from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed, WeightSyncError
+from aster.types import (
+    Budget,
+    Cause,
+    PromptRow,
+    PublishReport,
+    RolloutWork,
+    Sampling,
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+    Turn,
+    Verdicts,
+)
+
+BUDGET = Budget(max_prompt_tokens=16, max_response_tokens=64, max_tool_calls=4, trajectory_timeout_s=20)
+
+
+def work(row: str = "a", *, n: int = 2, kind: str = "train", step: int = 0, seed: int = 1) -> RolloutWork:
+    prompt = PromptRow(row, ({"role": "user", "content": row},), "34", "fake")
+    return RolloutWork(prompt, n, BUDGET, Sampling(), step, seed, kind)
+
+
+def answered(task: Task, engine: str, text: str = "\\boxed{34}", cause: Cause = Cause.ANSWERED) -> Trajectory:
+    ids = np.arange(3, dtype=np.int32)
+    return Trajectory(
+        uid=task.uid,
+        row_id=task.row_id,
+        sample=task.sample,
+        prompt_ids=ids,
+        ids=ids,
+        mask=np.ones(3, bool),
+        behaviour_logprobs=np.zeros(3, np.float32),
+        versions=np.zeros(3, np.int32),
+        turns=(Turn(0, 3, "stop", 0.0, 0.1),),
+        cause=cause,
+        final_text=text,
+        engine=engine,
+    )
+
+
+Rule = Callable[[Task], "Trajectory | BaseException | float | asyncio.Event"]
+
+
+@dataclass
+class FakeEngine:
+    """Runs tasks by rule: a record, an exception, seconds or an event to wait for before answering."""
+
+    name: str
+    rule: Rule = lambda task: 0.0
+    capacity: int = 4
+    lost: str = ""
+    ran: list[Task] = field(default_factory=list)
+    now: int = 0
+    most: int = 0
+    closed: int = 0
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, task: Task) -> Trajectory:
+        self.ran.append(task)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            out = self.rule(task)
+            if isinstance(out, BaseException):
+                raise out
+            if isinstance(out, Trajectory):
+                return out
+            if not isinstance(out, asyncio.Event):
+                await asyncio.sleep(out)
+                return answered(task, self.name)
+            waits = {asyncio.ensure_future(out.wait()), asyncio.ensure_future(self.cancelled.wait())}
+            _, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in rest:
+                wait.cancel()
+            return answered(task, self.name, cause=Cause.ANSWERED if out.is_set() else Cause.CANCELLED)
+        finally:
+            self.now -= 1
+
+    async def cancel_all(self) -> None:
+        self.cancelled.set()
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+class FakePublisher:
+    def __init__(self) -> None:
+        self.published: list[int] = []
+
+    async def publish(self, source: object, version: int) -> PublishReport:
+        if version < 0:
+            raise WeightSyncError("bucket 3 differs")
+        self.published.append(version)
+        return PublishReport(version, bytes=1, seconds=0.0, engines=1)
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Callable[..., EnginePool]]:
+    pools: list[EnginePool] = []
+
+    def build(*engines: FakeEngine, rewards: object = None, **more) -> EnginePool:
+        pool = EnginePool(engines, rewards=rewards or RewardPool(math_verify=False), run_name="run", **more)
+        pools.append(pool)
+        return pool
+
+    yield build
+    for pool in pools:
+        await asyncio.wait_for(pool.close(), 10)
+
+
+async def take(pool: EnginePool, n: int) -> list[TrajectoryGroup]:
+    groups = pool.groups()
+    return [await asyncio.wait_for(anext(groups), 5) for _ in range(n)]
+
+
+def lost(cause: Cause, error: str = "gone") -> Callable[[Task], Trajectory]:
+    return lambda task: lost_trajectory(task, cause, error, engine="e0")
+
+
+class TestOrder:
+    async def test_groups_come_back_in_order_of_completion_and_samples_in_order(self, make) -> None:
+        slow = asyncio.Event()
+        engine = FakeEngine("e0", lambda task: slow if task.row_id == "a" else 0.01 * (2 - task.sample))
+        pool = make(engine, publisher=None)
+        for row in "abc":
+            pool.submit(work(row))
+        groups = await take(pool, 2)
+        assert [g.row.row_id for g in groups] == ["b", "c"]
+        assert [[t.sample for t in g.trajectories] for g in groups] == [[0, 1], [0, 1]]
+        slow.set()
+        assert [g.row.row_id for g in await take(pool, 1)] == ["a"]
+
+    async def test_an_engine_never_has_more_than_its_capacity_and_pulls_when_it_has_room(self, make) -> None:
+        small, large = FakeEngine("e0", lambda t: 0.005, capacity=2), FakeEngine("e1", lambda t: 0.005, capacity=6)
+        pool = make(small, large)
+        for i in range(16):
+            pool.submit(work(str(i), n=4))
+        assert (pool.in_flight, pool.waiting) == (8, 56)
+        groups = await take(pool, 16)
+        assert sum(len(g.trajectories) for g in groups) == 64
+        assert (small.most, large.most) == (2, 6)
+        assert len(large.ran) > 2 * len(small.ran)
+
+    async def test_a_slow_trajectory_does_not_hold_up_a_queue(self, make) -> None:
+        slow = asyncio.Event()
+        stuck = FakeEngine("e0", lambda task: slow if task.row_id == "a" else 0.0, capacity=1)
+        free = FakeEngine("e1", lambda task: slow if task.row_id == "a" else 0.0, capacity=1)
+        pool = make(stuck, free)
+        pool.submit(work("a", n=1))
+        for i in range(20):
+            pool.submit(work(str(i), n=2))
+        await take(pool, 20)
+        slow.set()
+        await take(pool, 1)
+
+    async def test_training_and_validation_may_be_in_flight_together(self, make) -> None:
+        pool = make(FakeEngine("e0", capacity=2))
+        pool.submit(work("a", kind="val"))
+        pool.submit(work("a", kind="train"))
+        assert {g.kind for g in await take(pool, 2)} == {"train", "val"}
+
+    async def test_submit_never_blocks(self, make) -> None:
+        pool = make(FakeEngine("e0", lambda t: asyncio.Event(), capacity=1))
+        for i in range(2000):
+            pool.submit(work(str(i)))
+        assert (pool.in_flight, pool.waiting) == (1, 3999)
+
+
+class TestSeedsAndNames:
+    async def test_seeds_come_from_the_place_in_the_run_and_nothing_else(self, make) -> None:
+        ran: list[list[Task]] = []
+        for capacity in (1, 4):
+            engine = FakeEngine("e0", capacity=capacity)
+            pool = make(engine)
+            for row in "ab":
+                pool.submit(work(row, seed=9))
+            await take(pool, 2)
+            ran.append(sorted(engine.ran, key=lambda task: task.uid))
+        assert ran[0] == ran[1]
+        assert len({task.seed for task in ran[0]}) == 4
+        assert ran[0][0].seed == sample_seed(9, "train/0/a/0")
+        assert ran[0][0].uid == "run/train/0/a/0"
+
+    async def test_the_same_row_twice_in_a_step_has_other_names_and_seeds(self, make) -> None:
+        engine = FakeEngine("e0")
+        pool = make(engine)
+        pool.submit(work("a"))
+        pool.submit(work("a"))
+        await take(pool, 2)
+        assert len({task.uid for task in engine.ran}) == len({task.seed for task in engine.ran}) == 4
+
+    async def test_the_ground_truth_stays_here(self, make) -> None:
+        engine = FakeEngine("e0")
+        pool = make(engine)
+        pool.submit(work("a"))
+        await take(pool, 1)
+        assert all("34" not in str(task) for task in engine.ran)
+
+
+class TestRewards:
+    async def test_what_is_ours_is_not_scored_and_the_rest_is(self, make) -> None:
+        def rule(task: Task) -> Trajectory:
+            if task.sample == 2:
+                return lost_trajectory(task, Cause.SANDBOX_LOST, "gone", engine="e0")
+            return answered(task, "e0", ("\\boxed{34}", "\\boxed{35}")[task.sample])
+
+        pool = make(FakeEngine("e0", rule), max_retries=0)
+        pool.submit(work("a", n=3))
+        [group] = await take(pool, 1)
+        assert [t.reward for t in group.trajectories] == [1.0, 0.0, None]
+        assert len(group.scored) == 2
+        assert group.trajectories[0].verdicts == Verdicts(strict=True, pred="34")
+
+    async def test_a_verifier_that_dies_is_asked_again_and_then_the_trajectory_is_masked_not_rerun(self, make) -> None:
+        class Dying:
+            asked = 0
+
+            async def score(self, text: str, truth: str) -> tuple[float, Verdicts]:
+                self.asked += 1
+                if self.asked == 1 or text == "hang":
+                    raise RewardFailed("silent for 10 s")
+                return 1.0, Verdicts(strict=True)
+
+        engine = FakeEngine("e0", lambda t: answered(t, "e0", "hang" if t.sample else "fine"))
+        pool = make(engine, rewards=Dying())
+        pool.submit(work("a", n=2))
+        [group] = await take(pool, 1)
+        assert [t.cause for t in group.trajectories] == [Cause.ANSWERED, Cause.REWARD_FAILED]
+        assert [t.reward for t in group.trajectories] == [1.0, None]
+        assert (group.trajectories[1].error, len(engine.ran), group.lost) == ("silent for 10 s", 2, ())
+
+    async def test_an_engine_takes_more_work_while_an_answer_is_being_scored(self, make) -> None:
+        scoring, go = asyncio.Event(), asyncio.Event()
+
+        class Slow:
+            async def score(self, text: str, truth: str) -> tuple[float, Verdicts]:
+                scoring.set()
+                await go.wait()
+                return 1.0, Verdicts()
+
+        engine = FakeEngine("e0", capacity=1)
+        pool = make(engine, rewards=Slow())
+        pool.submit(work("a", n=3))
+        await asyncio.wait_for(scoring.wait(), 5)
+        await asyncio.sleep(0.02)
+        assert len(engine.ran) == 3
+        go.set()
+        await take(pool, 1)
+
+
+class TestOurFailures:
+    async def test_a_lost_trajectory_runs_again_elsewhere_with_the_same_seed(self, make) -> None:
+        bad = FakeEngine("e0", lost(Cause.SANDBOX_LOST), capacity=1)
+        good = FakeEngine("e1", capacity=1)
+        pool = make(bad, good)
+        pool.submit(work("a", n=2))
+        [group] = await take(pool, 1)
+        [first], again = bad.ran, [t for t in good.ran if t.attempt == 1]
+        assert len(again) == 1
+        assert (again[0].uid, again[0].seed, again[0].sample) == (first.uid, first.seed, first.sample)
+        assert [t.engine for t in group.trajectories] == ["e1", "e1"]
+        assert [(t.sample, t.cause) for t in group.lost] == [(first.sample, Cause.SANDBOX_LOST)]
+        assert len(group.scored) == 2
+
+    async def test_a_retry_waits_for_another_engine_rather_than_going_back(self, make) -> None:
+        busy = asyncio.Event()
+        bad = FakeEngine("e0", lambda t: lost_trajectory(t, Cause.SANDBOX_LOST, "x", engine="e0"), capacity=4)
+        good = FakeEngine("e1", lambda t: busy if t.row_id == "first" else 0.0, capacity=1)
+        pool = make(good, bad)
+        pool.submit(work("first", n=1))
+        pool.submit(work("a", n=1))
+        await asyncio.sleep(0.05)
+        assert (len(bad.ran), pool.waiting) == (1, 1)
+        busy.set()
+        assert [t.engine for g in await take(pool, 2) for t in g.trajectories] == ["e1", "e1"]
+
+    async def test_the_only_engine_gets_its_own_losses_again(self, make) -> None:
+        engine = FakeEngine(
+            "e0", lambda t: 0.0 if t.attempt else lost_trajectory(t, Cause.ENGINE_LOST, "late", engine="e0")
+        )
+        pool = make(engine, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=2))
+        [group] = await take(pool, 1)
+        assert (len(group.scored), len(group.lost)) == (2, 2)
+
+    async def test_after_the_last_retry_it_is_masked_in_its_group(self, make) -> None:
+        engine = FakeEngine("e0", lambda t: lost(Cause.ENGINE_LOST)(t) if t.sample == 1 else 0.0)
+        pool = make(engine)
+        pool.submit(work("a", n=4))
+        [group] = await take(pool, 1)
+        assert [t.reward for t in group.trajectories] == [1.0, None, 1.0, 1.0]
+        assert group.trajectories[1].cause is Cause.ENGINE_LOST
+        assert [task.attempt for task in engine.ran if task.sample == 1] == [0, 1]
+
+    async def test_an_engine_that_raises_engine_lost_or_drops_a_trajectory_is_no_crash(self, make) -> None:
+        def rule(task: Task) -> float | BaseException:
+            return (EngineLost("died"), asyncio.CancelledError())[task.sample] if not task.attempt else 0.0
+
+        pool = make(FakeEngine("e0", rule), max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=2))
+        [group] = await take(pool, 1)
+        assert sorted(t.cause for t in group.lost) == [Cause.CANCELLED, Cause.ENGINE_LOST]
+        assert len(group.scored) == 2
+
+    async def test_a_dead_engine_gets_no_more_work(self, make) -> None:
+        dying = FakeEngine("e0", capacity=1)
+
+        def die(task: Task) -> Trajectory:
+            dying.lost = "actor died"
+            return lost_trajectory(task, Cause.ENGINE_LOST, "actor died", engine="e0")
+
+        dying.rule = die
+        pool = make(dying, FakeEngine("e1", capacity=1))
+        for i in range(8):
+            pool.submit(work(str(i), n=1))
+        groups = await take(pool, 8)
+        assert len(dying.ran) == 1
+        assert all(t.engine == "e1" for g in groups for t in g.trajectories)
+
+    async def test_when_every_engine_is_dead_the_pool_says_so(self, make) -> None:
+        pool = make(FakeEngine("e0", lost="OOM killed"), FakeEngine("e1", lost="node went away"))
+        pool.submit(work("a"))
+        with pytest.raises(
+            CircuitOpen, match=r"every engine is dead, 2 trajectories .*e0: OOM killed; e1: node went away"
+        ):
+            await take(pool, 1)
+
+    async def test_too_many_losses_open_the_circuit_and_name_what_is_broken(self, make) -> None:
+        engine = FakeEngine("e0", lost(Cause.SANDBOX_LOST, "sandbox session s lost: connection refused"))
+        pool = make(engine, max_infra_failed_rate=0.5)
+        pool.submit(work("a", n=8, step=3))
+        with pytest.raises(CircuitOpen) as caught:
+            await take(pool, 1)
+        message = str(caught.value)
+        assert message.startswith("train step 3: 7 of 13 attempts were lost by our own failures, more than")
+        assert "rollout.max_infra_failed_rate=0.5" in message
+        assert "Broken: the sandbox service (sandbox_lost 7: e0 7; last: sandbox session s lost: connection" in message
+        with pytest.raises(CircuitOpen):  # and it stays open
+            await take(pool, 1)
+        with pytest.raises(CircuitOpen):
+            await pool.publish(None, 1)
+
+    async def test_a_few_early_failures_of_a_large_step_do_not_open_it(self, make) -> None:
+        pool = make(FakeEngine("e0", lambda t: lost(Cause.SANDBOX_LOST)(t) if t.sample < 3 else 0.0), max_retries=0)
+        pool.submit(work("a", n=8))
+        [group] = await take(pool, 1)
+        assert len(group.scored) == 5
+
+    async def test_the_rate_is_per_step(self, make) -> None:
+        rule = lambda t: lost(Cause.SANDBOX_LOST)(t) if t.sample == 0 and "/0/" in t.uid else 0.0  # noqa: E731
+        pool = make(FakeEngine("e0", rule), max_retries=0, max_infra_failed_rate=0.6)
+        for step in range(4):
+            pool.submit(work("a", n=2, step=step))
+        assert len(await take(pool, 4)) == 4
+
+
+class TestBackgroundFailure:
+    async def test_a_bug_in_a_trajectory_ends_groups_with_its_own_traceback(self, make) -> None:
+        def buggy(task: Task) -> float:
+            return 1 / task.sample
+
+        pool = make(FakeEngine("e0", buggy))
+        pool.submit(work("a"))
+        with pytest.raises(ZeroDivisionError) as caught:
+            await take(pool, 1)
+        assert "buggy" in "".join(traceback.format_tb(caught.value.__traceback__))
+
+    async def test_a_waiting_reader_is_woken(self, make) -> None:
+        go = asyncio.Event()
+
+        class Engine(FakeEngine):
+            async def run(self, task: Task) -> Trajectory:
+                await go.wait()
+                raise ValueError("row 'a': the prompt has 9 tokens")
+
+        pool = make(Engine("e0"))
+        pool.submit(work("a"))
+        reading = asyncio.create_task(take(pool, 1))
+        await asyncio.sleep(0.01)
+        go.set()
+        with pytest.raises(ValueError, match="row 'a'"):
+            await asyncio.wait_for(reading, 5)
+
+    async def test_a_task_that_is_cancelled_from_outside_is_a_failure_not_a_hang(self, make) -> None:
+        pool = make(FakeEngine("e0", lambda t: asyncio.Event()))
+        pool.submit(work("a", n=1))
+        await asyncio.sleep(0)
+        next(iter(pool._running)).cancel()
+        with pytest.raises(RuntimeError, match="run/train/0/a/0 on e0 was cancelled, and not by the pool"):
+            await take(pool, 1)
+
+
+class TestPublish:
+    async def test_the_publisher_publishes_and_the_pool_remembers_the_version(self, make) -> None:
+        publisher = FakePublisher()
+        pool = make(FakeEngine("e0"), publisher=publisher)
+        assert pool.version == -1
+        report = await pool.publish(None, 3)
+        assert (report.version, pool.version, publisher.published) == (3, 3, [3])
+        with pytest.raises(WeightSyncError, match="bucket 3"):
+            await pool.publish(None, -5)
+        assert pool.version == 3
+
+    async def test_without_a_publisher_it_says_so(self, make) -> None:
+        with pytest.raises(ConfigError, match="without a publisher"):
+            await make(FakeEngine("e0")).publish(None, 1)
+
+
+class TestTheEnd:
+    async def test_drain_hands_back_partials_and_the_finished_of_unfinished_groups(self, make) -> None:
+        never = asyncio.Event()
+        engine = FakeEngine("e0", lambda t: never if t.sample else 0.0, capacity=3)
+        pool = make(engine)
+        pool.submit(work("a", n=3))
+        pool.submit(work("b", n=3))
+        await asyncio.sleep(0.02)
+        partial = await asyncio.wait_for(pool.drain(), 5)
+        assert sorted((t.row_id, t.sample, t.cause) for t in partial) == [
+            ("a", 0, Cause.ANSWERED),
+            ("a", 1, Cause.CANCELLED),
+            ("a", 2, Cause.CANCELLED),
+            ("b", 0, Cause.ANSWERED),
+            ("b", 1, Cause.CANCELLED),
+        ]
+        assert next(t for t in partial if t.sample == 0).reward == 1.0
+        assert (pool.in_flight, pool.waiting, len(engine.ran)) == (0, 0, 5)
+        engine.rule = lambda t: 0.0
+        engine.cancelled.clear()
+        pool.submit(work("c"))
+        assert [g.row.row_id for g in await take(pool, 1)] == ["c"]
+
+    async def test_close_ends_everything_and_one_engine_that_fails_does_not_keep_the_others(self, make, caplog) -> None:
+        class Stubborn(FakeEngine):
+            async def close(self) -> None:
+                raise OSError("gone")
+
+        other = FakeEngine("e1", lambda t: asyncio.Event())
+        pool = make(Stubborn("e0", lambda t: asyncio.Event()), other)
+        pool.submit(work("a", n=8))
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(pool.close(), 5)
+        assert (other.closed, other.now, pool.in_flight) == (1, 0, 0)
+        assert "closing e0: OSError('gone')" in caplog.text
+        await pool.close()
+        assert other.closed == 1
+        with pytest.raises(RuntimeError, match="closed"):
+            pool.submit(work("b"))
+
+    async def test_engines_need_names_of_their_own(self) -> None:
+        with pytest.raises(ConfigError, match=r"\['e0', 'e0'\]"):
+            EnginePool([FakeEngine("e0"), FakeEngine("e0")], rewards=RewardPool(math_verify=False))
