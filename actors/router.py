@@ -132,10 +132,10 @@ class EnginePool:
 
     async def publish(self, source: Any, version: int) -> PublishReport:
         """Hand version `version` of the weights to every engine. Raises what the publisher raises."""
-        if self._publisher is None:
-            raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
         if self._failure is not None:
             raise self._failure
+        if self._publisher is None:
+            raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
         report = await self._publisher.publish(source, version)
         self.version = version
         return report

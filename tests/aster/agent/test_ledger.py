@@ -48,8 +48,8 @@ def test_the_message_blames_the_worst_component_first_and_names_the_engines() ->
     with pytest.raises(CircuitOpen) as caught:
         judge(ledger, Cause.ENGINE_LOST, step=7, kind="val", engine="e2", error="OOM")
     assert str(caught.value) == (
-        "val step 7: 3 of 5 attempts were lost by our own failures, more than rollout.max_infra_failed_rate=0.5 allows. "
-        "Broken: the rollout engines (engine_lost 2: e1 1, e2 1; last: OOM); "
+        "val step 7: 3 of 5 attempts were lost by our own failures, more than "
+        "rollout.max_infra_failed_rate=0.5 allows. Broken: the rollout engines (engine_lost 2: e1 1, e2 1; last: OOM); "
         "the verifier (reward_failed 1: e0 1; last: silent for 10 s)"
     )
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
