@@ -81,6 +81,7 @@ class GrpoLoop:
         self.step = 0
         self.stale_groups = 0
         self._outstanding = 0
+        self._rows: deque[PromptRow] = deque()
         self._inbox = Inbox(self.pool.groups())
 
     async def run(self) -> None:
@@ -111,8 +112,7 @@ class GrpoLoop:
         r = self.recipe.rollout
         groups: list[TrajectoryGroup] = []
         while len(groups) < r.prompts_per_step:
-            while self._outstanding < (r.max_staleness + 1) * r.prompts_per_step:
-                self._submit(self.prompts.next())
+            self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
             group = await self._inbox.next("train")
             self._outstanding -= 1
             if self._oldest_version(group) < self.step - 1 - r.max_staleness:
@@ -230,12 +230,14 @@ class GrpoLoop:
 
     # helpers ---------------------------------------------------------------------------------------------------------
 
-    def _submit(self, rows: Sequence[PromptRow]) -> None:
-        for row in rows:
+    def _submit(self, count: int) -> None:
+        for _ in range(count):
+            if not self._rows:
+                self._rows.extend(self.prompts.next())
             self._outstanding += 1
             self.pool.submit(
                 RolloutWork(
-                    row=row,
+                    row=self._rows.popleft(),
                     group_size=self.recipe.rollout.group_size,
                     budget=self.recipe.train_budget(),
                     sampling=self.recipe.sampling.sampling(),

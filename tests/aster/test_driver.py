@@ -110,7 +110,9 @@ async def test_zero_variance_groups_count_in_the_denominator_unless_dropped(tmp_
         events = []
         learners = FakeLearners(events)
         first = {}
-        pool = FakePool(events, reward=lambda r, i, first=first: 1.0 if first.setdefault("row", r.row_id) == r.row_id else float(i))
+        pool = FakePool(
+            events, reward=lambda r, i, first=first: 1.0 if first.setdefault("row", r.row_id) == r.row_id else float(i)
+        )
         r = recipe(tmp_path, "run.steps=1", f"algo.drop_zero_variance={str(drop).lower()}")
         await loop(r, events, pool=pool, learners=learners).run()
         assert learners.denominators == expected

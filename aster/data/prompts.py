@@ -1,0 +1,158 @@
+"""Prompt files: rows in the columns of the paper's data sets, a stable id for each, and the order they are drawn in.
+
+    prompt list<struct<content, role>> · reward_model struct<ground_truth, ...> · data_source · agent_name · extra_info
+
+`row_id` joins rollouts to rows. It is the file's own `row_id` column, else `extra_info.index`, else `data_source` and
+`id`, else a hash of the prompt. An id that occurs again gets the suffix `#2`, `#3` in order of appearance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aster.errors import DataError
+from aster.types import PromptRow
+
+_REQUIRED = ("prompt", "reward_model", "data_source")
+
+
+def read_prompts(files: Sequence[str | Path], *, max_rows: int | None = None) -> list[PromptRow]:
+    """All rows of all files in order, at most `max_rows`. Raises `DataError` naming the file, the row and the cure."""
+    seen: Counter[str] = Counter()
+    rows: list[PromptRow] = []
+    for file in files:
+        for index, record in enumerate(_records(Path(file))):
+            if max_rows is not None and len(rows) >= max_rows:
+                return rows
+            rows.append(_row(record, seen, where=f"{file}, row {index}"))
+    if not rows:
+        raise DataError(f"no rows in {', '.join(map(str, files)) or 'an empty list of files'}")
+    return rows
+
+
+def write_prompts(path: str | Path, rows: Sequence[PromptRow]) -> None:
+    """A parquet that `read_prompts` and the reference's loader both read; `row_id` has a column of its own."""
+    records = [
+        {
+            "row_id": r.row_id,
+            "prompt": [{"content": m["content"], "role": m["role"]} for m in r.messages],
+            "reward_model": {"ground_truth": r.ground_truth, "style": "rule-lighteval/MATH_v2"},
+            "data_source": r.data_source,
+            "agent_name": r.agent_name,
+            "solution": r.ground_truth,
+            "ability": "MATH",
+            "extra_info": {"index": r.row_id, "need_tools_kwargs": False},
+        }
+        for r in rows
+    ]
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".tmp")
+    pq.write_table(pa.Table.from_pylist(records), partial)
+    partial.replace(target)
+
+
+class PromptStream:
+    """Batches of rows in the order of (seed, epoch), last incomplete batch of an epoch dropped; resumes exactly.
+
+    >>> stream = PromptStream(rows, batch=128, seed=1, epochs=3)       # doctest: +SKIP
+    >>> stream.total_steps                                             # 17,398 rows: 3 x 135
+    405
+    """
+
+    def __init__(self, rows: Sequence[PromptRow], *, batch: int, seed: int, epochs: int) -> None:
+        if len(rows) < batch:
+            raise DataError(
+                f"{len(rows)} prompts do not fill one step of rollout.prompts_per_step={batch}: "
+                f"lower it to at most {len(rows)} or give more rows"
+            )
+        self.rows = rows
+        self.batch = batch
+        self.seed = seed
+        self.steps_per_epoch = len(rows) // batch
+        self.total_steps = self.steps_per_epoch * epochs
+        self.position = 0
+
+    @property
+    def epoch(self) -> int:
+        return self.position // self.steps_per_epoch
+
+    def next(self) -> list[PromptRow]:
+        """The next batch; goes on past the last epoch with further shuffles (a run with more `run.steps` than rows)."""
+        step = self.position % self.steps_per_epoch
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
+        self.position += 1
+        return [self.rows[i] for i in order[step * self.batch : (step + 1) * self.batch]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "seed": self.seed, "batch": self.batch, "rows": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a saved position. Raises `DataError` when rows, seed or batch differ: the order would, too."""
+        mine = self.state_dict()
+        changed = [k for k in ("rows", "seed", "batch") if state[k] != mine[k]]
+        if changed:
+            raise DataError(
+                "the checkpoint was made with other data: "
+                + ", ".join(f"{k} was {state[k]!r}, is {mine[k]!r}" for k in changed)
+                + "; restore the old values or start a new run (another run.name, or run.resume=false)"
+            )
+        self.position = int(state["position"])
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(r.row_id for r in self.rows).encode()).hexdigest()[:16]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from None
+    missing = [c for c in _REQUIRED if c not in file.schema_arrow.names]
+    if missing:
+        raise DataError(f"{path} lacks the columns {missing}; it has {file.schema_arrow.names}")
+    for batch in file.iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+def _row(record: Mapping[str, Any], seen: Counter[str], *, where: str) -> PromptRow:
+    messages = tuple({"role": m["role"], "content": m["content"]} for m in record["prompt"] or ())
+    if not messages:
+        raise DataError(f"{where}: column prompt is empty")
+    truth = (record["reward_model"] or {}).get("ground_truth")
+    if truth is None:
+        raise DataError(f"{where}: reward_model.ground_truth is missing")
+    extra = {
+        k: v for k, v in (record.get("extra_info") or {}).items() if k not in {"tools_kwargs", "need_tools_kwargs"}
+    }
+    source = str(record["data_source"])
+    row_id = _own_id(record, extra, source) or _hash(messages)
+    seen[row_id] += 1
+    if seen[row_id] > 1:
+        row_id = f"{row_id}#{seen[row_id]}"
+    return PromptRow(row_id, messages, str(truth), source, record.get("agent_name") or "code_agent", extra)
+
+
+def _own_id(record: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> str | None:
+    if record.get("row_id") is not None:
+        return str(record["row_id"])
+    if extra.get("index") is not None:
+        return str(extra["index"])
+    if record.get("id") is not None:
+        return f"{source}-{record['id']}"
+    return None
+
+
+def _hash(messages: Sequence[Mapping[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
