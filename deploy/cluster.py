@@ -5,7 +5,7 @@
 
 What belongs to a cluster is known by three marks, so that other Ray clusters of the machine are never touched (`ray
 stop` would end them all): the session id of the head process, descent from it, ASTER_CLUSTER_ID in the environment.
-With `--cluster FILE` both verbs hand over to `ray up` and `ray down`. Not for Kubernetes: see deploy/kuberay.
+With `--cluster FILE` both hand over to `ray up` and `ray down`. `sandbox` puts the service on any running cluster.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+SERVE_FILE = ROOT / "deploy" / "serve.yaml"
 NODE_LABEL = "aster.node"
 """serve/cells/docker.py labels its containers with it: the first 12 digits of the Ray node that made them."""
 
 HEAD_DEADLINE_S = 120.0
 SANDBOX_DEADLINE_S = 420.0
-DOWN_DEADLINE_S = 30.0
+DELETE_DEADLINE_S = 30.0
+HEAD_TERM_S, TERM_S, KILL_S = 15.0, 5.0, 10.0
+"""How long the head may take to end its own processes, each of the others after SIGTERM, and after SIGKILL."""
 
 
 class ClusterError(RuntimeError):
@@ -156,7 +159,8 @@ def end_processes(state: State) -> int:
 
     Raises `ClusterError` when something survives.
     """
-    known = {pid: process for pid, process in all_processes().items() if pid in set(processes_of(state))}
+    ours = set(processes_of(state))
+    known = {pid: process for pid, process in all_processes().items() if pid in ours}
 
     def alive() -> list[int]:
         table = all_processes()
@@ -168,13 +172,13 @@ def end_processes(state: State) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + seconds
-        while alive() and time.monotonic() < deadline:
+        while set(pids) & set(alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     if state.pid in known:
-        signal_and_wait([state.pid], signal.SIGTERM, DOWN_DEADLINE_S / 2)
-    signal_and_wait(alive(), signal.SIGTERM, 5.0)
-    signal_and_wait(alive(), signal.SIGKILL, 10.0)
+        signal_and_wait([state.pid], signal.SIGTERM, HEAD_TERM_S)
+    signal_and_wait(alive(), signal.SIGTERM, TERM_S)
+    signal_and_wait(alive(), signal.SIGKILL, KILL_S)
     if left := alive():
         raise ClusterError(
             f"processes {left} of cluster {state.cluster_id} outlived SIGKILL; state kept for another try"
@@ -245,13 +249,12 @@ def request(method: str, url: str, *, token: str, body: object = None, timeout_s
 # --- up ---------------------------------------------------------------------------------------------------------------
 
 
-def serve_config(path: Path, *, port: int, backend: str | None) -> dict[str, Any]:
-    """deploy/serve.yaml with this machine's port and, where given, sandbox backend."""
+def serve_config(path: Path, *, port: int, **args: object) -> dict[str, Any]:
+    """deploy/serve.yaml with this cluster's port, and the application's `args` that are not None."""
     config: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     config.setdefault("http_options", {})["port"] = port
-    if backend:
-        for application in config["applications"]:
-            application.setdefault("args", {})["backend"] = backend
+    for application in config["applications"]:
+        application.setdefault("args", {}).update({key: value for key, value in args.items() if value is not None})
     return config
 
 
@@ -286,9 +289,9 @@ def start_head(files: Files, state: State, *, environment: dict[str, str], num_c
         time.sleep(0.3)
 
 
-def deploy_sandbox(state: State, config: dict[str, Any], *, token: str) -> None:
+def deploy_sandbox(dashboard: str, config: dict[str, Any], *, token: str) -> None:
     """PUT the Serve configuration and wait until every application runs."""
-    url = f"{state.dashboard}/api/serve/applications/"
+    url = f"{dashboard}/api/serve/applications/"
     try:
         request("PUT", url, token=token, body=config, timeout_s=60)
     except urllib.error.HTTPError as error:
@@ -392,8 +395,8 @@ def up(files: Files, args: argparse.Namespace) -> None:
         if args.sandbox:
             backend_file = files.cache / "sandbox_backend"
             backend = args.backend or (backend_file.read_text("utf-8").strip() if backend_file.exists() else None)
-            config = serve_config(ROOT / "deploy" / "serve.yaml", port=state.serve_port, backend=backend)
-            deploy_sandbox(state, config, token=token)
+            config = serve_config(SERVE_FILE, port=state.serve_port, backend=backend)
+            deploy_sandbox(state.dashboard, config, token=token)
             print(f"cluster: sandbox service is up, http://127.0.0.1:{state.serve_port}")
         write_environment(files, state)
     print(hints(files, state))
@@ -422,13 +425,34 @@ def down(files: Files) -> None:
         # the sweeps below do not depend on it.
         with contextlib.suppress(OSError):
             url = f"{state.dashboard}/api/serve/applications/"
-            request("DELETE", url, token=token_in(files.ray_token), timeout_s=DOWN_DEADLINE_S)
+            request("DELETE", url, token=token_in(files.ray_token), timeout_s=DELETE_DEADLINE_S)
     processes = end_processes(state)
     containers = remove_containers(state)
     shutil.rmtree(state.temp_dir, ignore_errors=True)
     files.environment.unlink(missing_ok=True)
     files.state.unlink()
     print(f"cluster: down; {processes} processes ended, {containers} containers removed")
+
+
+def sandbox_on_cluster(args: argparse.Namespace) -> None:
+    """Deploy the sandbox application on a cluster that runs already: one pool on each of `--nodes` sandbox nodes."""
+    address = os.environ.get("RAY_DASHBOARD_ADDRESS", f"http://127.0.0.1:{args.dashboard_port}")
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if not token and token_file.exists():
+        token = token_file.read_text("utf-8").strip()
+    # `sandbox` is the custom resource that deploy/ray-cluster.yaml and deploy/kuberay give sandbox nodes.
+    config = serve_config(
+        SERVE_FILE,
+        port=args.serve_port,
+        backend=args.backend,
+        replicas=args.nodes,
+        one_per_node=True,
+        resources={"sandbox": 0.01},
+        socket_root=args.socket_root,
+    )
+    deploy_sandbox(address, config, token=token)
+    print(f"cluster: sandbox service is up on {args.nodes} node(s)")
 
 
 def ray_launcher(verb: str, cluster: str) -> None:
@@ -446,7 +470,7 @@ def ray_launcher(verb: str, cluster: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("up", "down"))
+    parser.add_argument("verb", choices=("up", "down", "sandbox"), help="sandbox: deploy it on a running cluster")
     parser.add_argument("--cluster", help="a cluster file for `ray up`; default: a cluster of this machine alone")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / ".cache", help="where state and tokens are kept (%(default)s)"
@@ -461,9 +485,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sandbox", action=argparse.BooleanOptionalAction, default=True, help="deploy deploy/serve.yaml"
     )
+    parser.add_argument("--nodes", type=int, default=1, help="sandbox nodes, for the verb `sandbox`")
+    parser.add_argument("--socket-root", help="directory that Docker sees under the same path, for the verb `sandbox`")
     args = parser.parse_args(argv)
     try:
-        if args.cluster:
+        if args.verb == "sandbox":
+            sandbox_on_cluster(args)
+        elif args.cluster:
             ray_launcher(args.verb, args.cluster)
         elif args.verb == "up":
             up(Files(args.cache.absolute()), args)
