@@ -15,6 +15,8 @@ What a call is, is the business of `grammar.py`.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +38,13 @@ _CALL_ID = "probe0000"  # nine characters: some templates insist
 class _Delta:
     """What the template writes around the contents of one role: head, content, (separator, content)*, tail.
 
-    The text between the outermost control tokens and the content is tokenised together with the content, as the
-    template's rendering would be: `4` + `\\n` may be one token.
+    Ids are what stands between control tokens; the text between those and a content is tokenised together with the
+    content, as the template's rendering would be: `)` + `\\n` may be one token.
     """
 
     head: tuple[int, ...]
     before: str
-    separator: str | None  # None: this role cannot stand twice in a row
+    separator: tuple[str, tuple[int, ...], str] | None  # text, ids, text; None = this role cannot stand twice in a row
     after: str
     tail: tuple[int, ...]
     strips: bool  # the template strips white space off the content
@@ -219,26 +221,31 @@ class ChatRenderer:
 
     def _probe_delta(self, role: str) -> _Delta:
         where = self._template.where
-        one = self._around(role, (_FIRST,), turns=1)
-        if one != self._around(role, (_FIRST,), turns=2):
+        head, tail = self._around(role, (_FIRST,), turns=1)
+        if (head, tail) != self._around(role, (_FIRST,), turns=2):
             raise TemplateError(f"{where} writes a {role} message differently in the first and in the second turn")
-        head, tail = one
-        try:
-            head_of_two, tail_of_two = self._around(role, (_FIRST, _SECOND), turns=1)
-            between, found, tail_of_two = tail_of_two.partition(_SECOND)
-            separator = between if found and (head_of_two, tail_of_two) == (head, tail) else None
-        except TemplateError:  # a template may insist on alternating roles
-            separator = None
-        cut_head = self._tokenizer.split_after_last_control(head)
-        cut_tail = self._tokenizer.split_before_first_control(tail)
+        separator = None
+        with contextlib.suppress(TemplateError):  # a template may insist on alternating roles
+            head_of_two, rest = self._around(role, (_FIRST, _SECOND), turns=1)
+            between, found, tail_of_two = rest.partition(_SECOND)
+            if found and (head_of_two, tail_of_two) == (head, tail):
+                separator = self._split(between)
+        no_text, head_ids, before = self._split(head)
+        after, tail_ids, no_text_either = self._split(tail)
         return _Delta(
-            head=tuple(self._tokenizer.encode(head[:cut_head])),
-            before=head[cut_head:],
+            head=(*self._tokenizer.encode(no_text), *head_ids),
+            before=before,
             separator=separator,
-            after=tail[:cut_tail],
-            tail=tuple(self._tokenizer.encode(tail[cut_tail:])),
+            after=after,
+            tail=(*tail_ids, *self._tokenizer.encode(no_text_either)),
             strips=self._strips(role),
         )
+
+    def _split(self, text: str) -> tuple[str, tuple[int, ...], str]:
+        """(text before the first control token, ids up to the last one inclusive, text after it)."""
+        first = self._tokenizer.split_before_first_control(text)
+        last = max(self._tokenizer.split_after_last_control(text), first)
+        return text[:first], tuple(self._tokenizer.encode(text[first:last])), text[last:]
 
     def _around(self, role: str, contents: Sequence[str], *, turns: int) -> tuple[str, str]:
         """(text from the turn's end to the first content, text after it), rendered after `turns` assistant turns."""
@@ -276,8 +283,7 @@ class ChatRenderer:
         return self._render(messages, add_generation_prompt=True)
 
     def _after(self, text: str, probe: str, role: str) -> str:
-        before, found, after = text.rpartition(probe)
-        del before
+        _, found, after = text.rpartition(probe)
         if not found:
             raise TemplateError(
                 f"{self._template.where} drops the content of assistant messages before a {role} message"
@@ -293,26 +299,19 @@ class ChatRenderer:
         ids = list(delta.head)
         text = delta.before
         for i, content in enumerate(contents):
-            if i:
-                separator = delta.separator or ""
-                first, last = (
-                    self._tokenizer.split_before_first_control(separator),
-                    self._tokenizer.split_after_last_control(separator),
-                )
-                if first < len(separator):
-                    ids += self._tokenizer.encode_literal(text + separator[:first])
-                    ids += self._tokenizer.encode(separator[first:last])
-                    text = separator[last:]
+            if i and delta.separator is not None:
+                closing, between, opening = delta.separator
+                if between:
+                    ids += [*self._tokenizer.encode_literal(text + closing), *between]
+                    text = opening
                 else:
-                    text += separator
+                    text += closing
             text += content.strip() if delta.strips else content
         return [*ids, *self._tokenizer.encode_literal(text + delta.after), *delta.tail]
 
 
 def _generation_stops(folder: Path, tokenizer: ModelTokenizer) -> list[int]:
     """End-of-sequence ids that the engine would stop at anyway."""
-    import json
-
     stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     file = folder / "generation_config.json"
     if file.is_file():

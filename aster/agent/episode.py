@@ -131,7 +131,7 @@ class Episode:
         assert limit > 0, f"{self.task.uid}: no token of the response budget is left"
         began = time.monotonic()
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as clock:
                 out = await self._generate(
                     np.concatenate([self._prompt_ids, *self._ids]),
                     max_tokens=limit,
@@ -140,8 +140,9 @@ class Episode:
                     seed=turn_seed(self.task.seed, number),
                     request_id=f"{self.task.uid}/{self.task.attempt}/{number}",
                 )
-        except TimeoutError:
-            raise EngineLost(self._late("the engine was still generating")) from None
+        except TimeoutError as error:
+            late = self._late("the engine was still generating") if clock.expired() else f"timed out: {error!r}"
+            raise EngineLost(late) from error
         ended = time.monotonic()
         self._generate_s += ended - began
         if out.finish_reason == "abort":
@@ -257,23 +258,22 @@ class Episode:
         call_id = f"call-{self.calls_made}"
         while True:
             try:
-                session = self._session = self._session or await self._open()
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(self._deadline) as clock:
+                    session = self._session = self._session or await self._open()
                     return await session.execute(code, timeout_s=self.task.budget.tool_timeout_s, call_id=call_id)
             except BackPressure as full:
                 await self._wait_for_room(full)
-            except TimeoutError:
-                session_id = self._session.session_id if self._session else ""
-                raise SandboxLost(session_id, self._late("the sandbox had not answered")) from None
+            except TimeoutError as error:
+                late = self._late("the sandbox had not answered") if clock.expired() else f"timed out: {error!r}"
+                raise SandboxLost(self._session.session_id if self._session else "", late) from error
 
     async def _open(self) -> Sandbox:
         """A session that opens after nobody waits for it any more is closed again."""
         assert self._sandboxes is not None
         opening = asyncio.ensure_future(self._sandboxes.open(f"{self.task.uid}/{self.task.attempt}"))
         try:
-            async with asyncio.timeout_at(self._deadline):
-                return await asyncio.shield(opening)
-        except (TimeoutError, asyncio.CancelledError):
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:  # also when the deadline has passed
             opening.add_done_callback(_close_late)
             raise
 

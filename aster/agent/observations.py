@@ -122,8 +122,8 @@ def _details(response: ExecuteResponse) -> str:
     """stderr, the traceback where stderr does not hold it already, and the supervisor's words."""
     parts = [response.stderr]
     if response.error is not None:
-        traceback = response.error.traceback or f"{response.error.name}: {response.error.value}"
-        if traceback.strip() not in response.stderr:
+        traceback = (response.error.traceback or f"{response.error.name}: {response.error.value}").strip("\n")
+        if traceback.rpartition("\n")[2] not in response.stderr:  # its last line: stderr may have lost its middle
             parts.append(traceback)
     if response.reason and response.reason not in response.stderr:
         parts.append(response.reason)

@@ -61,6 +61,8 @@ class ModelTokenizer:
         if not file.is_file():
             raise TemplateError(f"no tokenizer.json in {folder}: save the tokenizer there with save_pretrained()")
         tokenizer = _Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()  # a file may carry both; either would change a trajectory silently
+        tokenizer.no_padding()
         config = read_tokenizer_config(folder)
         for key, token in config.get("added_tokens_decoder", {}).items():
             if tokenizer.token_to_id(token["content"]) != int(key):

@@ -519,6 +519,16 @@ class TestOurFailures:
         assert (out.cause, sandbox.closed) == (Cause.SANDBOX_LOST, 1)
         assert "the sandbox had not answered" in out.error
 
+    async def test_a_time_out_of_their_own_is_told_apart_from_the_deadline(self, hybrid) -> None:
+        out, _, _ = await episode(hybrid, [TimeoutError("socket")])
+        assert (out.cause, out.error) == (Cause.ENGINE_LOST, "timed out: TimeoutError('socket')")
+        sandbox = ScriptedSandbox(lambda code: TimeoutError("socket"))
+        out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox)
+        assert (out.cause, out.error) == (
+            Cause.SANDBOX_LOST,
+            "sandbox session s-1 lost: timed out: TimeoutError('socket')",
+        )
+
     async def test_cancelling_gives_the_partial_trajectory_and_closes_the_session(self, hybrid) -> None:
         started = asyncio.Event()
 
