@@ -1,0 +1,81 @@
+"""What the kernel is told about a session: identity, resource limits, process attributes. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
+
+
+def become_subreaper() -> None:
+    """Orphans of our descendants become our children, so that their exit status is ours to read."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def set_dumpable(value: bool) -> None:
+    """False: no other process of our uid may trace us or read our memory."""
+    _prctl(_PR_SET_DUMPABLE, int(value))
+
+
+def drop_to(uid: int | None) -> None:
+    """No new privileges; with a uid, no groups and no capabilities either. The kernel would set dumpable to 0."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if uid is None:
+        return
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    set_dumpable(True)
+
+
+def first_to_be_killed() -> None:
+    """When memory is short, the session goes first, never the supervisor."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:  # a read-only /proc: the limits below still hold
+        pass
+
+
+def data_bytes() -> int:
+    """Private writable memory of this process as RLIMIT_DATA counts it."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def apply_limits(*, memory_bytes: int, processes: int | None, file_bytes: int) -> None:
+    """RLIMIT_DATA, not RLIMIT_AS (which counts mappings nobody touches) and never RLIMIT_STACK (threads would fail)."""
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, 512)
+    if memory_bytes:
+        _lower(resource.RLIMIT_DATA, data_bytes() + memory_bytes)
+    if file_bytes:
+        _lower(resource.RLIMIT_FSIZE, file_bytes)
+    if processes:
+        _lower(resource.RLIMIT_NPROC, processes)
+
+
+def _lower(what: int, value: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(what, (value, value))

@@ -1,0 +1,139 @@
+"""The pool's end of a cell's socket: gRPC calls with deadlines, and the records of `serve.schema`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from sandbox_image.proto import cell_pb2, cell_pb2_grpc
+from serve.cells import BackendUnavailable, Cell, CellBackend
+from serve.schema import CellError, ExecuteRequest, ExecuteResponse, Limits, State, Status
+
+_CONTROL_S = 15.0
+_KILL_GRACE_S = 20.0  # the supervisor answers at t+2 s; forking anew after a death, and a loaded machine, take longer
+_MESSAGE_BYTES = 64 << 20
+_POLL_S = 0.01
+_LOOK_EVERY = 20
+
+
+class CellLost(RuntimeError):
+    """The cell does not answer any more; its sessions are gone."""
+
+
+class CellFull(RuntimeError):
+    """No free slot."""
+
+
+class CellLink:
+    """Everything that is said to one supervisor. Belongs to the event loop that made it."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{cell.socket}",
+            options=[
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MESSAGE_BYTES),
+                ("grpc.enable_retries", 0),  # an execute that may have run is never sent again
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._stub = cell_pb2_grpc.CellStub(self._channel)
+
+    async def open(self, session_id: str, limits: Limits) -> None:
+        request = cell_pb2.OpenRequest(
+            session_id=session_id,
+            memory_bytes=limits.memory_bytes,
+            processes=limits.processes,
+            file_bytes=limits.file_bytes,
+        )
+        try:
+            await self._stub.Open(request, timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise CellFull(error.details() or "no free slot") from None
+            raise self._lost(error) from None
+
+    async def execute(self, session_id: str, request: ExecuteRequest) -> ExecuteResponse:
+        message = cell_pb2.ExecuteRequest(
+            session_id=session_id,
+            # a lone surrogate has no UTF-8; in a string literal its escape means the same
+            code=request.code.encode("utf-8", "backslashreplace").decode(),
+            timeout_s=request.timeout_s,
+            call_id=request.call_id,
+            max_output_bytes=request.max_output_bytes,
+        )
+        try:
+            answer = await self._stub.Execute(message, timeout=request.timeout_s + _KILL_GRACE_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+        return _response(answer)
+
+    async def close_session(self, session_id: str) -> bool:
+        try:
+            answer = await self._stub.Close(cell_pb2.CloseRequest(session_id=session_id), timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+        return bool(answer.existed)
+
+    async def status(self) -> cell_pb2.StatusReply:
+        try:
+            return await self._stub.Status(cell_pb2.StatusRequest(), timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: grpc.aio.AioRpcError) -> CellLost:
+        return CellLost(f"cell {self.cell.cell_id}: {error.code().name.lower()}: {error.details()}")
+
+    async def disconnect(self) -> None:
+        await self._channel.close(grace=None)
+
+
+async def start_cell(backend: CellBackend, *, timeout_s: float) -> CellLink:
+    """Start a cell and wait until it answers. Raises `BackendUnavailable`, and then nothing of it is left."""
+    cell = await backend.start()
+    try:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        polls = 0
+        while not cell.socket.exists():
+            polls += 1
+            if polls % _LOOK_EVERY == 0 and (why := await backend.ending(cell)):
+                raise BackendUnavailable(f"{backend.name}: cell {cell.cell_id} did not start: {why}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise BackendUnavailable(f"{backend.name}: cell {cell.cell_id} was not ready within {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
+        link = CellLink(cell)
+        try:
+            await link.status()
+        except CellLost as error:
+            await link.disconnect()
+            raise BackendUnavailable(f"{backend.name}: {error}") from None
+    except BaseException:
+        await asyncio.shield(backend.remove(cell))
+        raise
+    return link
+
+
+def _response(answer: cell_pb2.ExecuteReply) -> ExecuteResponse:
+    body: dict[str, Any] = {}
+    if answer.HasField("error"):
+        body["error"] = CellError(name=answer.error.name, value=answer.error.value, traceback=answer.error.traceback)
+    if answer.HasField("result"):
+        body["result"] = answer.result
+    return ExecuteResponse(
+        status=Status(answer.status),
+        state=State(answer.state),
+        stdout=answer.stdout,
+        stderr=answer.stderr,
+        text=answer.text,
+        duration_s=answer.duration_s,
+        queue_s=answer.queue_s,
+        truncated=answer.truncated,
+        stdout_bytes=answer.stdout_bytes,
+        stderr_bytes=answer.stderr_bytes,
+        cell=answer.cell,
+        reason=answer.reason,
+        **body,
+    )

@@ -1,0 +1,42 @@
+"""What the sandbox service refuses, as exceptions that survive pickling. Clients map them to their own."""
+
+from __future__ import annotations
+
+
+class SandboxServiceError(Exception):
+    """Base of the three below."""
+
+
+class SessionUnknown(SandboxServiceError):
+    """An id that this service never minted: HTTP 404."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
+
+    def __str__(self) -> str:
+        return f"no session {self.session_id!r}"
+
+
+class SessionGone(SandboxServiceError):
+    """A session that was, and is no more: closed, expired, or lost with its cell or node. HTTP 410."""
+
+    def __init__(self, session_id: str, reason: str) -> None:
+        super().__init__(session_id, reason)
+        self.session_id = session_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"session {self.session_id} is gone: {self.reason}"
+
+
+class PoolFull(SandboxServiceError):
+    """Nothing was done; try again after `retry_after_s`: HTTP 429."""
+
+    def __init__(self, retry_after_s: float, reason: str) -> None:
+        super().__init__(retry_after_s, reason)
+        self.retry_after_s = retry_after_s
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"sandbox is full: {self.reason}"

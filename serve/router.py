@@ -1,0 +1,44 @@
+"""Strict affinity: a call goes to the replica that its session id names, or to nobody who could pretend to be it.
+
+A missing owner is answered by any replica, with "gone"; never by waiting: Serve would retry an empty choice for ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve.policy import owner_of
+
+
+class SessionRouter(RequestRouter):
+    """No FIFOMixin: a reply slot of one replica must not be given to a request that belongs to another."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._owners: dict[str, RunningReplica] = {}
+        self._sent: Counter[ReplicaID] = Counter()  # new sessions sent since the replica last told its number
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._owners = {str(replica.replica_metadata.get("owner", "")): replica for replica in replicas}
+        self._sent.clear()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        session_id = None
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # a full owner is asked again later, not in a spin
+            session_id = pending_request.metadata.session_id
+        owner = self._owners.get(owner_of(session_id))
+        if owner is not None:
+            return [[owner]]
+        ranked = sorted(candidate_replicas, key=self._load)
+        if not session_id and ranked:
+            self._sent[ranked[0].replica_id] += 1
+        return [[replica] for replica in ranked]
+
+    def _load(self, replica: RunningReplica) -> int:
+        return int(replica.routing_stats.get("sessions", 0)) + self._sent[replica.replica_id]
