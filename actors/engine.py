@@ -107,7 +107,7 @@ class RolloutEngine:
                 scheduling_policy="priority",  # first come first served, but the canary goes first
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
                 tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="uni" if cpu and rollout.tensor_parallel == 1 else None,
+                distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
                 enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=rollout.kv_cache_bytes,
@@ -125,7 +125,7 @@ class RolloutEngine:
         """The first call: proves that the engine core answers, and opens the gate at version 0."""
         await self._within(_CALL_S, self._engine.update_weight_version("0"))
         await self._gate.set(open=True)
-        return {"vocab_size": self._engine.model_config.get_vocab_size()}
+        return {"vocab_size": self._engine.model_config.get_vocab_size(), "pid": os.getpid()}
 
     # episodes --------------------------------------------------------------------------------------------------------
 
@@ -164,21 +164,15 @@ class RolloutEngine:
         Raises `EngineLost` when the engine is dead, late, or its new weights did not verify, and ValueError for a
         request that no engine could serve (longer than max_model_len).
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=max_tokens,
-            stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # only `stop_token_ids` end a turn
-            seed=seed if self._seeded else None,
-            logprobs=0,  # the sampled token's own
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,  # streaming costs 1.65x
-        )
+        params = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": max_tokens,
+            "stop_token_ids": list(stop_token_ids),
+            "seed": seed if self._seeded else None,
+            "logprobs": 0,  # the sampled token's own
+        }
         try:
             async with asyncio.timeout(self._recipe.rollout.generate_timeout_s):
                 ticket = await self._gate.enter()
@@ -206,20 +200,10 @@ class RolloutEngine:
         Teacher-forced through the sampler that the episodes use, one request per position, ahead of every waiting one.
         For short sequences: the work grows with the square of the length. Does not pass the gate.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         assert 1 <= prompt_len < len(ids) <= self._recipe.max_model_len, (prompt_len, len(ids))
 
         async def one(at: int, token: int) -> float:
-            params = SamplingParams(
-                temperature=temperature,
-                max_tokens=1,
-                ignore_eos=True,
-                logprob_token_ids=[token],
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            params = {"temperature": temperature, "max_tokens": 1, "logprob_token_ids": [token]}
             request_id = f"canary-{next(self._canaries)}"
             output = await self._complete(ids[:at], params, request_id, priority=_CANARY_PRIORITY)
             return float(output.outputs[0].logprobs[0][token].logprob)
@@ -227,16 +211,24 @@ class RolloutEngine:
         positions = range(prompt_len, len(ids))
         return np.asarray(await asyncio.gather(*(one(t, int(ids[t])) for t in positions)), dtype=np.float32)
 
-    async def _complete(self, ids: np.ndarray, params: Any, request_id: str, *, priority: int = 0) -> Any:
-        """The finished RequestOutput. The only place that hands vLLM a prompt."""
+    async def _complete(self, ids: np.ndarray, params: dict[str, Any], request_id: str, *, priority: int = 0) -> Any:
+        """The finished RequestOutput. The only place that hands vLLM a prompt. Raises ValueError, `EngineLost`."""
+        from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         final = None
         try:
+            sampling = SamplingParams(
+                ignore_eos=True,  # only `stop_token_ids` end a turn
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,  # streaming costs 1.65x
+                **params,
+            )
             prompt = tokens_input(ids.tolist())
-            async for output in self._engine.generate(prompt, params, request_id, priority=priority):
+            async for output in self._engine.generate(prompt, sampling, request_id, priority=priority):
                 final = output
         except VLLMValidationError as error:
             raise ValueError(f"{request_id}: {error}") from None

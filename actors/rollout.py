@@ -51,7 +51,8 @@ class RayEngine:
         self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
         self.max_model_len = recipe.max_model_len
         self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
-        self.vocab_size = 0  # known once it is ready
+        self.vocab_size = 0  # known once it is ready, as is
+        self.pid = 0  # of the actor, on its node
         self.lost = ""  # why it is dead; "" = alive as far as we know
         self._actor = actor
 
@@ -161,7 +162,7 @@ def spawn_engines(recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory 
             ) from None
         raise EngineLost(f"an engine on {model_path!r} did not start: {error}") from None
     for engine, answer in zip(engines, answers, strict=True):
-        engine.vocab_size = answer["vocab_size"]
+        engine.vocab_size, engine.pid = answer["vocab_size"], answer["pid"]
     return engines
 
 

@@ -164,7 +164,10 @@ class WeightSync:
             while True:
                 engines = [engine for engine in self._engines if not engine.lost]
                 if not engines:
-                    raise EngineLost("no engine is left to publish to: " + "; ".join(e.lost for e in self._engines))
+                    raise EngineLost(
+                        "no engine is left to publish to: "
+                        + "; ".join(f"{e.name} is dead: {e.lost}" for e in self._engines)
+                    )
                 try:
                     await self._transfer(source, engines, tensors, version)
                     worst = await self._verify(source, engines, version)

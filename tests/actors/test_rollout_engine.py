@@ -1,0 +1,314 @@
+"""Two real vLLM engines on CPU, a toy learner that publishes to them, and Hugging Face to say what is right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import publishing
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+
+import ray
+
+from actors.rollout import RayEngine, spawn_engines
+from actors.weight_sync import RayWeightSource, WeightSync
+from aster.errors import ConfigError, EngineLost, GangFailure, WeightSyncError
+from aster.types import Budget, Cause, Sampling, Task
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+PROMPT = np.random.default_rng(1).integers(3, publishing.VOCAB, 24).astype(np.int32)
+BUCKET = 100_000  # bytes: the toy model makes a handful of buckets
+
+
+@dataclass
+class World:
+    """The engines, the learner behind `source`, and `model`: Hugging Face with the learner's weights."""
+
+    engines: list[RayEngine]
+    learner: Any
+    source: RayWeightSource
+    model: Any
+    version: int = 0
+
+    def train(self) -> int:
+        """One "optimizer step" on both copies; returns the new version."""
+        self.version += 1
+        ray.get(self.learner.perturb.remote(self.version), timeout=30)
+        publishing.perturb(self.model, self.version)
+        return self.version
+
+    def sync(self) -> WeightSync:
+        return WeightSync(self.engines, bucket_bytes=BUCKET, timeout_s=30)
+
+    async def publish(self) -> Any:
+        return await self.sync().publish(self.source, self.train())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = publishing.save_model(tmp_path_factory.mktemp("model"))
+    ray.cloudpickle.register_pickle_by_value(publishing)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"/tmp/re{os.getpid()}")
+    try:
+        engines = spawn_engines(publishing.recipe(folder, engines=2), model_path=str(folder), sandboxes=None)
+        learner = ray.remote(publishing.ToyLearner).remote()
+        yield World(engines, learner, RayWeightSource([learner], timeout_s=60), publishing.build_model())
+        asyncio.run(close(engines))
+    finally:
+        ray.shutdown()
+
+
+async def close(engines: list[RayEngine]) -> None:
+    await asyncio.gather(*(engine.close() for engine in engines))
+
+
+async def generate(engine: RayEngine, ids: np.ndarray = PROMPT, **changes: Any) -> Any:
+    request: dict[str, Any] = {
+        "max_tokens": 40,
+        "sampling": Sampling(),
+        "stop_token_ids": (),
+        "seed": 1,
+        "request_id": os.urandom(4).hex(),
+    }
+    return await engine.call("generate", ids, deadline_s=60, **(request | changes))
+
+
+async def engine_log_probs(engine: RayEngine, ids: np.ndarray = PROMPT, **options: Any) -> np.ndarray:
+    return await engine.call("log_probs", ids, 1, deadline_s=60, **options)
+
+
+def task(**changes: Any) -> Task:
+    budget = Budget(max_prompt_tokens=128, max_response_tokens=32, max_tool_calls=0, trajectory_timeout_s=60)
+    messages = ({"role": "user", "content": "What is 2 + 2?"},)
+    base = Task("run/train/0/row/0", "row", 0, messages, "single_turn_agent", budget, Sampling(), seed=5)
+    return replace(base, **changes)
+
+
+async def test_log_probs_at_start_up_equal_hugging_face(world: World) -> None:
+    for temperature in (1.0, 0.7):
+        ours = await engine_log_probs(world.engines[0], temperature=temperature)
+        theirs = publishing.log_probs(world.model, PROMPT, temperature=temperature)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+async def test_recorded_log_probs_are_those_of_the_sampling_distribution(
+    world: World, temperature: float, top_p: float
+) -> None:
+    out = await generate(world.engines[0], sampling=Sampling(temperature, top_p), max_tokens=60)
+    ids = np.concatenate([PROMPT, out.ids])
+    expected = publishing.log_probs(world.model, ids, temperature=temperature, top_p=top_p)[len(PROMPT) - 1 :]
+    assert out.ids.dtype == np.int32
+    assert out.logprobs.dtype == np.float32
+    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+    if temperature != 1.0:  # the raw ones would be far off, so the line above can tell
+        raw = publishing.log_probs(world.model, ids)[len(PROMPT) - 1 :]
+        assert np.abs(raw - out.logprobs).max() > 0.1
+
+
+async def test_a_turn_ends_with_its_stop_id_and_keeps_it(world: World) -> None:
+    free = await generate(world.engines[0], seed=7)
+    stop = int(free.ids[12])
+    stopped = await generate(world.engines[0], seed=7, stop_token_ids=(stop,))
+    end = int(np.flatnonzero(free.ids == stop)[0]) + 1
+    assert (free.finish_reason, stopped.finish_reason) == ("length", "stop")
+    np.testing.assert_array_equal(stopped.ids, free.ids[:end])
+
+
+async def test_the_model_directory_s_eos_does_not_end_a_turn_that_did_not_ask_for_it(world: World) -> None:
+    flat = Sampling(temperature=2.0)
+    eos_runs = await asyncio.gather(
+        *(generate(world.engines[0], seed=s, max_tokens=400, sampling=flat) for s in range(8))
+    )
+    assert any(publishing.STOP in run.ids[:-1] for run in eos_runs)
+    assert {run.finish_reason for run in eos_runs} == {"length"}
+
+
+async def test_the_seed_decides_the_tokens(world: World) -> None:
+    one, same, other = [await generate(world.engines[0], seed=s) for s in (3, 3, 4)]
+    np.testing.assert_array_equal(one.ids, same.ids)
+    np.testing.assert_array_equal(one.logprobs, same.logprobs)
+    assert not np.array_equal(one.ids, other.ids)
+
+
+async def test_a_request_longer_than_the_context_is_refused_and_the_engine_lives(world: World) -> None:
+    with pytest.raises(ValueError, match="1024"):
+        await generate(world.engines[0], np.full(1100, 5, np.int32))
+    assert await world.engines[0].probe()
+
+
+async def test_more_requests_than_seats_all_come_back(world: World) -> None:
+    runs = await asyncio.gather(*(generate(world.engines[0], seed=s, max_tokens=16) for s in range(24)))
+    assert [len(run.ids) for run in runs] == [16] * 24
+
+
+async def test_an_episode_runs_in_the_actor(world: World) -> None:
+    trajectory = await world.engines[1].run(task())
+    assert trajectory.cause in (Cause.ANSWERED, Cause.MAX_TOKENS)
+    assert trajectory.engine == "engine-1"
+    assert trajectory.mask.all()
+    assert (trajectory.versions == 0).all()
+    whole = np.concatenate([trajectory.prompt_ids, trajectory.ids])
+    expected = publishing.log_probs(world.model, whole)[len(trajectory.prompt_ids) - 1 :]
+    np.testing.assert_allclose(trajectory.behaviour_logprobs, expected, atol=1e-4)
+
+
+async def test_cancelled_episodes_come_home_cancelled(world: World) -> None:
+    long = replace(task().budget, max_response_tokens=880)
+    running = [asyncio.ensure_future(world.engines[1].run(task(budget=long, seed=s))) for s in range(3)]
+    await asyncio.sleep(0.3)
+    await world.engines[1].cancel_all()
+    trajectories = await asyncio.wait_for(asyncio.gather(*running), 10)
+    assert {t.cause for t in trajectories} <= {Cause.CANCELLED, Cause.ANSWERED}
+    assert Cause.CANCELLED in {t.cause for t in trajectories}
+
+
+async def test_after_each_publication_both_engines_compute_the_new_policy(world: World) -> None:
+    sync = world.sync()
+    for _ in range(2):
+        before = await engine_log_probs(world.engines[0])
+        report = await sync.publish(world.source, world.train())
+        assert (report.version, report.engines) == (world.version, 2)
+        assert report.bytes == 4 * sum(p.numel() for p in world.model.parameters())
+        assert report.canary_max_diff is not None
+        assert report.canary_max_diff < 1e-4
+        new = publishing.log_probs(world.model, PROMPT)
+        for engine in world.engines:
+            np.testing.assert_allclose(await engine_log_probs(engine), new, atol=1e-4)
+            sampled = await generate(engine, max_tokens=8)
+            assert (sampled.versions == world.version).all()
+        assert np.abs(new - before).max() > 0.1
+
+
+async def test_an_output_head_that_kept_the_old_embedding_would_be_noticed(world: World) -> None:
+    """The bug that `transfer._refresh_packed_head` works around: body new, tied head old."""
+    old_head = world.model.lm_head.weight.detach().clone()
+    await world.publish()
+    stale = publishing.build_model()
+    stale.load_state_dict(world.model.state_dict())
+    stale.lm_head.weight = type(stale.lm_head.weight)(old_head)
+    wrong = publishing.log_probs(stale, PROMPT)
+    assert np.abs(wrong - publishing.log_probs(world.model, PROMPT)).max() > 0.1
+    assert np.abs(wrong - await engine_log_probs(world.engines[0])).max() > 0.1
+
+
+async def test_a_request_in_flight_goes_on_under_the_new_weights_and_says_which_token_is_whose(world: World) -> None:
+    old = publishing.build_model()
+    old.load_state_dict(world.model.state_dict())
+    flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
+    await asyncio.sleep(0.5)
+    await world.publish()
+    out = await flying
+    switch = int(np.searchsorted(out.versions, world.version))
+    assert 0 < switch < 800, "the publication did not fall into the generation"
+    assert set(out.versions.tolist()) == {world.version - 1, world.version}
+    ids = np.concatenate([PROMPT, out.ids])
+    before = publishing.log_probs(old, ids)[len(PROMPT) - 1 :]
+    after = publishing.log_probs(world.model, ids)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(out.logprobs[:switch], before[:switch], atol=1e-4)
+    np.testing.assert_allclose(out.logprobs[switch:], after[switch:], atol=1e-4)
+    assert np.abs(before[switch:] - after[switch:]).max() > 0.1
+
+
+async def test_a_damaged_bucket_is_named_and_the_engines_stay_shut_until_a_good_publication(world: World) -> None:
+    sync = world.sync()
+    await sync.publish(world.source, world.train())
+    ray.get(world.learner.damage_bucket.remote(2), timeout=30)
+    with pytest.raises(WeightSyncError, match=r"engine-\d: .*bucket 2 \(model\.layers\.\S+ \.\. \S+\): checksum"):
+        await sync.publish(world.source, world.train())
+    waiting = [asyncio.ensure_future(generate(engine, max_tokens=4)) for engine in world.engines]
+    done, _ = await asyncio.wait(waiting, timeout=1)
+    assert not done, "an engine served weights that had not verified"
+    await sync.publish(world.source, world.version)
+    for answer in await asyncio.gather(*waiting):
+        assert (answer.versions == world.version).all()
+    np.testing.assert_allclose(
+        await engine_log_probs(world.engines[1]), publishing.log_probs(world.model, PROMPT), atol=1e-4
+    )
+
+
+async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: World) -> None:
+    sync = world.sync()
+    flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=900))
+    await asyncio.sleep(0.3)
+    ray.get(world.learner.disagree.remote(0.01), timeout=30)
+    with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 31"):
+        await sync.publish(world.source, world.train())
+    with pytest.raises(EngineLost, match="did not verify"):
+        await flying
+    ray.get(world.learner.disagree.remote(0.0), timeout=30)
+    await sync.publish(world.source, world.version)
+    assert ((await generate(world.engines[0], max_tokens=4)).versions == world.version).all()
+
+
+async def test_a_full_engine_still_answers_the_canary(world: World) -> None:
+    flying = [asyncio.ensure_future(generate(world.engines[0], max_tokens=600, seed=s)) for s in range(12)]
+    await asyncio.sleep(0.4)
+    report = await world.publish()
+    assert report.seconds < 10
+    assert {len((await run).ids) for run in flying} == {600}
+
+
+async def test_a_learner_that_dies_while_sending_fails_the_gang_and_its_successor_can_publish(world: World) -> None:
+    sync = world.sync()
+    doomed = ray.remote(publishing.ToyLearner).remote()
+    await sync.publish(RayWeightSource([doomed], timeout_s=60), 0)
+    ray.get(doomed.die_at_bucket.remote(1), timeout=30)
+    began = time.monotonic()
+    with pytest.raises(GangFailure, match="learner rank 0"):
+        await sync.publish(RayWeightSource([doomed], timeout_s=60), 0)
+    assert time.monotonic() - began < 20, "someone sat out a timeout"
+    await sync.publish(world.source, world.train())
+    np.testing.assert_allclose(
+        await engine_log_probs(world.engines[0]), publishing.log_probs(world.model, PROMPT), atol=1e-4
+    )
+
+
+async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(world: World) -> None:
+    """Last: it kills engine 0's core process."""
+    survivor, victim = world.engines[1], world.engines[0]
+    sync = world.sync()
+    await sync.publish(world.source, world.train())  # a group with both is open
+    flying = asyncio.ensure_future(generate(victim, max_tokens=900))
+    episode = asyncio.ensure_future(victim.run(task(budget=replace(task().budget, max_response_tokens=880))))
+    await asyncio.sleep(0.5)
+    for process in psutil.Process(victim.pid).children():
+        process.kill()
+    began = time.monotonic()
+    with pytest.raises(EngineLost, match="engine-0"):
+        await flying
+    assert (await episode).cause is Cause.ENGINE_LOST
+    assert time.monotonic() - began < 20
+    assert (await victim.run(task())).cause is Cause.ENGINE_LOST
+    report = await sync.publish(world.source, world.train())
+    assert report.engines == 1
+    np.testing.assert_allclose(await engine_log_probs(survivor), publishing.log_probs(world.model, PROMPT), atol=1e-4)
+
+
+async def test_a_dead_actor_is_a_lost_trajectory_and_no_engine_left_is_said_so(world: World) -> None:
+    running = asyncio.ensure_future(world.engines[1].run(task()))
+    os.kill(world.engines[1].pid, 9)
+    lost = await running
+    assert lost.cause is Cause.ENGINE_LOST
+    assert (lost.uid, len(lost.ids), lost.reward) == ("run/train/0/row/0", 0, None)
+    with pytest.raises(EngineLost, match=r"no engine is left .* engine-1 is dead"):
+        await world.publish()
+
+
+def test_engines_that_the_cluster_cannot_hold_are_refused_with_the_arithmetic(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engines=50 x rollout.tensor_parallel=1 need 50 CPU, the cluster has 4"):
+        spawn_engines(publishing.recipe(tmp_path, engines=50), model_path=str(tmp_path), sandboxes=None)
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        spawn_engines(publishing.recipe(tmp_path, kv_cache_bytes=None), model_path=str(tmp_path), sandboxes=None)
+    with pytest.raises(ConfigError, match="weight_backend=nccl needs GPUs"):
+        spawn_engines(publishing.recipe(tmp_path, weight_backend="nccl"), model_path=str(tmp_path), sandboxes=None)
