@@ -110,6 +110,16 @@ class EnginePool:
         """Trajectories that no engine has had room for yet."""
         return len(self._waiting)
 
+    def join(self, engine: EngineHandle) -> None:
+        """Let another engine, a replacement perhaps, take work at once: it must hold the weights of `version`.
+
+        An engine leaves by being `lost`. The publisher has to be told by whoever adds the engine.
+        """
+        if any(engine.name == other.name and not other.lost for other in self._engines):
+            raise ConfigError(f"an engine named {engine.name!r} is alive in this pool already")
+        self._engines = [other for other in self._engines if other.name != engine.name] + [engine]
+        self._pull()
+
     def submit(self, work: RolloutWork) -> None:
         if self._closed or self._draining:
             raise RuntimeError("the pool is closed" if self._closed else "the pool is being drained")

@@ -331,6 +331,19 @@ class TestOurFailures:
         assert len(dying.ran) == 1
         assert all(t.engine == "e1" for g in groups for t in g.trajectories)
 
+    async def test_a_replacement_joins_under_the_name_of_the_dead_and_takes_work_at_once(self, make) -> None:
+        stuck = FakeEngine("e0", lambda t: asyncio.Event(), capacity=1)
+        pool = make(stuck)
+        pool.submit(work("a", n=1))
+        pool.submit(work("b", n=1))
+        with pytest.raises(ConfigError, match="'e0' is alive"):
+            pool.join(FakeEngine("e0"))
+        stuck.lost = "OOM killed"
+        replacement = FakeEngine("e0", capacity=2)
+        pool.join(replacement)
+        assert [g.row.row_id for g in await take(pool, 1)] == ["b"]
+        assert [task.row_id for task in replacement.ran] == ["b"]
+
     async def test_when_every_engine_is_dead_the_pool_says_so(self, make) -> None:
         pool = make(FakeEngine("e0", lost="OOM killed"), FakeEngine("e1", lost="node went away"))
         pool.submit(work("a"))

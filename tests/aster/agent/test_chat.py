@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from agent_models import HYBRID, MARKS, SPECIAL, THINKING
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from aster.agent.chat import CODE_INTERPRETER, ChatRenderer
 from aster.agent.tokenization import TOOLS_IMPLICIT, ChatTemplate, ModelTokenizer
@@ -29,8 +31,6 @@ words = st.text(alphabet=st.sampled_from("abc xyz.,(){}[]'\"\\é中1234567890"),
 
 def canonical(thought: str, code: str | None, answer: str = "") -> tuple[dict, str]:
     """A canonical assistant message as the template takes it, and the same as the model would write it."""
-    import json
-
     message: dict = {"role": "assistant", "content": answer, "reasoning_content": thought}
     raw = f"<think>\n{thought}\n</think>\n\n{answer}"
     if code is not None:
@@ -262,6 +262,40 @@ class TestTemplateChecks:
         folder = model_dir(THINKING)
         (folder / "chat_template.jinja").unlink()
         with pytest.raises(TemplateError, match="has no chat template: put a "):
+            ChatRenderer.from_model_dir(folder)
+
+    def test_end_of_sequence_ids_of_the_generation_config_stop_a_turn_too(self, model_dir) -> None:
+        folder = model_dir(HYBRID)
+        ids = [ModelTokenizer.from_model_dir(folder).token_id(text) for text in ("<|endoftext|>", "<|im_end|>")]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert ChatRenderer.from_model_dir(folder).stop_ids == (ids[1], ids[0])
+
+    def test_truncation_and_padding_of_the_tokenizer_file_are_off(self, model_dir) -> None:
+        folder = model_dir(HYBRID)
+        before = ChatRenderer.from_model_dir(folder).prompt_ids([USER]).tolist()
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.enable_truncation(7)
+        tokenizer.enable_padding(length=500)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        renderer = ChatRenderer.from_model_dir(folder)
+        assert renderer.prompt_ids([USER]).tolist() == before
+        assert renderer.observation_delta("x " * 99).size > 99
+
+    def test_the_template_may_stand_in_the_tokenizer_config_alone_or_among_others(self, model_dir) -> None:
+        folder = model_dir(HYBRID)
+        (folder / "chat_template.jinja").unlink()
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        for entry in (THINKING, [{"name": "default", "template": "x"}, {"name": "tool_use", "template": THINKING}]):
+            (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": entry}))
+            assert ChatRenderer.from_model_dir(folder).generation_prompt.endswith("<think>\n")
+
+    def test_two_files_that_disagree_about_an_id_are_refused(self, model_dir) -> None:
+        folder = model_dir(HYBRID)
+        config = {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            TemplateError, match=r"tokenizer_config.json gives '<\|im_end\|>' the id 7, tokenizer.json gives"
+        ):
             ChatRenderer.from_model_dir(folder)
 
     def test_rendering_is_that_of_transformers(self, model_dir) -> None:
