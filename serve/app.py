@@ -3,7 +3,8 @@
 HTTP --> Ingress (stateless, bearer token) --handle--> SandboxPool (one replica per sandbox node)
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Serve validates `args` by the annotation of `build_app`, and only if it is a
+# class, not a string.
 
 import hashlib
 import os
