@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from aster.agent.chat import ChatRenderer
 from aster.agent.rewards import RewardPool
-from aster.agent.sandbox import HttpSandboxFactory
 from aster.config import Recipe
 from aster.errors import ConfigError
 from aster.roles import RolloutPool, SandboxFactory
@@ -48,11 +47,13 @@ def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
     if not recipe.tool.enabled:
         yield None
     elif recipe.sandbox.url:
+        from aster.agent.sandbox import HttpSandboxFactory
+
         yield HttpSandboxFactory(recipe.sandbox.url, token=os.environ.get(TOKEN_VARIABLE))
     else:
-        factory, mine = deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))
+        mine = True
         try:
-            yield factory
+            yield deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))
         finally:
             if mine:
                 remove_sandbox()
