@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -93,7 +94,9 @@ def merge_checkpoint(path: str, out: str, *, source: str, dtype: str) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in shapes.items():
             into = {_MODEL + name: torch.empty(shape, dtype=torch.float32)}
-            dcp.load(into, checkpoint_id=path, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch announces that one process reads alone
+                dcp.load(into, checkpoint_id=path, no_dist=True)
             yield name, into[_MODEL + name].to(getattr(torch, dtype))
 
     write_hf(out, tensors(), metadata=[TensorMeta(n, dtype, s) for n, s in shapes.items()], source=Path(source))

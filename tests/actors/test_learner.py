@@ -1,0 +1,481 @@
+"""One learner rank on CPU, against plain transformers and plain torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from learners import (
+    VOCAB,
+    accumulate,
+    gradients,
+    hf_log_probs,
+    learner_on,
+    one_row,
+    recipe,
+    relative_gap,
+    some_samples,
+    train,
+    weights,
+    write_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from actors import persist
+from actors.fsdp import label_log_probs
+from actors.persist import merge_checkpoint
+from aster.algo.losses import policy_loss
+from aster.algo.packing import denominators, pack, padding_row, unpack
+from aster.errors import AsterError, ConfigError, DataError
+from aster.types import Sample
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tied")
+
+
+@pytest.fixture(scope="module")
+def untied_dir(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
+
+
+def _hf(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+# the model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["model_dir", "untied_dir"])
+def test_weights_and_rotary_tables_are_those_of_the_directory(which, request):
+    path = request.getfixturevalue(which)
+    hf = _hf(path)
+    with learner_on(path, recipe()) as learner:
+        ours = weights(learner)
+        assert list(ours) == [name for name, _ in hf.named_parameters()]
+        for name, parameter in hf.named_parameters():
+            assert torch.equal(ours[name], parameter), name
+        buffers = {n.removeprefix("hf."): b for n, b in learner.model.policy.named_buffers()}
+        assert buffers.keys() == dict(hf.named_buffers()).keys() != set()
+        for name, buffer in hf.named_buffers():
+            assert torch.equal(buffers[name], buffer), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_packed_log_probs_equal_each_sequence_alone(model_dir, temperature):
+    samples = some_samples()
+    hf = _hf(model_dir)
+    with learner_on(model_dir, recipe(sampling={"temperature": temperature})) as learner:
+        rows = pack(samples, row_tokens=90, dp_size=1)
+        assert max(len(r[0].sample_index) for r in rows) > 2
+        packed = unpack([[learner.log_probs(r[0])] for r in rows], rows, [len(s) for s in samples])
+    with torch.no_grad():
+        for sample, ours in zip(samples, packed, strict=True):
+            alone = hf_log_probs(hf, sample, temperature=temperature).numpy()
+            np.testing.assert_allclose(ours[1:], np.where(sample.mask[1:], alone, 0.0), atol=5e-6)
+
+
+def test_chunked_log_probs_equal_full_logits_with_gradient_and_entropy():
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 50, bias=False)
+    labels = torch.randint(0, 50, (23,))
+    upstream = torch.randn(23)
+    rows_seen = []
+
+    def counting(x):
+        rows_seen.append(len(x))
+        return head(x)
+
+    def run(chunk_tokens):
+        logprobs, entropy = label_log_probs(hidden, labels, counting, temperature=0.7, chunk_tokens=chunk_tokens)
+        assert not entropy.requires_grad
+        grads = torch.autograd.grad((logprobs * upstream).sum(), [hidden, head.weight])
+        return logprobs, entropy, *grads
+
+    logits = head(hidden) / 0.7
+    full = logits.log_softmax(-1)
+    expected = full.gather(1, labels[:, None])[:, 0]
+    grads = torch.autograd.grad((expected * upstream).sum(), [hidden, head.weight], retain_graph=True)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    for chunk_tokens in (100, 7, 1):
+        rows_seen.clear()
+        for ours, theirs in zip(run(chunk_tokens), (expected, entropy, *grads), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert max(rows_seen) <= chunk_tokens
+
+
+def test_the_row_is_cut_into_chunks_without_changing_the_gradient(model_dir):
+    samples = some_samples()
+    grads = {}
+    for chunk in (1024, 5):
+        with learner_on(model_dir, recipe(learner={"logprob_chunk_tokens": chunk})) as learner:
+            accumulate(learner, samples, row_tokens=1000)
+            grads[chunk] = gradients(learner)
+    assert relative_gap(grads[5], grads[1024]) < 1e-5
+
+
+def test_recomputation_does_not_change_the_gradient(model_dir):
+    samples = some_samples()
+    grads = {}
+    for on in (True, False):
+        with learner_on(model_dir, recipe(model={"gradient_checkpointing": on})) as learner:
+            accumulate(learner, samples)
+            grads[on] = gradients(learner)
+    assert relative_gap(grads[True], grads[False]) < 1e-6
+
+
+def test_bf16_compute_keeps_fp32_masters_and_moments(model_dir):
+    samples = some_samples()
+    row = one_row(samples)
+    with learner_on(model_dir, recipe()) as exact:
+        reference = exact.log_probs(row)
+    with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"})) as learner:
+        rough = learner.log_probs(row)
+        train(learner, samples)
+        assert {p.dtype for p in learner.model.parameters().values()} == {torch.float32}
+        assert {t.dtype for t in learner._tensors().values()} == {torch.float32}
+    gap = np.abs(rough - reference)
+    assert 0 < gap.max() < 0.3
+    assert gap.mean() < 0.05
+
+
+# the loss -----------------------------------------------------------------------------------------------------------
+
+
+def test_rl_gradient_equals_autograd_through_plain_transformers(model_dir):
+    samples = some_samples()
+    hf = _hf(model_dir)
+    parts = []
+    for s in samples:
+        losses, _ = policy_loss(
+            hf_log_probs(hf, s),
+            old_R=torch.tensor(s.old_logprobs[1:]),
+            behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
+            advantages_R=torch.full((len(s) - 1,), s.advantage),
+            mask_R=torch.tensor(s.mask[1:]),
+            clip_low=0.2,
+            clip_high=0.28,
+            dual_clip=10.0,
+            tis_cap=2.0,
+        )
+        parts.append(losses.sum())
+    expected = torch.stack(parts).sum() / denominators(samples)[0]
+    expected.backward()
+    with learner_on(model_dir, recipe()) as learner:
+        stats = accumulate(learner, samples)
+        ours = gradients(learner)
+    assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_gap(ours, {n: p.grad.numpy() for n, p in hf.named_parameters()}) < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["token", "group", "seq-mean", "constant"])
+def test_loss_and_gradient_do_not_depend_on_packing_or_order(model_dir, aggregation):
+    samples = some_samples(11)
+    shuffled = [samples[i] for i in np.random.default_rng(5).permutation(len(samples))]
+    results = []
+    for batch, row_tokens, dp_size in [(samples, 1000, 1), (samples, 1, 1), (shuffled, 60, 1), (samples, 60, 3)]:
+        with learner_on(model_dir, recipe(algo={"aggregation": aggregation})) as learner:
+            stats = accumulate(learner, batch, row_tokens=row_tokens, dp_size=dp_size)
+            results.append((stats, gradients(learner)))
+    first_stats, first = results[0]
+    for stats, grads in results[1:]:
+        assert stats.loss == pytest.approx(first_stats.loss, rel=1e-5)
+        assert stats.tokens == first_stats.tokens
+        assert stats.entropy_sum == pytest.approx(first_stats.entropy_sum, rel=1e-5)
+        assert relative_gap(grads, first) < 1e-5
+
+
+def test_the_first_update_has_ratio_one_and_clips_nothing(model_dir):
+    samples = some_samples()
+    rows = pack(samples, row_tokens=64, dp_size=1)
+    with learner_on(model_dir, recipe()) as learner:
+        old = unpack([[learner.log_probs(r[0])] for r in rows], rows, [len(s) for s in samples])
+        stats = accumulate(learner, [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)])
+        assert stats.tokens == denominators(samples)[0]
+        assert stats.padded_tokens == sum(len(s) for s in samples)
+        assert stats.clipped_sum == 0
+        assert stats.kl_sum == pytest.approx(0.0, abs=1e-3)
+        assert 0 < stats.per_token(stats.tis_sum) <= 2.0
+
+
+def test_without_a_proximal_pass_the_behaviour_policy_is_old(model_dir):
+    samples = [replace(s, old_logprobs=None) for s in some_samples()]
+    with learner_on(model_dir, recipe(algo={"proximal_pass": False})) as learner:
+        stats = accumulate(learner, samples)
+        assert stats.per_token(stats.tis_sum) == pytest.approx(1.0)
+        ours = gradients(learner)
+    with learner_on(model_dir, recipe()) as learner:
+        accumulate(learner, [replace(s, old_logprobs=s.behaviour_logprobs) for s in samples])
+        assert relative_gap(ours, gradients(learner)) == 0.0
+
+
+def test_log_probs_that_are_absent_are_an_error_not_zeros(model_dir):
+    with learner_on(model_dir, recipe()) as learner:
+        with pytest.raises(ValueError, match=r"no old_logprobs.*proximal_pass"):
+            accumulate(learner, [replace(s, old_logprobs=None) for s in some_samples()])
+        with pytest.raises(ValueError, match="not finite"):
+            accumulate(learner, [replace(s, behaviour_logprobs=None) for s in some_samples()])
+
+
+def test_a_padding_row_adds_a_gradient_of_exactly_zero(model_dir):
+    with learner_on(model_dir, recipe()) as learner:
+        stats = learner.forward_backward(padding_row(), num_loss_tokens=7, num_groups=1)
+        assert (stats.loss, stats.tokens, stats.padded_tokens) == (0.0, 0, 1)
+        grads = gradients(learner)
+        assert grads.keys() == learner.model.parameters().keys()  # all of them: peers reduce equal sizes
+        assert all((g == 0).all() for g in grads.values())
+        assert learner.log_probs(padding_row()).tolist() == [0.0]
+
+
+def test_sft_learns_the_masked_tokens_at_temperature_one(model_dir):
+    samples = [replace(s, old_logprobs=None, behaviour_logprobs=None) for s in some_samples()]
+    sft = recipe("sft", sampling={"temperature": 0.6}, optim={"lr": 3e-3})
+    hf = _hf(model_dir)
+    with torch.no_grad():
+        expected = -sum(hf_log_probs(hf, s)[torch.tensor(s.mask[1:])].sum() for s in samples)
+    with learner_on(model_dir, sft) as learner:
+        first, _ = train(learner, samples)
+        assert first.loss == pytest.approx(float(expected) / denominators(samples)[0], rel=1e-5)
+        for _ in range(30):
+            last, _ = train(learner, samples)
+        assert last.loss < 0.3 * first.loss
+
+
+# the optimizer ------------------------------------------------------------------------------------------------------
+
+
+def test_three_steps_equal_plain_torch_adamw_with_clipping_and_warm_up(model_dir):
+    samples = some_samples()
+    hf = _hf(model_dir)
+    plain = torch.optim.AdamW(hf.parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    section = {"lr": 1e-3, "beta2": 0.95, "weight_decay": 0.1, "warmup_steps": 2, "max_grad_norm": 0.5}
+    with learner_on(model_dir, recipe("sft", optim=section)) as learner:
+        for rate in (0.5e-3, 1e-3, 1e-3):
+            loss = -sum(hf_log_probs(hf, s)[torch.tensor(s.mask[1:])].sum() for s in samples)
+            (loss / denominators(samples)[0]).backward()
+            norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 0.5)
+            assert norm > 0.5, "the clip must act"
+            plain.param_groups[0]["lr"] = rate
+            plain.step()
+            plain.zero_grad()
+            _, optim = train(learner, samples)
+            assert optim.lr == pytest.approx(rate)
+            assert optim.grad_norm == pytest.approx(float(norm), rel=1e-5)
+            assert not optim.skipped
+        ours = weights(learner)
+        for name, parameter in hf.named_parameters():
+            torch.testing.assert_close(ours[name], parameter.detach(), rtol=0, atol=2e-6)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_forgotten(model_dir):
+    samples = some_samples()
+    poisoned = [replace(samples[0], advantage=float("inf")), *samples[1:]]
+    with learner_on(model_dir, recipe(optim={"max_skipped_in_a_row": 3})) as learner:
+        before = weights(learner)
+        _, optim = train(learner, poisoned)
+        assert optim.skipped
+        assert not np.isfinite(optim.grad_norm)
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
+        _, optim = train(learner, samples)
+        assert not optim.skipped
+        assert np.isfinite(optim.grad_norm)
+        assert learner.skipped_in_a_row == 0
+        assert (learner.steps, learner.applied) == (2, 1)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(model_dir):
+    poisoned = [replace(s, advantage=float("nan")) for s in some_samples()]
+    with learner_on(model_dir, recipe(optim={"max_skipped_in_a_row": 2})) as learner:
+        assert train(learner, poisoned)[1].skipped
+        with pytest.raises(AsterError, match=r"2 optimizer steps in a row.*lower optim\.lr=0\.01"):
+            train(learner, poisoned)
+
+
+def test_a_step_without_gradients_is_refused(model_dir):
+    with learner_on(model_dir, recipe()) as learner, pytest.raises(AsterError, match="without forward_backward"):
+        learner.optim_step()
+
+
+# checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_bit_equal(model_dir, tmp_path):
+    batches = [some_samples(seed=i) for i in range(5)]
+    schedule = {"lr": 1e-2, "schedule": "cosine_with_min_lr", "warmup_steps": 2}
+    with learner_on(model_dir, recipe(optim=schedule), total_steps=5) as learner:
+        for batch in batches[:3]:
+            train(learner, batch)
+        learner.save(str(tmp_path / "ck"))
+        tail = [train(learner, batch) for batch in batches[3:]]
+        straight = weights(learner)
+    with learner_on(model_dir, recipe(optim=schedule), total_steps=5) as learner:
+        train(learner, batches[4])  # whatever it was before must not matter
+        assert learner.load(str(tmp_path / "ck")) == 3
+        again = [train(learner, batch) for batch in batches[3:]]
+        for name, tensor in weights(learner).items():
+            assert torch.equal(tensor, straight[name]), name
+    for (stats, optim), (stats_again, optim_again) in zip(tail, again, strict=True):
+        assert (stats.loss, stats.entropy_sum) == (stats_again.loss, stats_again.entropy_sum)
+        assert (optim.grad_norm, optim.lr) == (optim_again.grad_norm, optim_again.lr)
+
+
+def test_saving_does_not_disturb_the_run(model_dir, tmp_path):
+    results = []
+    for save in (True, False):
+        with learner_on(model_dir, recipe()) as learner:
+            if save:
+                learner.save(str(tmp_path / "fresh"))  # before any step: Adam's state must not count this as one
+            train(learner, some_samples())
+            results.append(weights(learner))
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_log_probs_see_loaded_weights_at_once(model_dir, tmp_path):
+    row = one_row(some_samples())
+    with learner_on(model_dir, recipe()) as learner:
+        before = learner.log_probs(row)
+        learner.save(str(tmp_path / "ck"))
+        train(learner, some_samples())
+        after = learner.log_probs(row)
+        assert not np.array_equal(before, after)
+        learner.load(str(tmp_path / "ck"))
+        np.testing.assert_array_equal(learner.log_probs(row), before)
+
+
+def test_random_state_comes_back(model_dir, tmp_path):
+    with learner_on(model_dir, recipe()) as learner:
+        torch.rand(3)
+        learner.save(str(tmp_path / "ck"))
+        expected = torch.rand(4)
+        learner.load(str(tmp_path / "ck"))
+        assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_it(model_dir, tmp_path, monkeypatch):
+    path = str(tmp_path / "ck")
+    with learner_on(model_dir, recipe()) as learner:
+        learner.save(path)
+        train(learner, some_samples())
+
+        def disk_full(*_):
+            raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(persist, "replace_directory", disk_full)
+            with pytest.raises(OSError, match="no space"):
+                learner.save(path)
+        assert learner.load(path) == 0
+        learner.save(path)  # over the ruins of the last attempt and the old checkpoint
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["ck"]
+
+
+def test_what_is_no_checkpoint_or_another_models_is_named(model_dir, tmp_path):
+    other = write_model(tmp_path / "other", num_hidden_layers=3)
+    with learner_on(model_dir, recipe()) as learner:
+        with pytest.raises(DataError, match=r"not a learner checkpoint.*learner\.json"):
+            learner.load(str(tmp_path / "nothing"))
+        learner.save(str(tmp_path / "ck"))
+    with learner_on(other, recipe()) as learner, pytest.raises(DataError, match=r"lacks \d+ tensors.*layers\.2"):
+        learner.load(str(tmp_path / "ck"))
+
+
+@pytest.mark.parametrize("which", ["model_dir", "untied_dir"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_export_is_bit_equal_and_loads_in_transformers(which, dtype, request, tmp_path):
+    path = request.getfixturevalue(which)
+    with learner_on(path, recipe()) as learner:
+        train(learner, some_samples())
+        learner.save_hf(str(tmp_path / "hf"), dtype=dtype)
+        learner.save(str(tmp_path / "ck"))
+        gathered = {n: t.to(getattr(torch, dtype)) for n, t in weights(learner).items()}
+    on_disk = load_file(tmp_path / "hf" / "model.safetensors")
+    assert on_disk.keys() == gathered.keys()
+    assert ("lm_head.weight" in on_disk) == (which == "untied_dir")
+    assert all(torch.equal(on_disk[n], gathered[n]) for n in on_disk)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert str(loaded.dtype).removeprefix("torch.") == dtype
+    assert all(torch.equal(p, gathered[n]) for n, p in loaded.named_parameters())
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (path / "chat_template.jinja").read_text()
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    merge_checkpoint(str(tmp_path / "ck"), str(tmp_path / "merged"), source=str(path), dtype=dtype)
+    for file in (tmp_path / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes(), file.name
+
+
+def test_a_large_export_is_cut_into_files_with_an_index(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(persist, "_FILE_BYTES", 20_000)
+    with learner_on(model_dir, recipe()) as learner:
+        learner.save_hf(str(tmp_path / "hf"))
+        ours = weights(learner)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(p, ours[n]) for n, p in loaded.named_parameters())
+    with learner_on(tmp_path / "hf", recipe()) as again:  # and our own reader follows the index
+        assert all(torch.equal(t, ours[n]) for n, t in weights(again).items())
+
+
+# weights for the engines --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_wire_carries_every_tensor_once_as_announced(model_dir, dtype):
+    with learner_on(model_dir, recipe(rollout={"dtype": dtype})) as learner:
+        metadata = learner.weight_metadata()
+        sent = list(learner.model.named_full_tensors(dtype))
+        assert [(m.name, m.shape) for m in metadata] == [(n, tuple(t.shape)) for n, t in sent]
+        assert {m.dtype for m in metadata} == {dtype}
+        assert "lm_head.weight" not in dict(sent)
+        masters = weights(learner)
+        assert all(torch.equal(t, masters[n].to(getattr(torch, dtype))) for n, t in sent)
+
+
+# what cannot be used is said ----------------------------------------------------------------------------------------
+
+
+def test_a_directory_without_weights_is_refused(model_dir, tmp_path):
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    with (
+        pytest.raises(ConfigError, match=r"holds no model\.safetensors \(found: config\.json\)"),
+        learner_on(tmp_path, recipe()),
+    ):
+        pass
+
+
+def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path):
+    path = write_model(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"1 tensors are in none.*model\.norm\.weight"), learner_on(path, recipe()):
+        pass
+    save_file({**tensors, "model.norm.weight": torch.cat([norm, norm])}, path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has shape \(64,\)"), learner_on(path, recipe()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"model": {"attention": "flash", "compute_dtype": "float32"}}, "attention=flash needs CUDA"),
+        ({"learner": {"backend": "deepspeed_zero2"}}, "not the FSDP2 learner"),
+    ],
+)
+def test_what_this_machine_or_class_cannot_do_is_a_config_error(model_dir, section, words):
+    with pytest.raises(ConfigError, match=words), learner_on(model_dir, recipe("sft", **section)):
+        pass
+
+
+def test_reading_arrays_that_ray_made_read_only_works(model_dir):
+    row = one_row([Sample(ids=np.arange(5, dtype=np.int32) % VOCAB, mask=np.ones(5, bool))])
+    for array in (row.input_ids, row.labels, row.loss_mask, row.position_ids):
+        array.setflags(write=False)
+    with learner_on(model_dir, recipe("sft")) as learner:
+        assert np.isfinite(learner.forward_backward(row, num_loss_tokens=4, num_groups=1).loss)
