@@ -1,0 +1,293 @@
+"""`aster filter`: between two RL stages, drop the prompts that the model already always solves.
+
+    aster filter --dataset data/dapo.parquet --rollout-dir runs/stage1/rollout_data --step-min 271 --step-max 405 \\
+        --output data/stage2.parquet --plot
+
+Each dataset row gets the mean accuracy of its rollouts; rows at or above the threshold go, all-wrong rows stay.
+Rollouts name their row (`row_id`); the reference's own files do not, and are joined by the exact text of the prompt,
+where rows with the same text share its rollouts. A row without rollouts is kept, its accuracy null. The same input
+always gives the same file. Rollouts are streamed: memory grows with the number of prompts, not of rollouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aster.data.prompts import read_prompts
+from aster.data.rollouts import read_rows, rollout_files
+from aster.errors import ConfigError, DataError
+from aster.types import PromptRow
+
+THRESHOLD = 0.99999  # the reference's: below 1, so that a mean of ones with rounding error still counts as 1
+
+_TURN_END = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?assistant\n(?:<think>\n+(?:</think>\n+)?)?\Z")
+_USER = "user\n"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Rollouts of one prompt in one file: `correct` of `judged` were right; `lost` were our failures, not judged."""
+
+    row_id: str | None
+    text: str  # the rendered prompt; what the join falls back to
+    judged: int
+    correct: float
+    lost: int
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """One entry per dataset row; NaN where it was never judged."""
+
+    accuracy: np.ndarray  # [rows] float64
+    responses: np.ndarray  # [rows] int64
+    samples: int  # rollouts of a prompt per step, the most frequent number
+    files: int
+    joined_by_id: int
+    joined_by_text: int
+    unmatched: int
+    lost: int
+
+    def keep(self, threshold: float) -> np.ndarray:
+        """[rows] bool. NaN compares false with everything, so an unseen row is kept."""
+        return ~(self.accuracy >= threshold)
+
+    def counts(self, threshold: float) -> dict[str, int]:
+        seen = ~np.isnan(self.accuracy)
+        keep = self.keep(threshold)
+        return {
+            "rows": len(self.accuracy),
+            "kept": int(keep.sum()),
+            "dropped_all_correct": int((~keep).sum()),
+            "kept_all_wrong": int((self.accuracy == 0).sum()),
+            "kept_never_rolled_out": int((~seen).sum()),
+            "rollouts_joined_by_row_id": self.joined_by_id,
+            "rollouts_joined_by_text": self.joined_by_text,
+            "rollouts_of_no_row": self.unmatched,
+            "rollouts_lost_to_infrastructure": self.lost,
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.output.resolve() == args.dataset.resolve():
+        raise ConfigError(f"--output {args.output} is the dataset itself: name another file")
+    if not args.dataset.is_file():
+        raise DataError(f"--dataset {args.dataset} does not exist: name the parquet that was trained on")
+    files = rollout_files(args.rollout_dir, step_min=args.step_min, step_max=args.step_max)
+    if not files:
+        steps = [step for step, _ in rollout_files(args.rollout_dir)]
+        has = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has no STEP.jsonl at all"
+        wanted = f"steps {args.step_min if args.step_min is not None else 'first'} to {args.step_max or 'last'}"
+        raise DataError(f"--rollout-dir {args.rollout_dir} has no file for {wanted}: {has}")
+    print(f"{len(files)} rollout files, steps {files[0][0]} to {files[-1][0]}, dataset {args.dataset}")
+    if args.dry_run:
+        return 0
+    result = accuracies(
+        read_prompts([str(args.dataset)]), [path for _, path in files], processes=args.threads, samples=args.samples
+    )
+    column = f"acc_mean@{result.samples}"
+    for name, count in result.counts(args.threshold).items():
+        print(f"{name:34}{count:10,}")
+    write_filtered(args.dataset, args.output, result, threshold=args.threshold)
+    kept = result.accuracy[result.keep(args.threshold)]
+    print(f"{'mean ' + column + ' before':34}{_mean(result.accuracy):10.4f}")
+    print(f"{'mean ' + column + ' after':34}{_mean(kept):10.4f}\n{args.output}")
+    if args.plot or args.plot_output:
+        plot = args.plot_output or args.output.with_name(f"{args.output.stem}_distribution.png")
+        plot_distribution(result, plot, threshold=args.threshold)
+        print(plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aster filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", type=Path, required=True, help="the parquet that was trained on")
+    parser.add_argument("--rollout-dir", type=Path, required=True, help="folder with its STEP.jsonl files")
+    parser.add_argument("--output", type=Path, required=True, help="the parquet to write")
+    parser.add_argument("--step-min", type=int, help="first step to count (the first there is)")
+    parser.add_argument("--step-max", type=int, help="last step to count, included (the last there is)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="drop at or above (%(default)s)")
+    parser.add_argument("--samples", type=int, help="N of the column acc_mean@N (what most prompts have per step)")
+    parser.add_argument("--plot", action="store_true", help="write a histogram next to the output")
+    parser.add_argument("--plot-output", type=Path, help="where to write the histogram; implies --plot")
+    parser.add_argument("--threads", type=int, default=1, help="files read at once, each in a process (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say which files would be read, then stop")
+    return parser
+
+
+# joining -------------------------------------------------------------------------------------------------------------
+
+
+def accuracies(
+    rows: Sequence[PromptRow], files: Sequence[Path], *, processes: int = 1, samples: int | None = None
+) -> Accuracies:
+    """Mean accuracy per row over all rollouts in `files`. Raises DataError when nothing of them belongs to `rows`."""
+    by_id: dict[str, list[int]] = defaultdict(list)
+    by_text: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_id[row.row_id].append(index)
+        by_text[_last_user(row.messages)].append(index)
+    correct, judged = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    per_step: Counter[int] = Counter()
+    joined_by_id = joined_by_text = unmatched = lost = 0
+    for seen in _tally_all(files, processes):
+        lost += seen.lost
+        total = seen.judged + seen.lost
+        per_step[total] += 1
+        indices = by_id.get(seen.row_id) if seen.row_id is not None else None
+        if indices is not None:
+            joined_by_id += total
+        else:
+            indices = _rows_with_text(seen.text, by_text)
+            joined_by_text += total if indices else 0
+            unmatched += 0 if indices else total
+        for index in indices or ():
+            correct[index] += seen.correct
+            judged[index] += seen.judged
+    if not joined_by_id + joined_by_text:
+        raise DataError(
+            f"none of the {unmatched} rollouts in {len(files)} files belongs to a row of the dataset, neither by "
+            "row_id nor by prompt text: these rollouts come from another dataset"
+        )
+    with np.errstate(invalid="ignore"):
+        accuracy = np.where(judged > 0, correct / judged, np.nan)
+    usual = max(per_step, key=lambda n: (per_step[n], -n))
+    return Accuracies(accuracy, judged, samples or usual, len(files), joined_by_id, joined_by_text, unmatched, lost)
+
+
+def _tally_all(files: Sequence[Path], processes: int) -> Iterable[Seen]:
+    """In file order whatever `processes` is, so that sums of floats do not depend on it."""
+    if processes < 1:
+        raise ConfigError(f"--threads {processes} must be at least 1")
+    if processes == 1 or len(files) == 1:
+        for path in files:
+            yield from tally(path)
+        return
+    with ProcessPoolExecutor(min(processes, len(files)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(tally, files):
+            yield from found
+
+
+def tally(path: Path) -> list[Seen]:
+    """The prompts of one rollout file, in order of appearance."""
+    sums: dict[tuple[str | None, str], list[float]] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        row_id, text = row.get("row_id"), row.get("input")
+        if row_id is None and text is None:
+            raise DataError(f"{path}, row {number} has neither row_id nor input: is this a rollout file?")
+        if "acc" not in row and "score" not in row:
+            raise DataError(f"{path}, row {number} has neither acc nor score: is this a rollout file?")
+        entry = sums.setdefault((row_id, text or ""), [0, 0.0, 0])
+        accuracy = row.get("acc") if row.get("acc") is not None else row.get("score")
+        if accuracy is None:
+            entry[2] += 1
+        else:
+            entry[0] += 1
+            entry[1] += float(accuracy)
+    return [Seen(i, text, int(n), correct, int(lost)) for (i, text), (n, correct, lost) in sums.items()]
+
+
+def _last_user(messages: Sequence[Mapping[str, str]]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+
+
+def _rows_with_text(text: str, by_text: Mapping[str, list[int]]) -> list[int] | None:
+    """Rows whose problem is exactly what stands in the rendered prompt between a "user" line and the end of the turn.
+
+    The problem itself may contain such lines, so every "user" line is tried, the longest problem first.
+    """
+    end = _TURN_END.search(text)
+    if end is None:
+        return None
+    body = text[: end.start()]
+    at = body.find(_USER)
+    while at >= 0:
+        rows = by_text.get(body[at + len(_USER) :])
+        if rows:
+            return rows
+        at = body.find(_USER, at + 1)
+    return None
+
+
+# writing -------------------------------------------------------------------------------------------------------------
+
+
+def write_filtered(dataset: Path, output: Path, result: Accuracies, *, threshold: float) -> None:
+    """The kept rows with all their columns, then acc_mean@N and response_count (float, as in the published file)."""
+    table = pq.read_table(dataset)
+    keep = result.keep(threshold)
+    if not keep.any():
+        raise DataError(f"all {len(keep)} rows are solved by every rollout: there is nothing left to train on")
+    seen = ~np.isnan(result.accuracy)
+    for name, values in (
+        (f"acc_mean@{result.samples}", result.accuracy),
+        ("response_count", result.responses.astype(np.float64)),
+    ):
+        column = pa.array(values, pa.float64(), mask=~seen)
+        if name in table.column_names:  # the dataset was filtered before
+            table = table.set_column(table.column_names.index(name), name, column)
+        else:
+            table = table.append_column(name, column)
+    # pandas and Hugging Face metadata describe the unfiltered table; readers rebuild both from the schema
+    about = json.dumps({"threshold": threshold, "files": result.files, **result.counts(threshold)})
+    table = table.filter(pa.array(keep)).replace_schema_metadata({"aster_filter": about})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(output)
+
+
+def plot_distribution(result: Accuracies, path: Path, *, threshold: float) -> None:
+    """Histogram of accuracy over the dataset's rows: what stays, and what goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    accuracy = result.accuracy[~np.isnan(result.accuracy)]
+    edges = (np.arange(result.samples + 2) - 0.5) / result.samples
+    keep = accuracy < threshold
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.hist(
+        [accuracy[keep], accuracy[~keep]],
+        bins=edges,
+        stacked=True,
+        color=["#3b6fd4", "#c9ccd3"],
+        label=[f"kept ({int(keep.sum()):,})", f"dropped ({int((~keep).sum()):,})"],
+        edgecolor="white",
+    )
+    axes.set(xlabel=f"accuracy over a row's rollouts ({result.samples} per step)", ylabel="dataset rows")
+    unseen = int(np.isnan(result.accuracy).sum())
+    axes.set_title(f"{len(result.accuracy):,} rows; {unseen:,} never rolled out are kept and not shown", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _mean(values: np.ndarray) -> float:
+    seen = values[~np.isnan(values)]
+    return float(seen.mean()) if len(seen) else float("nan")
+
+
+if __name__ == "__main__":
+    from aster.cli import run_verb
+
+    sys.exit(run_verb("filter"))

@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aster.errors import ConfigError, DataError
+from aster.filter import main
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "filter"
+
+
+def run(output: Path, *args: str, dataset: Path | None = None, rollouts: Path | None = None) -> list[dict]:
+    argv = ["--dataset", str(dataset or GOLDEN / "dataset.parquet"), "--output", str(output)]
+    assert main([*argv, "--rollout-dir", str(rollouts or GOLDEN / "rollout"), *args]) == 0
+    return pq.read_table(output).to_pylist()
+
+
+def index(row: dict) -> int:
+    return int(row["extra_info"]["index"][-4:])
+
+
+def test_the_reference_files_are_joined_exactly_where_its_regex_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    kept = run(tmp_path / "kept.parquet", "--step-min", "1", "--step-max", "135")
+    assert [index(row) for row in kept] == expected["index_kept_exact_join"]
+    assert list(kept[0]) == expected["columns_out"]
+    for row in kept:
+        want = expected["rows"][index(row)]
+        assert (row["acc_mean@8"], row["response_count"]) == (want["acc_mean@8"], want["response_count"])
+    out = capsys.readouterr().out
+    for name, count in (("kept", 5), ("dropped_all_correct", 5), ("kept_never_rolled_out", 2), ("kept_all_wrong", 1)):
+        assert f"{name:34}{count:10,}\n" in out
+    assert f"{'rollouts_joined_by_text':34}{64:10,}" in out
+
+
+def test_without_a_range_every_step_counts(tmp_path: Path) -> None:
+    kept = run(tmp_path / "kept.parquet")  # step 200 solves row 8 every time, and row 1 too: 13 of 16
+    assert [index(row) for row in kept] == [0, 1, 2, 9]
+    assert {index(row): row["acc_mean@8"] for row in kept}[1] == 13 / 16
+
+
+def dataset(path: Path, *problems: str) -> Path:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": p}],
+            "reward_model": {"ground_truth": "1", "style": "s"},
+            "data_source": "math_dapo",
+            "agent_name": "code_agent",
+            "extra_info": {"index": f"id-{i}"},
+        }
+        for i, p in enumerate(problems)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def rollouts(folder: Path, step: int, *rows: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rendered(problem: str) -> str:
+    return (
+        f"<|im_start|>system\ntools<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+
+
+def test_row_ids_decide_even_where_texts_are_equal(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d.parquet", "same", "same", "other")
+    from aster.data.prompts import read_prompts
+
+    ids = [row.row_id for row in read_prompts([str(data)])]
+    assert len(set(ids)) == 3
+    folder = rollouts(
+        tmp_path / "r",
+        1,
+        *[{"row_id": ids[0], "input": rendered("same"), "acc": True}] * 2,
+        *[{"row_id": ids[1], "input": rendered("same"), "acc": a} for a in (True, False)],
+        *[{"row_id": "of another dataset", "input": rendered("unknown"), "acc": False}] * 2,
+    )
+    kept = run(tmp_path / "o.parquet", dataset=data, rollouts=folder)
+    assert [(row["extra_info"]["index"], row["acc_mean@2"], row["response_count"]) for row in kept] == [
+        ("id-1", 0.5, 2.0),
+        ("id-2", None, None),
+    ]
+
+
+def test_texts_with_special_tokens_and_tricky_problems_join(tmp_path: Path) -> None:
+    tricky = "What does\nuser\nsay to the\nassistant\nhere?"
+    data = dataset(tmp_path / "d.parquet", tricky, "here?", "plain")
+    folder = rollouts(
+        tmp_path / "r",
+        1,
+        {"input": rendered(tricky), "acc": False},
+        {"input": f"user\n{tricky}\nassistant\n", "acc": True},
+        {"input": "user\nplain\nassistant\n", "acc": True},
+        {"input": "no turn at all", "acc": True},
+    )
+    kept = run(tmp_path / "o.parquet", dataset=data, rollouts=folder)
+    assert [(row["extra_info"]["index"], row["acc_mean@1"]) for row in kept] == [("id-0", 0.5), ("id-1", None)]
+
+
+def test_a_rollout_that_we_lost_is_no_wrong_answer(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d.parquet", "a", "b")
+    folder = rollouts(
+        tmp_path / "r",
+        1,
+        {"input": rendered("a"), "acc": True, "score": 1.0},
+        {"input": rendered("a"), "acc": None, "score": None},
+        {"input": rendered("b"), "acc": None, "score": None},
+        {"input": rendered("b"), "acc": False, "score": 0.0},
+    )
+    kept = run(tmp_path / "o.parquet", dataset=data, rollouts=folder)
+    assert [(row["extra_info"]["index"], row["acc_mean@2"], row["response_count"]) for row in kept] == [("id-1", 0, 1)]
+
+
+def test_filtering_twice_replaces_the_columns(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d.parquet", "a", "b", "c")
+    first = rollouts(tmp_path / "r1", 1, {"input": rendered("a"), "acc": True}, {"input": rendered("b"), "acc": False})
+    run(tmp_path / "1.parquet", dataset=data, rollouts=first)
+    second = rollouts(tmp_path / "r2", 1, {"input": rendered("c"), "acc": True}, {"input": rendered("b"), "acc": False})
+    kept = run(tmp_path / "2.parquet", dataset=tmp_path / "1.parquet", rollouts=second)
+    assert [(row["extra_info"]["index"], row["acc_mean@1"]) for row in kept] == [("id-1", 0.0)]
+
+
+def test_the_output_is_the_same_bytes_every_time_and_for_any_number_of_readers(tmp_path: Path) -> None:
+    run(tmp_path / "1.parquet", "--plot")
+    run(tmp_path / "2.parquet", "--threads", "2", "--plot-output", str(tmp_path / "p.png"))
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+    assert (tmp_path / "1_distribution.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_counts_travel_in_the_file(tmp_path: Path) -> None:
+    run(tmp_path / "o.parquet")
+    about = json.loads(pq.read_schema(tmp_path / "o.parquet").metadata[b"aster_filter"])
+    assert (about["rows"], about["kept"], about["threshold"]) == (10, 4, 0.99999)
+
+
+def test_dry_run_reads_no_rollout_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--dataset", str(GOLDEN / "dataset.parquet"), "--rollout-dir", str(GOLDEN / "rollout"), "--dry-run"]
+    assert main([*argv, "--output", str(tmp_path / "o.parquet")]) == 0
+    assert "5 rollout files, steps 1 to 200" in capsys.readouterr().out
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d.parquet", "a")
+    good = rollouts(tmp_path / "good", 3, {"input": rendered("a"), "acc": True})
+    out = tmp_path / "o.parquet"
+    with pytest.raises(DataError, match=r"no file for steps 7 to last: it has steps 3 to 3"):
+        run(out, "--step-min", "7", dataset=data, rollouts=good)
+    with pytest.raises(DataError, match="is not a directory"):
+        run(out, dataset=data, rollouts=tmp_path / "missing")
+    with pytest.raises(DataError, match=r"missing\.parquet does not exist"):
+        run(out, dataset=tmp_path / "missing.parquet", rollouts=good)
+    with pytest.raises(ConfigError, match="is the dataset itself"):
+        run(data, dataset=data, rollouts=good)
+    with pytest.raises(DataError, match="all 1 rows are solved by every rollout"):
+        run(out, dataset=data, rollouts=good)
+    with pytest.raises(DataError, match="none of the 1 rollouts in 1 files belongs to a row"):
+        run(out, dataset=data, rollouts=rollouts(tmp_path / "alien", 1, {"input": rendered("z"), "acc": True}))
+    with pytest.raises(DataError, match=r"1\.jsonl, row 1 has neither acc nor score"):
+        run(out, dataset=data, rollouts=rollouts(tmp_path / "noacc", 1, {"input": rendered("a")}))
+    with pytest.raises(DataError, match=r"1\.jsonl, row 1 has neither row_id nor input"):
+        run(out, dataset=data, rollouts=rollouts(tmp_path / "noinput", 1, {"acc": True}))
+    assert not out.exists()
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "aster.filter", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "--rollout-dir" in done.stdout
