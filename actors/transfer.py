@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
@@ -119,17 +118,11 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         A fresh buffer each: vLLM keeps views of the tensors of a fused layer until the layer is complete.
         """
 
-        def post(bucket: Bucket) -> tuple[Bucket, torch.Tensor, dist.Work]:
-            buffer = group.empty(bucket.size)
-            return bucket, buffer, group.broadcast(buffer)
-
-        posted = map(post, buckets)
+        posted = ((bucket, group.broadcast(group.empty(bucket.size))) for bucket in buckets)
         current = next(posted, None)
         while current is not None:
             following = next(posted, None)
-            bucket, buffer, work = current
-            work.wait()
-            yield bucket, buffer
+            yield current[0], current[1].wait()
             current = following
 
     def _load(self, bucket: Bucket, buffer: torch.Tensor) -> Exception | None:

@@ -12,7 +12,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.wire import Bucket, WireGroup, dtype_of, plan_buckets, seal, sealed_digest, serve_store, view
+from actors.wire import Bucket, Pending, WireGroup, dtype_of, plan_buckets, seal, sealed_digest, serve_store, view
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
@@ -88,24 +88,24 @@ class WeightSender:
         assert self._group is not None, "open() comes before send()"
         digests: list[str] = []
         pairs = self.checked()
-        in_flight: tuple[dist.Work, torch.Tensor] | None = None  # the bytes live until their broadcast is complete
+        in_flight: Pending | None = None
         for bucket in plan_buckets(self.metadata, bucket_bytes=bucket_bytes):
-            buffer = self._group.empty(bucket.size)
+            buffer = self._group.empty(bucket.size).zero_()  # equal weights, equal checksums: no garbage between them
             for slot in bucket.slots:
                 view(buffer, slot).copy_(next(pairs)[1])
             seal(buffer)
             digests.append(sealed_digest(buffer))
-            work = self._post(bucket, buffer)
+            posted = self._post(bucket, buffer)
             if in_flight is not None:
-                in_flight[0].wait()
-            in_flight = (work, buffer)
+                in_flight.wait()
+            in_flight = posted
         for name, _ in pairs:
             raise WeightSyncError(f"the learner has tensor {name!r} that its metadata does not announce")
         if in_flight is not None:
-            in_flight[0].wait()
+            in_flight.wait()
         return digests
 
-    def _post(self, bucket: Bucket, buffer: torch.Tensor) -> dist.Work:
+    def _post(self, bucket: Bucket, buffer: torch.Tensor) -> Pending:
         assert self._group is not None
         return self._group.broadcast(buffer)
 

@@ -145,26 +145,53 @@ class WireGroup:
         Raises RuntimeError (torch's own, naming the missing ranks) after `timeout_s`.
         """
         self.device = torch.device("cpu") if backend == "gloo" else device
-        self._store = store  # the group only borrows it
-        self._pg = _process_group(
+        self._store: dist.Store | None = store  # the group only borrows it
+        self._works: dict[int, dist.Work] = {}
+        self._started = 0
+        self._pg: Any = _process_group(
             backend, dist.PrefixStore("aster/weights", store), rank, world_size, timedelta(seconds=timeout_s), ip
         )
 
-    def broadcast(self, buffer: torch.Tensor) -> dist.Work:
-        """Starts the broadcast of rank 0's `buffer` (uint8, equal size on all ranks); `.wait()` completes or raises."""
+    def broadcast(self, buffer: torch.Tensor) -> Pending:
+        """Starts the broadcast of rank 0's `buffer` (uint8, equal size on all ranks), in order of the calls."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work: dist.Work = self._pg.broadcast([buffer], options)
-        return work
+        self._started += 1
+        self._works[self._started] = self._pg.broadcast([buffer], options)
+        return Pending(self, self._started, buffer)
+
+    def wait(self, ticket: int) -> None:
+        """Until that broadcast is complete. Raises RuntimeError when a peer is gone or the timeout passed."""
+        self._works.pop(ticket).wait()
 
     def empty(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:
-        """Drops connections at once: a peer that waits for us fails now instead of at its timeout."""
-        self._pg.abort() if self.device.type == "cuda" else self._pg.shutdown()
-        del self._pg, self._store
+        """Drops the connections now: a peer that waits for us fails at once instead of at its timeout.
+
+        Gloo does that only when the last reference to the group is gone, and a started operation is one; hence the
+        table of works here, instead of works in the hands (and tracebacks) of the callers.
+        """
+        if self.device.type == "cuda":
+            self._pg.abort()
+        self._works.clear()
+        self._pg = self._store = None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A broadcast under way; holds its bytes."""
+
+    group: WireGroup
+    ticket: int
+    buffer: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """The bytes, complete."""
+        self.group.wait(self.ticket)
+        return self.buffer
 
 
 def serve_store(*, timeout_s: float) -> dist.TCPStore:

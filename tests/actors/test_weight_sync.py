@@ -1,0 +1,396 @@
+"""The wire and the order of a publication, without vLLM: real gloo between threads, and handles that take notes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors import weight_sync
+from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
+from actors.wire import WireGroup, digest, join_store, plan_buckets, seal, sealed_digest, view
+from aster.errors import EngineLost, GangFailure, WeightSyncError
+from aster.types import MicroBatch, TensorMeta
+
+SHAPES = {"embed": (50, 8), "layer.0": (8, 8), "layer.1": (8, 24), "norm": (7,), "head.bias": (3,)}
+
+
+def metas(dtype: str = "float32") -> list[TensorMeta]:
+    return [TensorMeta(name, dtype, shape) for name, shape in SHAPES.items()]
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+# the plan ------------------------------------------------------------------------------------------------------------
+
+tensor_lists = st.lists(
+    st.tuples(st.sampled_from(["float32", "bfloat16"]), st.lists(st.integers(1, 40), max_size=2)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(tensor_lists, st.integers(16, 4000))
+def test_every_tensor_travels_once_in_order_aligned_and_within_the_limit(shapes: Any, limit: int) -> None:
+    tensors = [TensorMeta(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(shapes)]
+    buckets = plan_buckets(tensors, bucket_bytes=limit)
+    assert [s.meta for b in buckets for s in b.slots] == tensors
+    assert [b.index for b in buckets] == list(range(len(buckets)))
+    for bucket in buckets:
+        end = 0
+        for slot in bucket.slots:
+            assert slot.start >= end
+            assert slot.start % 16 == 0
+            end = slot.start + slot.size
+        assert end + 8 <= bucket.size
+        assert bucket.size % 8 == 0
+        assert bucket.size <= limit + 24 or len(bucket.slots) == 1
+
+
+def test_a_dtype_that_torch_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="embed: 'float33' is no torch dtype"):
+        plan_buckets(metas("float33"), bucket_bytes=100)
+
+
+# the seal ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_checksum_of_two_words_is_what_one_gets_by_hand() -> None:
+    buffer = torch.zeros(24, dtype=torch.uint8)
+    buffer[:16].view(torch.int64).copy_(torch.tensor([10, 7]))
+    seal(buffer)
+    assert sealed_digest(buffer) == digest(buffer) == f"{10 * 1 + 7 * 3:016x}"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5000), st.data())
+def test_no_flipped_bit_and_no_two_swapped_words_go_unseen(words: int, data: st.DataObject) -> None:
+    buffer = torch.randint(0, 256, (8 * words + 8,), dtype=torch.uint8)
+    seal(buffer)
+    damaged = buffer.clone()
+    damaged[data.draw(st.integers(0, 8 * words - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert digest(damaged) != sealed_digest(buffer)
+    a, b = (data.draw(st.integers(0, words - 1)) for _ in range(2))
+    swapped = buffer.clone()
+    swapped.view(torch.int64)[[a, b]] = buffer.view(torch.int64)[[b, a]]
+    same = bool(buffer.view(torch.int64)[a] == buffer.view(torch.int64)[b])
+    assert (digest(swapped) == sealed_digest(buffer)) == same
+
+
+def test_words_swapped_across_chunks_are_seen() -> None:
+    buffer = torch.zeros(8 * (3 << 18) + 8, dtype=torch.uint8)  # three chunks
+    words = buffer.view(torch.int64)
+    words[5], words[(1 << 18) + 5] = 1, 2
+    seal(buffer)
+    words[5], words[(1 << 18) + 5] = 2, 1
+    assert digest(buffer) != sealed_digest(buffer)
+
+
+# sender and receivers over gloo --------------------------------------------------------------------------------------
+
+
+def receive(
+    sender: WeightSender, address: tuple[str, int], rank: int, world: int, dtype: str, timeout_s: float = 20
+) -> dict[str, torch.Tensor]:
+    """What an engine worker does with the wire, less vLLM."""
+    store = join_store(*address, timeout_s=timeout_s)
+    group = WireGroup(
+        backend="gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout_s=timeout_s,
+        device=torch.device("cpu"),
+        ip=address[0],
+    )
+    out: dict[str, torch.Tensor] = {}
+    try:
+        for bucket in plan_buckets(metas(dtype), bucket_bytes=500):
+            buffer = group.empty(bucket.size)
+            group.broadcast(buffer).wait()
+            assert digest(buffer) == sealed_digest(buffer)
+            out |= {slot.meta.name: view(buffer, slot) for slot in bucket.slots}
+    finally:
+        group.close()
+    return out
+
+
+def sender(dtype: str = "float32", tensors: Callable[[], Iterator[Any]] | None = None, rank: int = 0) -> WeightSender:
+    source = tensors or (lambda: iter(weights().items()))
+    return WeightSender(tensors=source, metadata=metas(dtype), rank=rank, device="cpu")
+
+
+def serve(sending: WeightSender, *, receivers: int, dtype: str = "float32", timeout_s: float = 20) -> Any:
+    """One round: (the sender's checksums or its exception, the receivers' tensors or exceptions)."""
+    address = sending.address()
+    world = receivers + 1
+    with concurrent.futures.ThreadPoolExecutor(world) as pool:
+
+        def send() -> list[str]:
+            sending.open(backend="gloo", host=address[0], port=address[1], world_size=world, timeout_s=timeout_s)
+            return sending.send(bucket_bytes=500)
+
+        jobs = [pool.submit(send)]
+        jobs += [pool.submit(receive, sending, address, r, world, dtype, timeout_s) for r in range(1, world)]
+        concurrent.futures.wait(jobs, timeout=60)
+    return [job.exception() or job.result() for job in jobs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_receiver_gets_the_tensors_in_the_wire_s_dtype(dtype: str) -> None:
+    sending = sender(dtype)
+    checksums, *received = serve(sending, receivers=2, dtype=dtype)
+    sending.close()
+    assert len(checksums) == len(plan_buckets(metas(dtype), bucket_bytes=500)) > 2
+    assert len(set(checksums)) == len(checksums)
+    for tensors in received:
+        assert list(tensors) == list(SHAPES)
+        for name, tensor in weights().items():
+            torch.testing.assert_close(tensors[name], tensor.to(getattr(torch, dtype)), rtol=0, atol=0)
+
+
+def test_a_second_round_after_a_new_rendezvous_works() -> None:
+    sending = sender()
+    first, _ = serve(sending, receivers=1)
+    second, _ = serve(sending, receivers=1)
+    sending.close()
+    sending.close()
+    assert first == second
+
+
+def test_a_rank_above_zero_takes_part_in_the_gathering_and_sends_nothing() -> None:
+    seen: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights().items():
+            seen.append(name)
+            yield name, tensor
+
+    other = sender(tensors=tensors, rank=1)
+    other.open(backend="gloo", host="nowhere.invalid", port=1, world_size=2, timeout_s=1)
+    assert other.send(bucket_bytes=500) == []
+    assert seen == list(SHAPES)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("head.bias"), "announced 'head.bias' and did not send it"),
+        (lambda w: w.update(extra=torch.zeros(1)), "'extra' that its metadata does not announce"),
+        (lambda w: w.update({"layer.0": torch.zeros(4, 4)}), r"sends 'layer.0' \(4, 4\) where it announced"),
+    ],
+)
+def test_a_learner_that_sends_something_else_than_it_announced_is_named_and_nobody_waits(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    changed = weights()
+    change(changed)
+    began = time.monotonic()
+    failure, *received = serve(sender(tensors=lambda: iter(changed.items())), receivers=2)
+    assert isinstance(failure, WeightSyncError)
+    with pytest.raises(WeightSyncError, match=message):
+        raise failure
+    if "extra" not in changed:  # an extra tensor is noticed after the last bucket
+        assert all(isinstance(r, RuntimeError) for r in received)
+    assert time.monotonic() - began < 10, "a receiver sat out its timeout"
+
+
+def test_a_receiver_that_never_comes_ends_the_opening_at_its_timeout() -> None:
+    sending = sender()
+    host, port = sending.address()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        sending.open(backend="gloo", host=host, port=port, world_size=2, timeout_s=1)
+    assert time.monotonic() - began < 10
+    sending.close()
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    sending = sender()
+    host, port = sending.address()
+    with pytest.raises(ValueError, match="weight backend 'mpi' is unknown"):
+        sending.open(backend="mpi", host=host, port=port, world_size=1, timeout_s=1)
+
+
+# the order of a publication ------------------------------------------------------------------------------------------
+
+
+class NotingEngine:
+    """A `RayEngine` that answers at once and writes down what it was asked."""
+
+    weight_backend, exact, vocab_size, max_model_len = "gloo", True, 100, 64
+
+    def __init__(self, events: list[str], name: str, *, workers: int = 1, canary: float = -1.0) -> None:
+        self.events, self.name, self.workers, self.canary = events, name, workers, canary
+        self.lost = ""
+        self.infos: list[dict[str, Any]] = []
+        self.fail: dict[str, Exception] = {}
+
+    async def call(self, method: str, *args: Any, deadline_s: float, timeout_s: float) -> Any:
+        assert deadline_s > timeout_s > 0
+        self.events.append(f"{self.name} {method}")
+        if method in self.fail:
+            raise self.fail.pop(method)
+        if method == "weight_open":
+            self.infos.append(args[0])
+        return np.full(len(args[0]) - 1, self.canary, np.float32) if method == "weight_verify" else None
+
+    async def probe(self) -> bool:
+        return not self.lost
+
+
+class NotingRank:
+    """A learner actor handle: `rank.method.remote(...)` is awaitable."""
+
+    def __init__(self, events: list[str], rank: int) -> None:
+        self.events, self.rank = events, rank
+        self.rows: list[MicroBatch] = []
+
+    def __getattr__(self, method: str) -> Any:
+        async def remote(*args: Any, **kwargs: Any) -> Any:
+            self.events.append(f"rank{self.rank} {method}")
+            if method == "log_probs":
+                self.rows.append(args[0])
+                return np.where(args[0].loss_mask, -1.0, 0.0).astype(np.float32)
+            return {"weight_metadata": metas(), "weight_address": ("10.0.0.1", 7), "weight_send": ["ab"]}.get(method)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def events() -> list[str]:
+    return []
+
+
+def source_of(events: list[str], ranks: int = 2) -> RayWeightSource:
+    return RayWeightSource([NotingRank(events, r) for r in range(ranks)])
+
+
+def engines_of(events: list[str], *workers: int) -> list[Any]:
+    return [NotingEngine(events, f"e{i}", workers=w) for i, w in enumerate(workers)]
+
+
+async def test_a_publication_goes_open_begin_transfer_commit_verify_accept(events: list[str]) -> None:
+    report = await WeightSync(engines_of(events, 1), timeout_s=5).publish(source_of(events), 3)
+    order = [event for event in events if event.startswith(("e0", "rank0"))]
+    assert order[:2] == ["rank0 weight_metadata", "rank0 weight_address"]
+    assert set(order[2:4]) == {"rank0 weight_open", "e0 weight_open"}
+    assert order[4] == "e0 weight_begin"
+    assert set(order[5:7]) == {"rank0 weight_send", "e0 weight_receive"}
+    assert order[7] == "e0 weight_commit"
+    assert set(order[8:10]) == {"rank0 log_probs", "e0 weight_verify"}
+    assert order[10:] == ["e0 weight_accept"]
+    assert {e for e in events if e.startswith("rank1")} == {"rank1 weight_open", "rank1 weight_send", "rank1 log_probs"}
+    assert (report.version, report.engines, report.canary_max_diff) == (3, 1, 0.0)
+    assert report.bytes == 4 * (400 + 64 + 192 + 7 + 3)
+
+
+async def test_each_engine_gets_a_rank_of_its_own_and_the_group_is_opened_once(events: list[str]) -> None:
+    engines = engines_of(events, 2, 1, 4)
+    sync, source = WeightSync(engines, timeout_s=5), source_of(events)
+    await sync.publish(source, 1)
+    await sync.publish(source, 2)
+    assert [engine.infos for engine in engines] == [
+        [{**engines[0].infos[0], "rank_offset": offset, "world_size": 8}] for offset in (1, 3, 4)
+    ]
+    assert events.count("rank0 weight_open") == 1
+
+
+async def test_the_stock_engine_is_told_the_same_ranks_in_vllm_s_words(events: list[str]) -> None:
+    engines = engines_of(events, 2, 2)
+    for engine in engines:
+        engine.weight_backend = "vllm_nccl"
+    await WeightSync(engines, backend="vllm_nccl", timeout_s=5).publish(source_of(events), 1)
+    shared = {"master_address": "10.0.0.1", "master_port": 7, "world_size": 5, "packed": True}
+    assert [e.infos[0] for e in engines] == [{**shared, "rank_offset": 1}, {**shared, "rank_offset": 3}]
+
+
+async def test_a_canary_that_disagrees_rejects_on_every_engine_and_accepts_on_none(events: list[str]) -> None:
+    engines = engines_of(events, 1, 1)
+    engines[1].canary = -1.5
+    with pytest.raises(WeightSyncError, match=r"version 9 does not verify on e1: canary token 1 of 31 .* -1\.5 there"):
+        await WeightSync(engines, timeout_s=5).publish(source_of(events), 9)
+    assert events.count("e0 weight_reject") == events.count("e1 weight_reject") == 1
+    assert not [event for event in events if "accept" in event]
+
+
+async def test_a_canary_that_is_not_a_number_is_refused(events: list[str]) -> None:
+    engines = engines_of(events, 1)
+    engines[0].canary = float("nan")
+    with pytest.raises(WeightSyncError, match="log-prob nan there"):
+        await WeightSync(engines, timeout_s=5).publish(source_of(events), 9)
+
+
+async def test_in_bf16_the_mean_decides_and_in_fp32_the_largest(events: list[str]) -> None:
+    engines = engines_of(events, 1)
+    engines[0].canary = -1.15
+    engines[0].exact = False
+    report = await WeightSync(engines, timeout_s=5).publish(source_of(events), 1)
+    assert report.canary_max_diff == pytest.approx(0.15, abs=1e-6)
+    engines[0].exact = True
+    with pytest.raises(WeightSyncError, match=r"allowed 0\.0001 at most"):
+        await WeightSync(engines, timeout_s=5).publish(source_of(events), 2)
+
+
+async def test_an_engine_that_dies_is_left_out_and_the_group_is_built_again(events: list[str]) -> None:
+    engines = engines_of(events, 2, 1)
+    sync, source = WeightSync(engines, timeout_s=5), source_of(events)
+    await sync.publish(source, 1)
+    engines[0].fail["weight_receive"] = EngineLost("gone")
+
+    async def probe() -> bool:
+        engines[0].lost = "gone"
+        return False
+
+    engines[0].probe = probe
+    report = await sync.publish(source, 2)
+    assert report.engines == 1
+    assert [info["rank_offset"] for info in engines[1].infos] == [3, 1]
+    assert [info["world_size"] for info in engines[1].infos] == [4, 2]
+
+
+async def test_an_engine_that_is_late_but_alive_fails_the_publication(events: list[str]) -> None:
+    engines = engines_of(events, 1)
+    engines[0].fail["weight_commit"] = EngineLost("did not answer")
+    with pytest.raises(WeightSyncError, match="version 4 was not published: did not answer"):
+        await WeightSync(engines, timeout_s=5).publish(source_of(events), 4)
+
+
+async def test_the_failure_that_explains_the_others_is_the_one_that_is_raised() -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    for first in (
+        [GangFailure(0, "died"), EngineLost("x")],
+        [EngineLost("died"), WeightSyncError("peer closed")],
+        [WeightSyncError("bucket 3"), RuntimeError("connection closed")],
+    ):
+        with pytest.raises(type(first[0])):
+            await weight_sync._together([fail(first[1]), fail(first[0])])
+
+
+async def test_the_canary_row_asks_the_learner_for_every_prediction(events: list[str]) -> None:
+    source = source_of(events, ranks=2)
+    out = await source.log_probs(np.array([5, 6, 7, 8], np.int32))
+    row = source.ranks[1].rows[0]
+    np.testing.assert_array_equal(row.labels, [6, 7, 8, 0])
+    np.testing.assert_array_equal(row.loss_mask, [True, True, True, False])
+    np.testing.assert_array_equal(row.cu_seqlens, [0, 4])
+    np.testing.assert_array_equal(out, [-1, -1, -1])
+
+
+def test_a_backend_that_the_engines_do_not_have_is_refused(events: list[str]) -> None:
+    with pytest.raises(ValueError, match="'nccl' was asked for, but the engines were started with 'gloo'"):
+        WeightSync(engines_of(events, 1), backend="nccl")
