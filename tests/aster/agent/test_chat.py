@@ -96,7 +96,7 @@ class TestStream:
 
         delta = hybrid.observation_delta(output).tolist()
         empty = hybrid.observation_delta("").tolist()
-        control = set(hybrid._tokenizer.control.values())
+        control = {hybrid._tokenizer.token_id(text) for text in (*MARKS, *SPECIAL)}
         assert [i for i in delta if i in control] == [i for i in empty if i in control]
         text = hybrid.decode(delta)
         head, tail = "\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
@@ -201,6 +201,10 @@ class TestFinalText:
     @pytest.mark.parametrize("end", ["</tool_call>", ""])
     def test_the_inside_of_a_call_is_no_answer(self, hybrid: ChatRenderer, end: str) -> None:
         assert hybrid.final_text(self.ids(hybrid, f"so <tool_call>\\boxed{{34}}{end}")) == "so "
+
+    def test_a_turns_text_is_without_its_stop_token(self, hybrid: ChatRenderer) -> None:
+        assert hybrid.turn_text(self.ids(hybrid, "a<|im_end|>b")) == "a<|im_end|>b"
+        assert hybrid.turn_text(self.ids(hybrid, "cut off")[:-1]) == "cut off"
 
 
 class TestTemplateChecks:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aster.agent.chat import ChatRenderer
@@ -59,6 +59,7 @@ def test_the_sandboxs_own_truncation_notice_is_not_doubled() -> None:
 
 @FAST
 @given(st.text(max_size=60), st.integers(2, 50), SIDES)
+@example("0123", 4, "middle")
 def test_cut_characters_keep_the_chosen_side(text: str, limit: int, side) -> None:
     cut = truncate_chars(text, limit, side)
     if len(text) <= limit:
