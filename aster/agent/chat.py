@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from aster.agent.grammar import CODE_INTERPRETER, HermesGrammar, ParsedTurn, ToolGrammar
-from aster.agent.tokenization import TOOLS_IMPLICIT, ChatTemplate, ModelTokenizer
+from aster.agent.tokenization import ChatTemplate, ModelTokenizer
+from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
 __all__ = ["CODE_INTERPRETER", "ChatRenderer"]

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     import jinja2
     from tokenizers import Tokenizer
 
-TOOLS_IMPLICIT = "{#- aster: tools-implicit -#}"
-"""In a template's source: it leaves out `tools` on purpose (it carries its own words about them, or none)."""
-
 _BRACKETED = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 

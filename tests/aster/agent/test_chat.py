@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from aster.agent.chat import CODE_INTERPRETER, ChatRenderer
-from aster.agent.tokenization import TOOLS_IMPLICIT, ChatTemplate, ModelTokenizer
+from aster.agent.tokenization import ChatTemplate, ModelTokenizer
+from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
 USER = {"role": "user", "content": "\nWhat is 2 + 2?\nPlease reason step by step.\n"}
