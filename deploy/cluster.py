@@ -399,17 +399,21 @@ def up(files: Files, args: argparse.Namespace) -> None:
             deploy_sandbox(state.dashboard, config, token=token)
             print(f"cluster: sandbox service is up, http://127.0.0.1:{state.serve_port}")
         write_environment(files, state)
-    print(hints(files, state))
+    print(hints(files))
 
 
-def hints(files: Files, state: State) -> str:
-    environment = os.path.relpath(files.environment, ROOT)
+def hints(files: Files) -> str:
     return f"""
-    source {environment}
+    source {readable(files.environment)}
     ray job submit --working-dir . -- python -m aster.train --recipe rl_stage1_18k --dry-run
-    curl -H "Authorization: Bearer $ASTER_SANDBOX_TOKEN" -X POST $ASTER_SANDBOX_URL/v1/sessions -d '{{}}'
-    the dashboard asks for the token in {os.path.relpath(files.ray_token, ROOT)}
+    curl -H "Authorization: Bearer $ASTER_SANDBOX_TOKEN" -X POST $ASTER_SANDBOX_URL/v1/sessions
+    the dashboard asks for the token in {readable(files.ray_token)}
 """
+
+
+def readable(path: Path) -> str:
+    """As the person in the checkout would type it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 # --- down -------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
         assert "a cluster is up already" in again.stderr
 
         # the dashboard wants the token
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
             cluster.request("GET", f"{state.dashboard}/api/jobs/", token="wrong")
         assert cluster.request("GET", f"{state.dashboard}/api/jobs/", token=files.ray_token.read_text()) == []
 
