@@ -261,7 +261,7 @@ def plot_distribution(result: Accuracies, path: Path, *, threshold: float) -> No
     from matplotlib import pyplot as plt
 
     accuracy = result.accuracy[~np.isnan(result.accuracy)]
-    edges = (np.arange(result.samples + 2) - 0.5) / result.samples
+    edges = ((np.arange(result.samples + 2) - 0.5) / result.samples).tolist()
     keep = accuracy < threshold
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.hist(

@@ -1,0 +1,203 @@
+"""A run directory as the report reads it: its config, its metrics by step, its events, and its numbers in brief."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aster.algo.intervals import paired_bootstrap
+from aster.data.rollouts import read_rows, rollout_files
+from aster.errors import DataError
+from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
+
+_UNREAD = ("timing_per_token_ms/", "/tool_use_info/", "/causes/", "tool_use_info/extra", "/infra_", "events/")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything but the trajectories. `metrics[step][name]`; times are unix seconds."""
+
+    name: str
+    path: Path
+    stage: str  # "sft", "rl", "eval", or "" where the config is gone
+    run_id: str
+    config_hash: str
+    config: dict[str, Any]
+    metrics: dict[int, dict[str, float]]
+    events: list[dict[str, Any]]
+    began: float
+    ended: float
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        return [(step, values[name]) for step, values in self.metrics.items() if name in values]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for values in self.metrics.values() for name in values})
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories among `paths` or directly inside them, oldest first. DataError when there is none."""
+    found: list[Path] = []
+    for path in paths:
+        if (path / METRICS_FILE).is_file():
+            found.append(path)
+        elif path.is_dir():
+            found += [p.parent for p in path.glob(f"*/{METRICS_FILE}")]
+        else:
+            raise DataError(f"{path} does not exist: name a run directory, such as runs/NAME")
+    if not found:
+        raise DataError(
+            f"no run in {', '.join(map(str, paths))}: a run directory holds {METRICS_FILE}, or name its parent"
+        )
+    return sorted(dict.fromkeys(found), key=lambda p: (_began(p), str(p)))
+
+
+def _began(path: Path) -> float:
+    return next((float(line["time"]) for line in read_lines(path / METRICS_FILE) if "time" in line), 0.0)
+
+
+def load_run(path: Path, *, name: str | None = None) -> Run:
+    file = path / METRICS_FILE
+    config_file = path / "config.yaml"
+    config = yaml.safe_load(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for line in read_lines(file):
+        first = first or line
+        last = line
+    return Run(
+        name=name or path.name,
+        path=path,
+        stage=str(config.get("stage", "")),
+        run_id=str(last.get("run_id", "")),
+        config_hash=str(last.get("config_hash", "")),
+        config=config,
+        metrics=read_metrics(file),
+        events=read_events(file),
+        began=float(first.get("time", 0.0)),
+        ended=float(last.get("time", 0.0)),
+    )
+
+
+def page_data(run: Run) -> dict[str, Any]:
+    """The run as the page's script wants it. Series nobody draws stay out, so that long runs stay small."""
+    series = {}
+    for name in run.names:
+        if not any(part in name for part in _UNREAD):
+            points = run.series(name)
+            series[name] = [[step for step, _ in points], [_rounded(value) for _, value in points]]
+    return {
+        "name": run.name,
+        "stage": run.stage,
+        "path": str(run.path),
+        "run_id": run.run_id,
+        "config_hash": run.config_hash,
+        "description": str(run.config.get("description", "")),
+        "began": run.began,
+        "ended": run.ended,
+        "steps": max(run.metrics, default=0),
+        "series": series,
+        "events": [{"step": e["step"], "kind": e["event"], "message": e["message"]} for e in run.events],
+        "config": _flat(run.config),
+    }
+
+
+def _rounded(value: float) -> float | str:
+    """Seven digits are more than a pixel; NaN and infinities travel as text, JSON has none."""
+    number = float(f"{value:.7g}")
+    return number if abs(number) < float("inf") else str(number)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+# accuracy ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One validated (run, step, source): mean over problems with its interval, and the verdicts behind it."""
+
+    run: str
+    step: int
+    source: str
+    metric: str  # "mean@16"
+    mean: float
+    low: float | None
+    high: float | None
+    verdicts: dict[str, list[float]]  # row_id -> one verdict per sample; empty where the rows are not on disk
+
+
+def accuracies(run: Run) -> list[Accuracy]:
+    """The first and the last validation of a run, per source."""
+    out = []
+    for name in run.names:
+        parts = name.split("/")
+        if len(parts) == 4 and parts[0] == "val-core" and parts[2] == "acc" and parts[3].startswith("mean@"):
+            points = run.series(name)
+            for step, mean in dict.fromkeys([points[0], points[-1]]):
+                values = run.metrics[step]
+                low, high = values.get(f"{name}/ci_low"), values.get(f"{name}/ci_high")
+                verdicts = _verdicts(run.path, step, parts[1])
+                out.append(Accuracy(run.name, step, parts[1], parts[3], mean, low, high, verdicts))
+    return out
+
+
+def comparison(all_accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
+    """Rows for the accuracy table: each against the first one of its source on the same problems (paired bootstrap)."""
+    rows = []
+    for a in all_accuracies:
+        base = next((b for b in all_accuracies if b.source == a.source and b.metric == a.metric), a)
+        rows.append(
+            {
+                "run": a.run,
+                "step": a.step,
+                "source": a.source,
+                "metric": a.metric,
+                "mean": a.mean,
+                "low": a.low,
+                "high": a.high,
+                "problems": len(a.verdicts) or None,
+                "versus": None if base is a else _difference(base, a),
+            }
+        )
+    return rows
+
+
+def _difference(base: Accuracy, other: Accuracy) -> dict[str, Any] | None:
+    shared = sorted(set(base.verdicts) & set(other.verdicts))
+    if not shared:
+        return None
+    paired = paired_bootstrap([base.verdicts[r] for r in shared], [other.verdicts[r] for r in shared], resamples=1000)
+    return {
+        "run": base.run,
+        "step": base.step,
+        "mean": paired.mean,
+        "low": paired.low,
+        "high": paired.high,
+        "p": paired.p_value,
+        "problems": paired.problems,
+    }
+
+
+def _verdicts(path: Path, step: int, source: str) -> dict[str, list[float]]:
+    folder = path / "val_rollout_data"
+    out: dict[str, list[float]] = {}
+    if folder.is_dir():
+        for _, file in rollout_files(folder, step_min=step, step_max=step):
+            for row in read_rows(file):
+                if row.get("acc") is not None and row.get("data_source") == source:
+                    out.setdefault(str(row.get("row_id")), []).append(float(row["acc"]))
+    return out
