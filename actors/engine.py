@@ -30,6 +30,7 @@ from aster.types import Sampling, Task, TensorMeta, Trajectory
 T = TypeVar("T")
 
 _CALL_S = 60.0  # deadline of a call that the engine core answers at once
+_SHUTDOWN_S = 2.0  # what the core gets to leave by itself; on CPU it uses all of it
 _CANARY_PRIORITY = -1  # before every episode's request (priority 0)
 
 
@@ -90,8 +91,9 @@ class RolloutEngine:
         self._recipe = recipe
         self._sandboxes = sandboxes
         self._renderer: ChatRenderer | None = None
-        # On a GPU a per-request seed costs a kernel launch per sequence and step, and the batch changes bits anyway.
-        self._seeded = cpu or recipe.run.deterministic
+        # A per-request seed costs a kernel launch (on CPU a Python call) per sequence and step, the batch changes bits
+        # anyway, and vLLM's CPU worker dies of one in a chunked prefill ("CPU Generator does not use offset").
+        self._seeded = recipe.run.deterministic
         self._model_path = model_path
         self._episodes: set[asyncio.Task[Trajectory]] = set()
         self._gate = _Gate()
@@ -101,11 +103,11 @@ class RolloutEngine:
             AsyncEngineArgs(
                 model=model_path,
                 dtype=rollout.dtype,
-                seed=0,
+                seed=recipe.run.seed,
                 max_model_len=recipe.max_model_len,
                 max_num_seqs=rollout.max_num_seqs + 1,  # one seat for the canary, however full the engine is
                 scheduling_policy="priority",  # first come first served, but the canary goes first
-                max_num_batched_tokens=rollout.max_num_batched_tokens,
+                max_num_batched_tokens=rollout.max_num_batched_tokens or (recipe.max_model_len if self._seeded else None),
                 tensor_parallel_size=rollout.tensor_parallel,
                 distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
                 enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
@@ -197,19 +199,26 @@ class RolloutEngine:
     async def log_probs(self, ids: np.ndarray, prompt_len: int, *, temperature: float = 1.0) -> np.ndarray:
         """log p(ids[t] | ids[:t]) at `temperature` for t >= prompt_len; float32 [len(ids) - prompt_len].
 
-        Teacher-forced through the sampler that the episodes use, one request per position, ahead of every waiting one.
-        For short sequences: the work grows with the square of the length. Does not pass the gate.
+        Teacher-forced, ahead of every waiting request; does not pass the gate.
+        One prefill at temperature 1. vLLM knows no temperature for prompts, so at any other it is one request per
+        position, for which the sampler reports the next id: use short sequences there.
         """
-        assert 1 <= prompt_len < len(ids) <= self._recipe.max_model_len, (prompt_len, len(ids))
+        assert 1 <= prompt_len < len(ids) < self._recipe.max_model_len, (prompt_len, len(ids))
+        if temperature == 1.0:
+            output = await self._canary(ids, prompt_logprobs=0)
+            table = output.prompt_logprobs
+            return np.asarray([table[t][int(ids[t])].logprob for t in range(prompt_len, len(ids))], dtype=np.float32)
 
         async def one(at: int, token: int) -> float:
-            params = {"temperature": temperature, "max_tokens": 1, "logprob_token_ids": [token]}
-            request_id = f"canary-{next(self._canaries)}"
-            output = await self._complete(ids[:at], params, request_id, priority=_CANARY_PRIORITY)
+            output = await self._canary(ids[:at], temperature=temperature, logprob_token_ids=[token])
             return float(output.outputs[0].logprobs[0][token].logprob)
 
         positions = range(prompt_len, len(ids))
         return np.asarray(await asyncio.gather(*(one(t, int(ids[t])) for t in positions)), dtype=np.float32)
+
+    async def _canary(self, ids: np.ndarray, **params: Any) -> Any:
+        request_id = f"canary-{next(self._canaries)}"
+        return await self._complete(ids, {"max_tokens": 1, **params}, request_id, priority=_CANARY_PRIORITY)
 
     async def _complete(self, ids: np.ndarray, params: dict[str, Any], request_id: str, *, priority: int = 0) -> Any:
         """The finished RequestOutput. The only place that hands vLLM a prompt. Raises ValueError, `EngineLost`."""
@@ -342,7 +351,7 @@ class RolloutEngine:
             raise EngineLost(f"{self.name}: the engine core is dead") from error
 
     async def shutdown(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown, timeout=5)
+        await asyncio.to_thread(self._engine.shutdown, timeout=_SHUTDOWN_S)
 
 
 def _versions(output: Any) -> np.ndarray:
