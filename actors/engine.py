@@ -94,6 +94,7 @@ class RolloutEngine:
         # A per-request seed costs a kernel launch (on CPU a Python call) per sequence and step, the batch changes bits
         # anyway, and vLLM's CPU worker dies of one in a chunked prefill ("CPU Generator does not use offset").
         self._seeded = recipe.run.deterministic
+        whole_prompt = recipe.max_model_len if self._seeded else None
         self._model_path = model_path
         self._episodes: set[asyncio.Task[Trajectory]] = set()
         self._gate = _Gate()
@@ -107,7 +108,7 @@ class RolloutEngine:
                 max_model_len=recipe.max_model_len,
                 max_num_seqs=rollout.max_num_seqs + 1,  # one seat for the canary, however full the engine is
                 scheduling_policy="priority",  # first come first served, but the canary goes first
-                max_num_batched_tokens=rollout.max_num_batched_tokens or (recipe.max_model_len if self._seeded else None),
+                max_num_batched_tokens=rollout.max_num_batched_tokens or whole_prompt,
                 tensor_parallel_size=rollout.tensor_parallel,
                 distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
                 enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
