@@ -19,6 +19,7 @@ from pathlib import Path
 from aster import launch
 from aster.agent.chat import ChatRenderer
 from aster.agent.observations import observe
+from aster.agent.tokenization import ChatTemplate
 from aster.config import Recipe
 from aster.data.coldstart import base_conversations, dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
@@ -76,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: TaskSize = TaskSize()) -> str:
     """Model directory, train and held-out prompts, base and SFT conversations under `out`; returns a summary line.
 
-    Held-out problems are never trained on: the split is a property of the problem's text.
+    Held-out problems are never trained on: the split is a property of the problem's text. The prompts of RL are not
+    those of the cold start either.
     """
-    train = draw_problems(size.train, seed=seed, heldout=False)
+    taught = draw_problems(size.dense + size.head, seed=seed, heldout=False)
+    shown = frozenset(problem.text for problem in taught)
+    train = draw_problems(size.train, seed=seed + 1, heldout=False, exclude=shown)
     heldout = draw_problems(size.heldout, seed=seed, heldout=True)
-    taught = draw_problems(size.dense + size.head, seed=seed + 1, heldout=False)
     dense = await dense_conversations(
         taught[: size.dense], sandboxes, observe=_as_observation, timeout_s=CELL_TIMEOUT_S
     )
@@ -90,7 +93,9 @@ async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: T
     write_prompts(out / "heldout.parquet", [to_row(p) for p in heldout])
     write_conversations(out / "base.parquet", base)
     write_conversations(out / "sft.parquet", [*dense, *head])
-    texts = [m["content"] for c in [*dense[:400], *head[:200], *base[:400]] for m in c]
+    template = ChatTemplate(STATIC_TEMPLATE, special_tokens={})
+    shown_to_bpe = [*dense[:400], *head[:200], *base[:400]]
+    texts = [template.render(list(c), tools=None, add_generation_prompt=False) for c in shown_to_bpe]
     parameters = write_tiny_model(out / "model", texts, seed=seed)
     ChatRenderer.from_model_dir(out / "model")  # refuses a template that cannot carry the tool
     calls = describe(dense)["calls"]
@@ -123,7 +128,7 @@ def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,
-        rope_theta=10000.0,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -226,7 +226,8 @@ def draw_problems(
     if unknown or not families:
         raise DataError(f"task families {unknown or '()'} do not exist: choose among {', '.join(FAMILIES)}")
     rng = random.Random(f"aster-tasks/{seed}/{heldout}")
-    seen, out, misses = set(exclude), [], 0
+    out: list[Problem] = []
+    seen, misses = set(exclude), 0
     while len(out) < number:
         problem = FAMILIES[families[len(out) % len(families)]](rng)
         if problem.text in seen or is_heldout(problem.text) is not heldout:

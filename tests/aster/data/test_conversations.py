@@ -1,0 +1,45 @@
+"""SFT files and samples: what was written is read, bad rows are named, long ones dropped whole and counted."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aster.data.conversations import read_conversations, to_samples, write_conversations
+from aster.errors import DataError
+
+TALK = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "easy\n</think>\n\n2"}]
+
+
+class Words:
+    """A renderer of one id per character; the loss on everything that the assistant says."""
+
+    def conversation(self, messages, *, train_on_newline=False):
+        mask = [m["role"] == "assistant" for m in messages for _ in m["content"]]
+        return np.zeros(len(mask), np.int32), np.array(mask, bool)
+
+
+def test_conversations_survive_the_file(tmp_path):
+    write_conversations(tmp_path / "deep" / "talk.parquet", [TALK, TALK[:]])
+    assert read_conversations([tmp_path / "deep" / "talk.parquet"]) == [TALK, TALK]
+
+
+def test_bad_rows_are_named(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_conversations([tmp_path / "none.parquet"])
+    path = tmp_path / "bad.parquet"
+    for rows, words in [
+        ([{"messages": TALK[:1]}], "row 0: a conversation needs at least one assistant turn"),
+        ([{"messages": TALK}, {"messages": [{"role": "robot", "content": ""}, *TALK]}], r"row 1, turn 0: role 'robot'"),
+        ([{"text": "x"}], r"lacks the column messages; it has \['text'\]"),
+    ]:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        with pytest.raises(DataError, match=words):
+            read_conversations([path])
+
+
+def test_a_conversation_over_the_length_is_dropped_whole_and_counted():
+    long = [TALK[0], {"role": "assistant", "content": "x" * 100}]
+    samples, dropped = to_samples([TALK, long, TALK], Words(), max_length=50)
+    assert (len(samples), dropped) == (2, 1)
+    assert all(s.mask.sum() == len(TALK[1]["content"]) and len(s) <= 50 for s in samples)
