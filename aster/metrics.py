@@ -217,15 +217,17 @@ def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> 
     total = sum(stats, StepStats())
     out = {
         "actor/pg_loss": float(np.mean([s.loss for s in stats])),
-        "actor/entropy": total.per_token(total.entropy_sum),
         "actor/pg_clipfrac": total.per_token(total.clipped_sum),
         "actor/pg_clipfrac_lower": total.per_token(total.clipped_lower_sum),
         "actor/ppo_kl": total.per_token(total.kl_sum),
-        "actor/tis_mean": total.per_token(total.tis_sum),
-        "actor/tis_capped_ratio": total.per_token(total.tis_capped_sum),
         "actor/loss_tokens": float(total.tokens),
         "perf/loss_token_ratio": total.tokens / max(total.padded_tokens, 1),  # of the tokens fed to the model
     }
+    if total.entropy_sum:  # measured only where the learner was asked to
+        out["actor/entropy"] = total.per_token(total.entropy_sum)
+    if total.tis_sum:  # no importance weights in SFT, or with algo.tis_cap=null
+        out["actor/tis_mean"] = total.per_token(total.tis_sum)
+        out["actor/tis_capped_ratio"] = total.per_token(total.tis_capped_sum)
     norms = [o.grad_norm for o in optims if not o.skipped]
     if norms:
         out["actor/grad_norm"] = float(np.mean(norms))

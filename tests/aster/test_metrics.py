@@ -182,6 +182,13 @@ def test_a_skipped_step_is_counted_and_its_norm_left_out() -> None:
     assert update_metrics([], []) == {}
 
 
+def test_what_the_learner_did_not_measure_is_absent() -> None:
+    supervised = update_metrics([StepStats(loss=0.5, tokens=10, padded_tokens=10)], [OptimStats(1.0, 1e-3, False)])
+    assert supervised["actor/pg_loss"] == 0.5
+    assert "actor/entropy" not in supervised
+    assert "actor/tis_mean" not in supervised
+
+
 def test_mismatch_by_hand() -> None:
     behaviour = [np.log([0.5, 0.25], dtype=np.float32), np.log([0.1], dtype=np.float32)]
     old = [np.log([0.4, 0.25], dtype=np.float32), np.log([0.2], dtype=np.float32)]
