@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,25 @@ def test_dry_run_reads_no_rollout_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert main([*argv, "--output", str(tmp_path / "o.parquet")]) == 0
     assert "5 rollout files, steps 1 to 200" in capsys.readouterr().out
     assert not (tmp_path / "o.parquet").exists()
+
+
+DATA = Path(os.environ.get("ASTER_TEST_DATA", "missing")) / "dapo_filter_all_correct.parquet"
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="ASTER_TEST_DATA does not name a folder with the published data sets")
+def test_the_published_file_keeps_its_rows_and_columns(tmp_path: Path) -> None:
+    from aster.data.prompts import read_prompts
+
+    ids = [row.row_id for row in read_prompts([DATA])[:100]]
+    folder = rollouts(
+        tmp_path / "r", 1, *[{"row_id": i, "acc": n % 2 == 0} for n, i in enumerate(ids) for _ in "12345678"]
+    )
+    kept = run(tmp_path / "o.parquet", dataset=DATA, rollouts=folder)
+    assert len(kept) == 5104 - 50
+    before, after = pq.read_schema(DATA), pq.read_schema(tmp_path / "o.parquet")
+    assert (after.names, after.types) == (before.names, before.types)
+    assert [row["acc_mean@8"] for row in kept[:50]] == [0.0] * 50
+    assert all(row["acc_mean@8"] is None for row in kept[50:]), "the published, partly random accuracies are gone"
 
 
 def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:

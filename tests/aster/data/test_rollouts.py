@@ -265,6 +265,15 @@ def _only(folder: Path, step: str) -> Path:
     return folder
 
 
+def test_with_the_real_verifier_the_curves_are_the_reference_s_byte_for_byte() -> None:
+    from aster.agent.rewards import math_verify_verdict
+
+    table = average_scores(GOLDEN / "val", verify=math_verify_verdict, sources=("aime2025", "hmmt25"))
+    for name, lines in json.loads((GOLDEN / "expected.json").read_text())["csv"].items():
+        want = "".join(f"{line['step']},{line['avg_score']}\n" for line in lines)
+        assert table.csv(name.removesuffix(".csv")) == f"step,avg_score\n{want}"
+
+
 def test_score_csv_is_the_reference_format(tmp_path: Path) -> None:
     write_validation(tmp_path, [group(trajectory(), trajectory(1), LOST)], step=0, decode=decode)
     write_validation(tmp_path, [group(trajectory(), trajectory(1), trajectory(2))], step=5, decode=decode)
