@@ -72,6 +72,7 @@ class RolloutEngine:
         recipe: Recipe,
         *,
         name: str,
+        seed: int,
         device: str,
         transfer: str,
         model_path: str,
@@ -79,6 +80,7 @@ class RolloutEngine:
     ) -> None:
         """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
 
+        `seed` must differ between engines: two that start alike would draw the same samples of a prompt.
         `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
         """
         _prepare_process()
@@ -104,7 +106,7 @@ class RolloutEngine:
             AsyncEngineArgs(
                 model=model_path,
                 dtype=rollout.dtype,
-                seed=recipe.run.seed,
+                seed=seed,
                 max_model_len=recipe.max_model_len,
                 max_num_seqs=rollout.max_num_seqs + 1,  # one seat for the canary, however full the engine is
                 scheduling_policy="priority",  # first come first served, but the canary goes first
@@ -200,9 +202,8 @@ class RolloutEngine:
     async def log_probs(self, ids: np.ndarray, prompt_len: int, *, temperature: float = 1.0) -> np.ndarray:
         """log p(ids[t] | ids[:t]) at `temperature` for t >= prompt_len; float32 [len(ids) - prompt_len].
 
-        Teacher-forced, ahead of every waiting request; does not pass the gate.
-        One prefill at temperature 1. vLLM knows no temperature for prompts, so at any other it is one request per
-        position, for which the sampler reports the next id: use short sequences there.
+        Teacher-forced, ahead of every waiting request; does not pass the gate. One prefill at temperature 1. vLLM knows
+        no temperature for prompts, so at any other it is one request per position: use short sequences there.
         """
         assert 1 <= prompt_len < len(ids) < self._recipe.max_model_len, (prompt_len, len(ids))
         if temperature == 1.0:

@@ -148,7 +148,9 @@ def spawn_engines(recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory 
     engines = []
     for i in range(rollout.engines):
         name = f"engine-{i}"
-        engines.append(RayEngine(make(name=name), name=name, recipe=recipe, weight_backend=backend))
+        engines.append(
+            RayEngine(make(name=name, seed=recipe.run.seed + i), name=name, recipe=recipe, weight_backend=backend)
+        )
     try:
         answers = ray.get([engine._actor.ready.remote() for engine in engines], timeout=rollout.start_timeout_s)
     except RayError as error:

@@ -148,7 +148,7 @@ class WeightSync:
         self._nats = canary_nats if canary_nats is not None else _EXACT_NATS if self._exact else _MEAN_NATS
         if canary_ids is None:
             canary_ids = np.random.default_rng(0).integers(0, engines[0].vocab_size, _CANARY_TOKENS)
-        self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len]
+        self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len - 1]
         self._members: tuple[Any, ...] = ()  # who is in the open group; () = none is open
         self._lock = asyncio.Lock()
 
