@@ -186,12 +186,14 @@ class ShardedPolicy:
         self.policy.to_empty(device=device)
         for name, buffer in self.policy.named_buffers():
             buffer.copy_(buffers[name])
+        # kept, because between a forward and its backward the modules hold the gathered copies instead
+        self._masters = {naming.to_hf(name): p for name, p in self.policy.named_parameters()}
         self._load_checkpoint()
         self.policy.train()  # gradient checkpointing is off in eval mode; there is no dropout to tell the two apart
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Sharded fp32 masters by Hugging Face name, tied ones once, in wire order."""
-        return {naming.to_hf(name): p for name, p in self.policy.named_parameters()}
+        return dict(self._masters)
 
     def reshard(self) -> None:
         """Forget full weights of a forward that had no backward, so that the next one reads the masters."""

@@ -104,14 +104,15 @@ class Learner:
             )[mask].astype(np.float32)
         )
         logprobs, entropy = self._forward(microbatch)
-        sums = [0.0] * 7
         if mask.any():
             losses, extra = self._token_losses(logprobs, microbatch)
             loss = aggregate(losses, weights)
-            sums = torch.stack([loss.detach(), entropy.sum(), *extra]).double().tolist()
+            counted = torch.stack([loss.detach(), entropy.sum(), *extra])
         else:
             loss = logprobs.sum() * 0.0  # nothing to learn here, but the peers wait for the gradient's collectives
+            counted = torch.zeros(7)
         (loss * self.world_size).backward()
+        sums = counted.double().tolist()  # waits for the device, so only now that the backward pass is queued
         return StepStats(
             loss=sums[0],
             tokens=int(mask.sum()),
@@ -164,13 +165,13 @@ class Learner:
 
     def load(self, path: str) -> int:
         """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
+        self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         for state in self.optimizer.state.values():
             state["step"].fill_(self.applied)
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.reshard()
         return self.steps
 
     def save_hf(self, path: str, *, dtype: str | None = None) -> None:

@@ -23,7 +23,11 @@ from aster.algo.packing import denominators, pack
 from aster.errors import AsterError, ConfigError, DataError, GangFailure
 from aster.types import OptimStats, StepStats
 
-TWO = {"learner": {"world_size": 2, "step_timeout_s": 60}}
+# what a GPU run uses and one rank on CPU does not: several chunks of log-probs, recomputed layers
+TWO = {
+    "learner": {"world_size": 2, "step_timeout_s": 60, "logprob_chunk_tokens": 16},
+    "model": {"gradient_checkpointing": True},
+}
 
 
 @pytest.fixture(scope="module")

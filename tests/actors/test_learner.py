@@ -349,6 +349,18 @@ def test_log_probs_see_loaded_weights_at_once(model_dir, tmp_path):
         np.testing.assert_array_equal(learner.log_probs(row), before)
 
 
+def test_loading_after_a_forward_that_failed_reaches_the_next_one(model_dir, tmp_path):
+    samples = some_samples()
+    with learner_on(model_dir, recipe()) as learner:
+        learner.save(str(tmp_path / "ck"))
+        before = learner.log_probs(one_row(samples))
+        train(learner, samples)
+        with pytest.raises(ValueError, match="no old_logprobs"):  # the full weights stay in memory without a backward
+            accumulate(learner, [replace(s, old_logprobs=None) for s in samples])
+        learner.load(str(tmp_path / "ck"))
+        np.testing.assert_array_equal(learner.log_probs(one_row(samples)), before)
+
+
 def test_random_state_comes_back(model_dir, tmp_path):
     with learner_on(model_dir, recipe()) as learner:
         torch.rand(3)

@@ -1,0 +1,174 @@
+"""One learner rank on CUDA over NCCL, against the same model in fp32 on the CPU by plain transformers.
+
+Needs torch with CUDA and transformers; neither Ray nor vLLM. Run with `pytest tests/gpu/test_learner_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from learners import (
+    accumulate,
+    gradients,
+    hf_log_probs,
+    learner_on,
+    one_row,
+    recipe,
+    relative_gap,
+    some_samples,
+    train,
+    weights,
+    write_model,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+from aster.algo.losses import policy_loss
+from aster.algo.packing import denominators, padding_row
+from aster.types import Sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+FLASH = pytest.param(
+    "flash", marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+)
+CUDA = {"cluster": {"device": "cuda"}}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    # head_dim 64: what the flash kernels accept
+    return write_model(
+        tmp_path_factory.mktemp("gpu") / "model",
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        head_dim=64,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    """(samples, log-probs aligned with ids, loss, gradient by name) in fp32 on the CPU."""
+    samples = some_samples(12, longest=120)
+    hf = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    parts, log_probs = [], []
+    for s in samples:
+        current = hf_log_probs(hf, s)
+        log_probs.append(np.where(s.mask[1:], current.detach().numpy(), 0.0))
+        losses, _ = policy_loss(
+            current,
+            old_R=torch.tensor(s.old_logprobs[1:]),
+            behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
+            advantages_R=torch.full((len(s) - 1,), s.advantage),
+            mask_R=torch.tensor(s.mask[1:]),
+            clip_low=0.2,
+            clip_high=0.28,
+            dual_clip=10.0,
+            tis_cap=2.0,
+        )
+        parts.append(losses.sum())
+    loss = torch.stack(parts).sum() / denominators(samples)[0]
+    loss.backward()
+    return samples, log_probs, loss.item(), {n: p.grad.numpy() for n, p in hf.named_parameters()}
+
+
+def test_fp32_on_cuda_equals_the_cpu(model_dir, reference):
+    samples, log_probs, loss, grads = reference
+    with learner_on(model_dir, recipe(**CUDA)) as learner:
+        assert learner.device.type == "cuda"
+        assert all(p.device.type == "cuda" for p in learner.model.parameters().values())
+        row = one_row(samples)
+        ours = learner.log_probs(row)
+        assert row.sample_index == tuple(range(len(samples)))
+        expected = np.concatenate([[*value, 0.0] for value in log_probs])
+        np.testing.assert_allclose(ours, expected, atol=2e-4)
+        stats = accumulate(learner, samples, row_tokens=300)
+        assert stats.loss == pytest.approx(loss, rel=1e-4)
+        assert relative_gap(gradients(learner), grads) < 1e-3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", FLASH])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bf16_stays_near_the_fp32_reference(model_dir, reference, attention, checkpointing):
+    samples, log_probs, loss, grads = reference
+    bf16 = {"compute_dtype": "bfloat16", "attention": attention, "gradient_checkpointing": checkpointing}
+    with learner_on(model_dir, recipe(model=bf16, learner={"logprob_chunk_tokens": 64}, **CUDA)) as learner:
+        gap = np.abs(learner.log_probs(one_row(samples)) - np.concatenate([[*value, 0.0] for value in log_probs]))
+        assert gap.mean() < 0.05
+        assert gap.max() < 0.6
+        stats = accumulate(learner, samples, row_tokens=300)
+        assert stats.loss == pytest.approx(loss, abs=0.1 * max(1.0, abs(loss)))
+        ours = gradients(learner)
+        flat_ours = np.concatenate([ours[n].ravel() for n in grads])
+        flat = np.concatenate([g.ravel() for g in grads.values()])
+        cosine = flat_ours @ flat / (np.linalg.norm(flat_ours) * np.linalg.norm(flat))
+        assert cosine > 0.98
+        _, optim = train(learner, samples)
+        assert np.isfinite(optim.grad_norm)
+        assert not optim.skipped
+        assert {p.dtype for p in learner.model.parameters().values()} == {torch.float32}
+
+
+def test_packing_does_not_leak_between_segments(model_dir, reference):
+    """A segment's log-probs do not move when its neighbours change (bf16, the kernel that `auto` picks)."""
+    samples = reference[0]
+    with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"}, **CUDA)) as learner:
+        row = one_row(samples)
+        other = copy.deepcopy(row)
+        last = row.segment_ids == row.segment_ids.max()
+        other.input_ids[~last] = (other.input_ids[~last] + 1) % 97
+        before, after = learner.log_probs(row), learner.log_probs(other)
+        np.testing.assert_array_equal(before[last], after[last])
+        assert not np.array_equal(before[~last], after[~last])
+
+
+def test_checkpoints_and_exports_round_trip_on_cuda(model_dir, tmp_path):
+    samples = some_samples()
+    bf16 = {"compute_dtype": "bfloat16"}
+    with learner_on(model_dir, recipe(model=bf16, **CUDA)) as learner:
+        train(learner, samples)
+        learner.save(str(tmp_path / "ck"))
+        saved = weights(learner)
+        learner.save_hf(str(tmp_path / "hf"), dtype="bfloat16")
+        train(learner, samples)
+        assert learner.load(str(tmp_path / "ck")) == 1
+        assert all(torch.equal(t, saved[n]) for n, t in weights(learner).items())
+        wire = dict(learner.model.named_full_tensors("bfloat16"))
+        assert all(t.device.type == "cuda" for t in wire.values())
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        assert torch.equal(tensor, wire[name].cpu()), name
+        assert torch.equal(tensor, saved[name].bfloat16()), name
+    with learner_on(model_dir, recipe(cluster={"device": "cpu"})) as on_cpu:  # the checkpoint knows no device
+        on_cpu.load(str(tmp_path / "ck"))
+        assert all(torch.equal(t, saved[n]) for n, t in weights(on_cpu).items())
+
+
+def test_a_long_row_needs_no_square_of_memory(model_dir):
+    """32k tokens in one segment: a dense mask alone would take 1 GiB, logits in fp32 another 12 MiB per 1k rows."""
+    rng = np.random.default_rng(0)
+    n = 32_768
+    old = rng.normal(-4.5, 0.3, n).astype(np.float32)
+    sample = Sample(rng.integers(0, 97, n).astype(np.int32), np.ones(n, bool), 1.0, 0, old, old)
+    bf16 = {"compute_dtype": "bfloat16", "gradient_checkpointing": True}
+    with learner_on(model_dir, recipe(model=bf16, **CUDA)) as learner:
+        accumulate(learner, some_samples())
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stats = accumulate(learner, [sample], row_tokens=n)
+        assert np.isfinite(stats.loss)
+        assert torch.cuda.max_memory_allocated() - before < 900 << 20
+
+
+def test_a_padding_row_gives_zero_gradients_on_cuda(model_dir):
+    with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"}, **CUDA)) as learner:
+        learner.forward_backward(padding_row(), num_loss_tokens=3, num_groups=1)
+        assert all((g == 0).all() for g in gradients(learner).values())
