@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from aster.errors import AsterError
+from aster.command import run_verb
 
 VERBS = {
     "quickstart": "everything on this machine: prepare, SFT, RL stage 1, filter, RL stage 2, merge, eval, report",
@@ -33,20 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"aster: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     return run_verb(verb, rest)
-
-
-def run_verb(verb: str, argv: Sequence[str] | None = None) -> int:
-    """`python -m aster.VERB` and `aster VERB` both come here, so that both fail alike."""
-    module = importlib.import_module(f"aster.{verb}")
-    try:
-        return int(module.main(argv))
-    except AsterError as error:
-        Console(stderr=True).print(f"[bold red]aster {verb}: {type(error).__name__}[/]: ", end="")
-        Console(stderr=True, highlight=False, markup=False).print(str(error))
-        return 1
-    except KeyboardInterrupt:
-        print(f"aster {verb}: interrupted", file=sys.stderr)
-        return 130
 
 
 def _usage() -> str:

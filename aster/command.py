@@ -1,12 +1,30 @@
-"""What the recipe-driven verbs share on the command line: --recipe, key=value overrides, --dry-run."""
+"""What the verbs share on the command line: errors as one message, --recipe, key=value overrides, --dry-run."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+
 from aster.config import Recipe, recipe_names
-from aster.errors import ConfigError
+from aster.errors import AsterError, ConfigError
+
+
+def run_verb(verb: str, argv: Sequence[str] | None = None) -> int:
+    """`python -m aster.VERB` and `aster VERB` both come here, so that both fail alike."""
+    module = importlib.import_module(f"aster.{verb}")
+    try:
+        return int(module.main(argv))
+    except AsterError as error:
+        Console(stderr=True).print(f"[bold red]aster {verb}: {type(error).__name__}[/]: ", end="")
+        Console(stderr=True, highlight=False, markup=False).print(str(error))
+        return 1
+    except KeyboardInterrupt:
+        print(f"aster {verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def parse_recipe(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aster import launch, metrics
-from aster.command import parse_recipe, print_resolved
+from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import write_validation
@@ -115,6 +115,4 @@ def summary_table(results: Sequence[EvalResult]) -> Table:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("eval"))

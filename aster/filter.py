@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aster.command import run_verb
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import ConfigError, DataError
@@ -288,6 +289,4 @@ def _mean(values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("filter"))

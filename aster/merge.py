@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aster import launch
 from aster.checkpoints import newest, read_state
+from aster.command import run_verb
 from aster.errors import DataError
 
 
@@ -54,6 +55,4 @@ def merge(local_dir: str | Path, target_dir: str | Path, *, dtype: str) -> Path:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("merge"))

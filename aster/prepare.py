@@ -20,6 +20,7 @@ from aster import launch
 from aster.agent.chat import ChatRenderer
 from aster.agent.observations import observe
 from aster.agent.tokenization import ChatTemplate
+from aster.command import run_verb
 from aster.config import Recipe
 from aster.data.coldstart import base_conversations, dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
@@ -175,6 +176,4 @@ def smollm2(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("prepare"))

@@ -22,6 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from aster.command import run_verb
 from aster.errors import ConfigError
 from aster.page.runs import Run, accuracies, comparison, find_runs, load_run, page_data
 from aster.page.trajectories import Trajectories, collect
@@ -123,6 +124,4 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("report"))

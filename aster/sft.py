@@ -16,7 +16,7 @@ from aster import launch, metrics
 from aster.agent.chat import ChatRenderer
 from aster.algo.packing import denominators, pack
 from aster.checkpoints import DirectoryCheckpointer
-from aster.command import parse_recipe, print_resolved
+from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe, SftConfig
 from aster.data.conversations import read_conversations, to_samples
 from aster.errors import ConfigError, DataError
@@ -112,6 +112,4 @@ async def update(learners: LearnerGroup, batch: Sequence[Sample], *, row_tokens:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("sft"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from aster import launch
 from aster.checkpoints import DirectoryCheckpointer
-from aster.command import parse_recipe, print_resolved
+from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe
 from aster.data.prompts import PromptStream, read_prompts
 from aster.driver import GrpoLoop
@@ -68,6 +68,4 @@ async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
 
 
 if __name__ == "__main__":
-    from aster.cli import run_verb
-
     sys.exit(run_verb("train"))

@@ -1,0 +1,297 @@
+"""`aster quickstart`: the whole paper in miniature on this machine, with every real part.
+
+    prepare -> SFT (base, cold start) -> eval -> GRPO stage 1 -> filter -> GRPO stage 2 -> merge -> eval -> report
+
+One local Ray cluster and one sandbox service live through all of it; each stage is the verb of the same name with a
+`cpu_*` recipe. Ends in a table, the claims that the run was to show (each kept or broken), and the path of report.html.
+Exit status 1 when a claim is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from aster import eval as evaluation
+from aster import filter as filtering
+from aster import launch, merge, prepare, report, sft, train
+from aster.algo.intervals import paired_bootstrap
+from aster.command import print_resolved, run_verb
+from aster.config import Recipe
+from aster.data.rollouts import read_rows
+from aster.errors import AsterError
+from aster.eval import EvalResult
+from aster.types import TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lives and the recipe of each stage. Paths are relative to the working directory."""
+
+    root: Path
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def filtered(self) -> Path:
+        return self.data / "filtered.parquet"
+
+    def recipe(self, recipe: str, name: str, *more: str) -> Recipe:
+        stage = [f"run.dir={self.root}", f"run.name={name}", f"run.seed={self.seed}", f"data.shuffle_seed={self.seed}"]
+        return Recipe.load(recipe, [*stage, *more, *self.overrides])
+
+    def base(self) -> Recipe:
+        return self.recipe(
+            "cpu_base", "base", f"model.path={self.data / 'model'}", f"data.train_files=[{self.data / 'base.parquet'}]"
+        )
+
+    def sft(self) -> Recipe:
+        return self.recipe(
+            "cpu_sft", "sft", f"model.path={self.models / 'base'}", f"data.train_files=[{self.data / 'sft.parquet'}]"
+        )
+
+    def stage1(self) -> Recipe:
+        return self.recipe(
+            "cpu_rl_stage1",
+            "rl_stage1",
+            f"model.path={self.models / 'sft'}",
+            *self._prompts(self.data / "train.parquet"),
+        )
+
+    def stage2(self) -> Recipe:
+        return self.recipe(
+            "cpu_rl_stage2", "rl_stage2", f"model.path={self.models / 'stage1'}", *self._prompts(self.filtered)
+        )
+
+    def evals(self, model: str) -> list[Recipe]:
+        """T = 1 as trained, T = 0.6 as the paper reports, and T = 1 with the tool taken away."""
+        common = [f"model.path={self.models / model}", f"data.val_files=[{self.data / 'heldout.parquet'}]"]
+        return [
+            self.recipe("cpu_eval", f"eval_{model}_{name}", *common, *more)
+            for name, more in (
+                ("T1", ["eval.preset=repro"]),
+                ("T06", ["eval.preset=paper"]),
+                ("notool", ["eval.preset=repro", "tool.enabled=false"]),
+            )
+        ]
+
+    def _prompts(self, train_file: Path) -> list[str]:
+        return [f"data.train_files=[{train_file}]", f"data.val_files=[{self.data / 'heldout.parquet'}]"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing the run was to show, and whether it did."""
+
+    text: str
+    holds: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="aster quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of task, initialisation, order and sampling (%(default)s)")
+    parser.add_argument("--dir", default=None, help="where everything is written (runs/quickstart-SEED)")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages with their resolved recipes and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="applied to every stage")
+    args = parser.parse_args(argv)
+    plan = Plan(Path(args.dir or f"runs/quickstart-{args.seed}"), args.seed, tuple(args.overrides))
+    if args.dry_run:
+        for recipe in (plan.base(), plan.sft(), plan.stage1(), plan.stage2(), *plan.evals("stage2")):
+            print(f"# ---- {recipe.run.name}")
+            print_resolved(recipe)
+        return 0
+    claims = run(plan, Console())
+    return 0 if all(c.holds for c in claims) else 1
+
+
+def run(plan: Plan, console: Console) -> list[Claim]:
+    """All stages in order. Returns the claims; everything else is on disk under `plan.root`."""
+    stage = Stages(console, total=9)
+    began = time.monotonic()
+    first = plan.base()
+    with launch.cluster(first), launch.sandboxes(first) as sandboxes:
+        with stage("prepare", "task, tokenizer, model, cold-start conversations (their cells really run)") as done:
+            done(asyncio.run(prepare.quickstart(plan.data, seed=plan.seed, sandboxes=sandboxes)))
+        with stage("base", "copying and one-step arithmetic, from random weights") as done:
+            done(_fit(plan.base(), plan.models / "base"))
+        with stage("SFT", "cold start: dense tool use and head work, all of it correct") as done:
+            done(_fit(plan.sft(), plan.models / "sft"))
+        with stage("eval", "the cold-started model on held-out problems") as done:
+            before = asyncio.run(evaluation.run(plan.evals("sft"), sandboxes))
+            done(_accuracies(before))
+        with stage("stage 1", "GRPO, outcome reward only") as done:
+            asyncio.run(train.run(plan.stage1(), sandboxes))
+            done(_merge(plan.stage1(), plan.models / "stage1"))
+        with stage("filter", "drop the prompts that stage 1 always answers") as done:
+            kept, rows = _filter(plan)
+            done(f"{kept} of {rows} prompts kept")
+        with stage("stage 2", "GRPO on what is left, longer budget") as done:
+            asyncio.run(train.run(plan.stage2(), sandboxes))
+            done(_merge(plan.stage2(), plan.models / "stage2"))
+        with stage("eval", "the trained model on the same problems") as done:
+            after = asyncio.run(evaluation.run(plan.evals("stage2"), sandboxes))
+            done(_accuracies(after))
+    with stage("report", "one offline page") as done:
+        page = plan.root / "report.html"
+        report.write_report([plan.root], page)
+        done(str(page))
+    console.print(_summary(before, after))
+    claims = _claims(plan, before, after, kept=kept, rows=rows)
+    for claim in claims:
+        console.print(f"  [{'green' if claim.holds else 'bold red'}]{'✓' if claim.holds else '✗'}[/] {claim.text}")
+    console.print(f"\n{time.monotonic() - began:.0f} s. Open [bold]{page}[/] in a browser; it needs no network.")
+    return claims
+
+
+class Stages:
+    """`[3/9] SFT ...`, then what came of it and how long it took."""
+
+    def __init__(self, console: Console, *, total: int) -> None:
+        self.console = console
+        self.total = total
+        self.number = 0
+
+    @contextmanager
+    def __call__(self, name: str, about: str) -> Iterator[Callable[[str], None]]:
+        self.number += 1
+        self.console.print(f"[bold cyan]\\[{self.number}/{self.total}] {name}[/] [dim]{about}[/]")
+        began = time.monotonic()
+
+        def done(text: str) -> None:
+            self.console.print(f"      {text} [dim]({time.monotonic() - began:.0f} s)[/]")
+
+        yield done
+
+
+def _fit(recipe: Recipe, target: Path) -> str:
+    asyncio.run(sft.run(recipe))
+    return _merge(recipe, target)
+
+
+def _merge(recipe: Recipe, target: Path) -> str:
+    merge.merge(recipe.run.path, target, dtype="float32")
+    return str(target)
+
+
+def _accuracies(results: Sequence[EvalResult]) -> str:
+    return " · ".join(f"{r.recipe.run.name.rsplit('_', 1)[1]} {_mean(r):.3f}" for r in results)
+
+
+def _summary(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> Table:
+    table = Table(title="held-out problems, one sample each")
+    for column in ("", "after SFT", "after RL", "difference (95 % paired)", "calls after SFT", "after RL"):
+        table.add_column(column)
+    for name, a, b in zip(("T = 1", "T = 0.6", "T = 1, no tool"), before, after, strict=True):
+        diff = paired_bootstrap(_scores(a.groups), _scores(b.groups))
+        table.add_row(
+            name,
+            f"{_mean(a):.3f}",
+            f"{_mean(b):.3f}",
+            f"{diff.mean:+.3f} ({diff.low:+.3f} to {diff.high:+.3f})",
+            f"{_calls(a.groups):.2f}",
+            f"{_calls(b.groups):.2f}",
+        )
+    return table
+
+
+def _claims(
+    plan: Plan, before: Sequence[EvalResult], after: Sequence[EvalResult], *, kept: int, rows: int
+) -> list[Claim]:
+    (sft_T1, _, _), (rl_T1, _, rl_notool) = before, after
+    problems = len(sft_T1.groups)
+    rise = paired_bootstrap(_scores(sft_T1.groups), _scores(rl_T1.groups))
+    stage1 = _validation(plan.stage2(), step=0)
+    stage2 = _validation(plan.stage2(), step=plan.stage2().run.steps or 0)
+    two_minus_one = paired_bootstrap(*_aligned(stage1, stage2))
+    return [
+        Claim(f"{problems} distinct held-out problems (at least 512)", problems >= 512),
+        Claim(
+            f"the cold start leaves room: {_mean(sft_T1):.3f} at T = 1 is within 0.20 and 0.70",
+            0.2 <= _mean(sft_T1) <= 0.7,
+        ),
+        Claim(
+            f"RL adds {rise.mean:+.3f}: at least +0.20, and its 95 % interval is above 0",
+            rise.mean >= 0.2 and rise.low > 0,
+        ),
+        Claim(
+            f"without the tool accuracy falls to {_mean(rl_notool):.3f}: below half",
+            _mean(rl_notool) < _mean(rl_T1) / 2,
+        ),
+        Claim(
+            f"no interaction collapse: {_calls(sft_T1.groups):.2f} -> {_calls(rl_T1.groups):.2f} calls per trajectory",
+            _calls(rl_T1.groups) >= _calls(sft_T1.groups),
+        ),
+        Claim(f"the filter drops {rows - kept} of {rows} prompts", 0 < kept < rows),
+        Claim(
+            f"stage 2 is not worse than stage 1: {two_minus_one.mean:+.3f} "
+            f"({two_minus_one.low:+.3f} to {two_minus_one.high:+.3f})",
+            two_minus_one.high >= 0,
+        ),
+    ]
+
+
+def _scores(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
+    """Rewards per problem; a trajectory that we lost has none, and a problem that lost all of them counts as wrong."""
+    return [[float(t.reward or 0.0) for t in g.scored] or [0.0] for g in groups]
+
+
+def _mean(result: EvalResult) -> float:
+    scores = _scores(result.groups)
+    return sum(sum(s) / len(s) for s in scores) / len(scores)
+
+
+def _calls(groups: Sequence[TrajectoryGroup]) -> float:
+    counts = [len(t.calls) for g in groups for t in g.scored]
+    return sum(counts) / max(len(counts), 1)
+
+
+def _validation(recipe: Recipe, *, step: int) -> dict[str, list[float]]:
+    """Scores by row of one validation of a training run."""
+    scores: dict[str, list[float]] = {}
+    for row in read_rows(recipe.run.path / "val_rollout_data" / f"{step}.jsonl"):
+        scores.setdefault(row["row_id"], []).append(float(row["score"]))
+    return scores
+
+
+def _aligned(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[list[list[float]], list[list[float]]]:
+    rows = sorted(a.keys() & b.keys())
+    return [a[r] for r in rows], [b[r] for r in rows]
+
+
+def _filter(plan: Plan) -> tuple[int, int]:
+    """Rows kept and rows there were."""
+    status = filtering.main(
+        [
+            "--dataset", str(plan.data / "train.parquet"),
+            "--rollout-dir", str(plan.stage1().run.path / "rollout_data"),
+            "--output", str(plan.filtered),
+            "--plot", "--plot-output", str(plan.root / "filter.png"),
+        ]
+    )  # fmt: skip
+    if status:
+        raise AsterError(f"aster filter ended with status {status}")
+    return pq.read_metadata(plan.filtered).num_rows, pq.read_metadata(plan.data / "train.parquet").num_rows
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("quickstart"))
