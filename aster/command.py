@@ -19,8 +19,9 @@ def run_verb(verb: str, argv: Sequence[str] | None = None) -> int:
     try:
         return int(module.main(argv))
     except AsterError as error:
-        Console(stderr=True).print(f"[bold red]aster {verb}: {type(error).__name__}[/]: ", end="")
-        Console(stderr=True, highlight=False, markup=False).print(str(error))
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]aster {verb}: {type(error).__name__}[/]:", end=" ")
+        console.print(str(error), markup=False)
         return 1
     except KeyboardInterrupt:
         print(f"aster {verb}: interrupted", file=sys.stderr)

@@ -36,7 +36,9 @@ class Prompts(Protocol):
     """What the loop needs of `data.prompts.PromptStream`: the next P rows, and a position that survives a restart."""
 
     total_steps: int
-    epoch: int
+
+    @property
+    def epoch(self) -> int: ...
 
     def next(self) -> list[PromptRow]: ...
     def state_dict(self) -> dict[str, Any]: ...

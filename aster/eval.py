@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print_resolved(recipe)
         return 0
+    launch.require_model(recipe)
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
         (result,) = asyncio.run(run([recipe], sandboxes))
     Console().print(summary_table([result]))

@@ -29,7 +29,7 @@ from aster.algo.intervals import paired_bootstrap
 from aster.command import print_resolved, run_verb
 from aster.config import Recipe
 from aster.data.rollouts import read_rows
-from aster.errors import AsterError
+from aster.errors import AsterError, ConfigError
 from aster.eval import EvalResult
 from aster.types import TrajectoryGroup
 
@@ -69,12 +69,8 @@ class Plan:
         )
 
     def stage1(self) -> Recipe:
-        return self.recipe(
-            "cpu_rl_stage1",
-            "rl_stage1",
-            f"model.path={self.models / 'sft'}",
-            *self._prompts(self.data / "train.parquet"),
-        )
+        model = f"model.path={self.models / 'sft'}"
+        return self.recipe("cpu_rl_stage1", "rl_stage1", model, *self._prompts(self.data / "train.parquet"))
 
     def stage2(self) -> Recipe:
         return self.recipe(
@@ -130,6 +126,8 @@ def run(plan: Plan, console: Console) -> list[Claim]:
     began = time.monotonic()
     first = plan.base()
     with launch.cluster(first), launch.sandboxes(first) as sandboxes:
+        if sandboxes is None:
+            raise ConfigError("the quickstart is about the tool: leave tool.enabled=true")
         with stage("prepare", "task, tokenizer, model, cold-start conversations (their cells really run)") as done:
             done(asyncio.run(prepare.quickstart(plan.data, seed=plan.seed, sandboxes=sandboxes)))
         with stage("base", "copying and one-step arithmetic, from random weights") as done:
@@ -153,7 +151,7 @@ def run(plan: Plan, console: Console) -> list[Claim]:
             done(_accuracies(after))
     with stage("report", "one offline page") as done:
         page = plan.root / "report.html"
-        report.write_report([plan.root], page)
+        report.write_report(report.find_runs([plan.root]), page)
         done(str(page))
     console.print(_summary(before, after))
     claims = _claims(plan, before, after, kept=kept, rows=rows)
@@ -218,29 +216,18 @@ def _claims(
     plan: Plan, before: Sequence[EvalResult], after: Sequence[EvalResult], *, kept: int, rows: int
 ) -> list[Claim]:
     (sft_T1, _, _), (rl_T1, _, rl_notool) = before, after
-    problems = len(sft_T1.groups)
     rise = paired_bootstrap(_scores(sft_T1.groups), _scores(rl_T1.groups))
     stage1 = _validation(plan.stage2(), step=0)
     stage2 = _validation(plan.stage2(), step=plan.stage2().run.steps or 0)
     two_minus_one = paired_bootstrap(*_aligned(stage1, stage2))
+    problems, start, alone = len(sft_T1.groups), _mean(sft_T1), _mean(rl_notool)
+    calls = _calls(sft_T1.groups), _calls(rl_T1.groups)
     return [
         Claim(f"{problems} distinct held-out problems (at least 512)", problems >= 512),
-        Claim(
-            f"the cold start leaves room: {_mean(sft_T1):.3f} at T = 1 is within 0.20 and 0.70",
-            0.2 <= _mean(sft_T1) <= 0.7,
-        ),
-        Claim(
-            f"RL adds {rise.mean:+.3f}: at least +0.20, and its 95 % interval is above 0",
-            rise.mean >= 0.2 and rise.low > 0,
-        ),
-        Claim(
-            f"without the tool accuracy falls to {_mean(rl_notool):.3f}: below half",
-            _mean(rl_notool) < _mean(rl_T1) / 2,
-        ),
-        Claim(
-            f"no interaction collapse: {_calls(sft_T1.groups):.2f} -> {_calls(rl_T1.groups):.2f} calls per trajectory",
-            _calls(rl_T1.groups) >= _calls(sft_T1.groups),
-        ),
+        Claim(f"the cold start leaves room: {start:.3f} at T = 1 is within 0.20 and 0.70", 0.2 <= start <= 0.7),
+        Claim(f"RL adds {rise.mean:+.3f}: at least +0.20, 95 % interval above 0", rise.mean >= 0.2 and rise.low > 0),
+        Claim(f"without the tool accuracy falls to {alone:.3f}: below half", alone < _mean(rl_T1) / 2),
+        Claim(f"no interaction collapse: {calls[0]:.2f} -> {calls[1]:.2f} calls a trajectory", calls[1] >= calls[0]),
         Claim(f"the filter drops {rows - kept} of {rows} prompts", 0 < kept < rows),
         Claim(
             f"stage 2 is not worse than stage 1: {two_minus_one.mean:+.3f} "

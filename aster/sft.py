@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print_resolved(recipe)
         return 0
+    launch.require_model(recipe)
     with launch.cluster(recipe):
         asyncio.run(run(recipe))
     return 0
@@ -37,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def run(recipe: Recipe) -> None:
     """Train for `data.epochs` or `run.steps`, resuming from the newest checkpoint of the run directory."""
-    launch.require_model(recipe)
     if not recipe.data.train_files:
         raise ConfigError("data.train_files is empty: name at least one parquet of conversations")
     renderer = ChatRenderer.from_model_dir(recipe.model.path)

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print_resolved(recipe)
         return 0
+    launch.require_model(recipe)
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
         asyncio.run(run(recipe, sandboxes))
     return 0
@@ -32,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
     """Train until `run.steps` or the end of the data, resuming from the newest checkpoint of the run directory."""
-    launch.require_model(recipe)
     if not recipe.data.train_files:
         raise ConfigError(
             "data.train_files is empty: name at least one parquet, e.g. data.train_files=[data/train.parquet]"
