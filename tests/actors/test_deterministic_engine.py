@@ -1,4 +1,4 @@
-"""A deterministic engine is another engine: one seat, whole prompts, a seed in every request. So this file is its own."""
+"""A deterministic engine is another engine (one seat, whole prompts, seeded requests); hence a file of its own."""
 
 from __future__ import annotations
 
