@@ -22,7 +22,8 @@ from aster.agent.observations import observe
 from aster.agent.tokenization import ChatTemplate
 from aster.command import run_verb
 from aster.config import Recipe
-from aster.data.coldstart import base_conversations, dense_conversations, describe, head_conversation
+from aster.data.base_corpus import base_conversations
+from aster.data.coldstart import dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
 from aster.data.prompts import write_prompts
 from aster.data.smollm2 import GgufModel, find_gguf
@@ -41,9 +42,10 @@ class TaskSize:
 
     train: int = 1024
     heldout: int = 512
-    base: int = 12000
-    dense: int = 1250
-    head: int = 1250
+    echoes: int = 3700
+    drills: int = 3200
+    dense: int = 1300
+    head: int = 870
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,13 +91,13 @@ async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: T
         taught[: size.dense], sandboxes, observe=_as_observation, timeout_s=CELL_TIMEOUT_S
     )
     head = [head_conversation(p) for p in taught[size.dense :]]
-    base = base_conversations(size.base, seed=seed)
+    base = base_conversations(echoes=size.echoes, drills=size.drills, seed=seed)
     write_prompts(out / "train.parquet", [to_row(p) for p in train])
     write_prompts(out / "heldout.parquet", [to_row(p) for p in heldout])
     write_conversations(out / "base.parquet", base)
     write_conversations(out / "sft.parquet", [*dense, *head])
     template = ChatTemplate(STATIC_TEMPLATE, special_tokens={})
-    shown_to_bpe = [*dense[:400], *head[:200], *base[:400]]
+    shown_to_bpe = [*dense[:400], *head[:200], *base[-400:]]
     texts = [template.render(list(c), tools=None, add_generation_prompt=False) for c in shown_to_bpe]
     parameters = write_tiny_model(out / "model", texts, seed=seed)
     ChatRenderer.from_model_dir(out / "model")  # refuses a template that cannot carry the tool

@@ -1,4 +1,4 @@
-"""Conversations that a small model starts from: tool habits, head habits, and a base corpus to learn copying on.
+"""Conversations that the cold start shows: the tool habit and the head habit.
 
 The cold start shows two habits on the same kind of problem: *dense* (every step in the stateful tool) and *head* (the
 same computation written out in the thought, correct as well). The student can perform only the first; which one to
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Callable, Sequence
 
 from aster.data.tasks import Problem, user_message
@@ -112,44 +111,6 @@ async def _open(factory: SandboxFactory, key: str) -> Sandbox:
             return await factory.open(f"prepare/{key}")
         except BackPressure as full:
             await asyncio.sleep(full.retry_after_s)
-
-
-_DRILL_CHARACTERS = "0123456789=()+*%<,;"
-
-
-# the base corpus ------------------------------------------------------------------------------------------------------
-
-
-def base_conversations(number: int, *, seed: int, copy_share: float = 0.7) -> list[Messages]:
-    """Copying and one-step arithmetic: what the cold start presupposes and is too short to teach.
-
-    A model of this size that starts from nothing learns the format of a trajectory long before it learns to copy a
-    number out of the problem; a few hundred steps of nothing but copying get it there.
-    """
-    rng = random.Random(f"aster-base/{seed}")
-    return [_copy_drill(rng) if rng.random() < copy_share else _one_step(rng) for _ in range(number)]
-
-
-def _copy_drill(rng: random.Random) -> Messages:
-    """Repeat a random line. Mostly short ones: they are learnt first, and the long ones then come almost for free."""
-    length = min(24, 3 + int(rng.expovariate(1 / 4)))
-    line = "".join(rng.choice(_DRILL_CHARACTERS) for _ in range(length))
-    return [{"role": "user", "content": f"Echo {line}"}, {"role": "assistant", "content": line}]
-
-
-def _one_step(rng: random.Random) -> Messages:
-    """A few lines `a*b+c=p%m=r`, the steps of head work, from problems stripped of everything else."""
-    a, c, m = rng.randint(2, 9), rng.randint(1, 9), rng.randint(11, 49)
-    asked, worked, last = [], [], 0
-    for _ in range(rng.randint(2, 4)):
-        x = rng.randint(0, 49)
-        last = (a * x + c) % m
-        asked.append(f"{a}*{x}+{c}%{m}")
-        worked.append(f"{a}*{x}+{c}={a * x + c}%{m}={last}")
-    return [
-        {"role": "user", "content": f"Work {' '.join(asked)}"},
-        {"role": "assistant", "content": final_turn("\n".join(worked), str(last))},
-    ]
 
 
 def describe(conversations: Sequence[Messages]) -> dict[str, int]:

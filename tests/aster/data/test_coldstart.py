@@ -9,7 +9,6 @@ import random
 import pytest
 
 from aster.data.coldstart import (
-    base_conversations,
     dense_conversations,
     describe,
     final_turn,
@@ -119,12 +118,6 @@ def test_head_work_makes_no_call():
     conversation = head_conversation(FAMILIES["digits"](random.Random(0)))
     assert [m["role"] for m in conversation] == ["user", "assistant"]
     assert "<tool_call>" not in conversation[1]["content"]
-
-
-def test_the_base_corpus_is_the_same_for_a_seed_and_has_only_known_roles():
-    first, again, other = (base_conversations(50, seed=s) for s in (0, 0, 1))
-    assert first == again != other
-    assert {m["role"] for c in first for m in c} <= {"user", "assistant", "tool"}
 
 
 def test_describe_counts_calls():
