@@ -143,7 +143,7 @@ def deploy_sandbox(
     """
     if not ray.is_initialized():
         raise SandboxError("deploy_sandbox needs a connected Ray: call ray.init() first")
-    if _status() != ApplicationStatus.RUNNING:
+    if _status() is not ApplicationStatus.RUNNING:
         if config.http_port:
             serve.start(http_options={"host": "127.0.0.1", "port": config.http_port})
         else:
@@ -152,6 +152,11 @@ def deploy_sandbox(
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running(timeout_s)
     return HandleSandboxFactory(memory_bytes=config.memory_bytes)
+
+
+def is_deployed() -> bool:
+    """Whether the application runs on the connected cluster, whoever deployed it."""
+    return _status() is not None
 
 
 def remove_sandbox() -> None:

@@ -11,6 +11,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITY_VERSION_3 = 0x20080522
+CAP_DAC_OVERRIDE = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,7 +44,25 @@ def drop_to(uid: int | None) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    keep_capabilities(0)  # the change of uid leaves the inheritable set as it was
     set_dumpable(True)
+
+
+def drop_capability(number: int) -> None:
+    """Give up one capability for good."""
+    keep_capabilities(~(1 << number))
+
+
+def keep_capabilities(mask: int) -> None:
+    """Cut this thread's effective, permitted and inheritable sets down to `mask`, one bit a capability."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()  # two words each of effective, permitted, inheritable, interleaved
+    if _libc.capget(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capget")
+    for index in range(6):
+        data[index] &= (mask >> 32 * (index // 3)) & 0xFFFFFFFF
+    if _libc.capset(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def first_to_be_killed() -> None:

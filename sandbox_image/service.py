@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from sandbox_image import limits
 from sandbox_image.processes import Zygote, ZygoteDied
 from sandbox_image.proto import cell_pb2, cell_pb2_grpc
 from sandbox_image.slot import Limits, Outcome, oom_kills
@@ -81,6 +82,13 @@ class CellService(cell_pb2_grpc.CellServicer):
         )
 
 
+def _hand_over(socket: Path) -> None:
+    """The pool may run as another user than the container's root; the directory is its own, so the socket must be."""
+    owner = socket.parent.stat()
+    if owner.st_uid != os.geteuid():
+        os.chown(socket, owner.st_uid, owner.st_gid)
+
+
 def reply(outcome: Outcome, queue_s: float) -> cell_pb2.ExecuteReply:
     body: dict[str, Any] = {}
     if outcome.error is not None:
@@ -125,7 +133,9 @@ async def serve(
     making = socket.with_name(f"{socket.name}.new")
     server.add_insecure_port(f"unix:{making}")
     await server.start()
+    _hand_over(making)
     os.replace(making, socket)
+    limits.drop_capability(limits.CAP_DAC_OVERRIDE)
     while not stop.is_set():
         silence = time.monotonic() - service.heard
         if silence >= idle_ttl_s and not service.running:

@@ -41,6 +41,7 @@ class Place:
 
     directory: Path
     uid: int | None
+    filtered: bool  # put the system call filter on the session
     shared: tuple[str, ...]  # directories that sessions share and that must be cleaned of one's files
 
     @property
@@ -114,6 +115,7 @@ class SessionProcess:
                     "home": self.place.home,
                     "tmp": self.place.tmp,
                     "supervisor": os.getpid(),
+                    "filtered": self.place.filtered,
                 },
                 (theirs.fileno(), out_write, err_write),
             )
@@ -146,7 +148,9 @@ class SessionProcess:
         kind, value = await asyncio.wait_for(self._event, _START_S)
         self._event = None
         if kind != "frame":
-            raise RuntimeError(f"a fresh session {kind}: {value}")
+            await asyncio.wait({self.exit}, timeout=_EOF_GRACE_S)
+            self._drain()
+            raise RuntimeError(f"a fresh session did not start: {self.text.text()[-1000:] or value or kind}")
 
     async def destroy(self) -> str:
         """Kill every process of the session and remove its files. Returns what could not be removed, in words."""

@@ -61,6 +61,7 @@ class Cell:
         root: Path,
         uid_base: int | None,
         shared: list[str],
+        filtered: bool,
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self.served = 0
@@ -68,6 +69,7 @@ class Cell:
         self.slots = slots
         self._zygote, self._reaper = zygote, reaper
         self._warm_target, self._root, self._uid_base, self._shared = warm, root, uid_base, tuple(shared)
+        self._filtered = filtered
         self._uids_used = 0
         self._free = list(range(slots))[::-1]  # slots without a process
         self._warm: list[tuple[int, SessionProcess]] = []
@@ -104,7 +106,7 @@ class Cell:
     async def _fork(self, slot: int) -> SessionProcess:
         uid = None if self._uid_base is None else self._uid_base + self._uids_used
         self._uids_used += 1
-        place = Place(directory=self._root / str(slot), uid=uid, shared=self._shared)
+        place = Place(directory=self._root / str(slot), uid=uid, filtered=self._filtered, shared=self._shared)
         process = SessionProcess(place, self._zygote, self._reaper)
         await process.start()
         return process
@@ -115,6 +117,9 @@ class Cell:
         while self._warm and self._warm[-1][1].death:  # died while it waited (the kernel was short of memory)
             slot, dead = self._warm.pop()
             await self._release(slot, dead)
+        if not (self._warm or self._free):
+            async with self._filling:  # the last free slot may be on its way to become a warm one
+                pass
         if self.why_broken or not (self._warm or self._free):
             raise NoSlot(self.why_broken or f"all {self.slots} slots are taken")
         if self._warm:
@@ -230,6 +235,7 @@ def _arguments() -> argparse.Namespace:
         "--idle-ttl", type=float, default=300.0, help="seconds of silence after which this process ends"
     )
     parser.add_argument("--die-with-parent", action="store_true")
+    parser.add_argument("--seccomp", action="store_true", help="sessions filter their own system calls")
     return parser.parse_args()
 
 
@@ -246,6 +252,7 @@ async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Zygote) -> No
         root=args.slot_root,
         uid_base=args.uid_base,
         shared=args.shared,
+        filtered=args.seccomp,
     )
     await cell.fill()
     # only now, with the zygote running, may gRPC start its threads

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from sandbox_image import limits, session
+from sandbox_image import limits, seccomp, session
 
 PACKAGES = ("numpy", "scipy", "sympy", "mpmath")
 # imported lazily by their packages, and then private to each session that uses them: once, here, is cheaper
@@ -51,6 +51,7 @@ def main(fd: int) -> None:
     control = socket.socket(fileno=fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limits.set_dumpable(False)
+    limits.drop_capability(limits.CAP_DAC_OVERRIDE)
     packages = import_packages()
     gc.collect()
     gc.freeze()  # the collector of a session never touches, and so never copies, these pages
@@ -120,6 +121,8 @@ def _session(request: dict[str, Any], control: socket.socket, fds: list[int]) ->
         limits.become_subreaper()  # no uid to kill by: keep every descendant in this process's tree
     os.environ.update(HOME=request["home"], TMPDIR=request["tmp"])
     _reseed()
+    if request["filtered"]:
+        seccomp.apply()
     session.main(channel)
     os._exit(0)
 

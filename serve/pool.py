@@ -194,7 +194,7 @@ class SandboxPool:
                 await cell.link.open(session_id, limits)
             except CellFull as error:
                 cell.sessions.discard(session_id)
-                cell.broken = cell.broken or str(error)
+                cell.broken = self._start_error = cell.broken or str(error)
                 await self._retire_if_empty(cell)
             except CellLost as error:
                 cell.sessions.discard(session_id)

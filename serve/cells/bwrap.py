@@ -7,8 +7,11 @@ protects from its own namespace) and not traceable.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -20,16 +23,19 @@ from serve.cells import (
     new_uid_base,
     supervisor_arguments,
 )
-from serve.cells.host import CELL_ENVIRONMENT, HostPython, host_python
+from serve.cells.host import CELL_ENVIRONMENT, HostPython, compiled_packages, host_python
 from serve.cells.process import ending, spawn, stop, sweep_directories
 
 _PACKAGE = "/aster/sandbox_image"
+_BYTECODE = "/aster/bytecode"
 _SHARED = ("/tmp", "/dev/shm")
 _CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
 _PROBE_S = 10.0
 _SHM_BYTES = 1 << 20
+
+logger = logging.getLogger("ray.serve")
 
 
 class BwrapBackend:
@@ -48,6 +54,11 @@ class BwrapBackend:
         except ModuleNotFoundError as error:
             raise BackendUnavailable(f"bwrap: {error}") from None
         self._probe()
+        try:
+            self._bytecode: Path | None = compiled_packages(self._python)
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.warning("bwrap: no byte code could be kept, so cells start slowly: %s", error)
+            self._bytecode = None
 
     def _probe(self) -> None:
         command = [self._bwrap, *self._namespaces(), *_system_binds(), "--proc", "/proc", "--dev", "/dev", "true"]
@@ -74,6 +85,8 @@ class BwrapBackend:
     def command(self, directory: Path) -> list[str]:
         """The whole command line of one cell whose socket directory is `directory`."""
         out = [self._bwrap, *self._namespaces(), *_system_binds(), *_python_binds(self._python)]
+        if self._bytecode is not None:
+            out += ["--ro-bind", str(self._bytecode), _BYTECODE]
         out += ["--proc", "/proc", "--dev", "/dev", "--bind", str(directory), "/run/cell"]
         disk = str(self.settings.disk_bytes)
         out += ["--perms", "1777", "--size", disk, "--tmpfs", "/tmp"]
@@ -81,6 +94,8 @@ class BwrapBackend:
         for slot in range(self.slots):
             out += ["--perms", "0711", "--size", disk, "--tmpfs", f"/s/{slot}"]
         out += ["--remount-ro", "/", "--chdir", "/", "--clearenv"]
+        if self._bytecode is not None:
+            out += ["--setenv", "PYTHONPYCACHEPREFIX", _BYTECODE]
         paths = ("/aster", *map(str, self._python.search_path))
         for key, value in {**CELL_ENVIRONMENT, "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(paths)}.items():
             out += ["--setenv", key, value]
@@ -92,7 +107,7 @@ class BwrapBackend:
             uid_base=new_uid_base() if self._root else None,
             shared=_SHARED,
         )
-        return [*out, self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments]
+        return [*out, self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments, "--seccomp"]
 
     async def start(self) -> Cell:
         cell_id, directory = new_directory(self.settings)
@@ -103,8 +118,11 @@ class BwrapBackend:
         return ending(cell)
 
     async def remove(self, cell: Cell) -> None:
-        # the whole namespace dies with its PID 1: nothing to ask the supervisor for
-        await stop(cell.handle, first=9)
+        # the whole namespace dies with its PID 1, which is bubblewrap's own child: bubblewrap reaps it and ends
+        for pid in _children(cell.handle.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await stop(cell.handle, first=0)
         shutil.rmtree(cell.directory, ignore_errors=True)
 
     async def sweep(self) -> int:
@@ -112,6 +130,13 @@ class BwrapBackend:
 
     async def close(self) -> None:
         pass
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _system_binds() -> list[str]:

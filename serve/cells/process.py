@@ -89,7 +89,7 @@ def ending(cell: Cell) -> str:
 
 
 async def stop(process: subprocess.Popen[bytes], *, first: int = signal.SIGTERM) -> None:
-    """SIGTERM, so that the supervisor ends its sessions; SIGKILL when that takes too long."""
+    """SIGTERM, so that the supervisor ends its sessions (0: it is ending already); SIGKILL when that takes too long."""
     for number, wait_s in ((first, _STOP_S), (signal.SIGKILL, _STOP_S)):
         if process.poll() is not None:
             return
