@@ -32,8 +32,10 @@ class Problem:
     """One problem. `plan` is ((thought, cell), ...): run in one session, in order, the last cell prints the answer.
 
     >>> p = affine(random.Random(3))
-    >>> p.text, p.plan[0]
-    ('Start at x=16. 5 times do x=(6*x+3)%19. Find x.', ('set up', 'x=16;f=lambda x:(6*x+3)%19'))
+    >>> p.text
+    'Start at x=22 and repeat 3 times x=(7*x+8)%26. Find x.'
+    >>> p.plan[:2]
+    (('set up', 'x=22;f=lambda x:(7*x+8)%26;print(x)'), ('repeat 3', 'x=f(x);print(x)'))
     """
 
     family: str
@@ -70,9 +72,9 @@ def affine(rng: random.Random) -> Problem:
         product = a * value + b
         work.append(f"{a}*{value}+{b}={product}%{m}={product % m}")
         value = product % m
-    plan = [("set up", f"x={x};f=lambda x:({a}*x+{b})%{m}")]
-    plan += [(f"step {k}/{times}", "x=f(x);print(x)") for k in range(1, times + 1)]
-    text = f"Start at x={x}. {times} times do x=({a}*x+{b})%{m}. Find x."
+    plan = [("set up", f"x={x};f=lambda x:({a}*x+{b})%{m};print(x)")]
+    plan += [(f"repeat {left}", "x=f(x);print(x)") for left in range(times, 0, -1)]
+    text = f"Start at x={x} and repeat {times} times x=({a}*x+{b})%{m}. Find x."
     return Problem("affine", text, str(value), tuple(plan), "\n".join(work))
 
 
@@ -85,9 +87,9 @@ def pair(rng: random.Random) -> Problem:
         total = c * u + v
         work.append(f"{c}*{u}+{v}={total}%{m}={total % m}")
         u, v = v, total % m
-    plan = [("set up", f"a={a};b={b}")]
-    plan += [(f"step {k}/{times}", f"a,b=b,({c}*a+b)%{m};print(b)") for k in range(1, times + 1)]
-    text = f"Start at a={a}, b={b}. {times} times do a,b=b,({c}*a+b)%{m}. Find b."
+    plan = [("set up", f"a={a};b={b};f=lambda a,b:(b,({c}*a+b)%{m});print(b)")]
+    plan += [(f"repeat {left}", "a,b=f(a,b);print(b)") for left in range(times, 0, -1)]
+    text = f"Start at a={a};b={b} and repeat {times} times a,b=b,({c}*a+b)%{m}. Find b."
     return Problem("pair", text, str(v), tuple(plan), "\n".join(work))
 
 

@@ -68,7 +68,7 @@ async def test_a_dense_conversation_carries_its_state_and_ends_in_the_answer():
     (messages,) = await dense_conversations([problem], Factory(), observe=observe)
     assert messages[0] == {"role": "user", "content": user_message(problem.text)}
     assert [m["role"] for m in messages] == ["user", *["assistant", "tool"] * 3, "assistant"]
-    assert [m["content"] for m in messages if m["role"] == "tool"] == ["", "9\n", "18\n"]
+    assert [m["content"] for m in messages if m["role"] == "tool"] == ["17\n", "9\n", "18\n"]
     assert messages[-1]["content"].endswith("\\boxed{18}")
 
 

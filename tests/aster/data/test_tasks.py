@@ -51,8 +51,8 @@ def test_every_equation_of_the_head_work_holds(family):
 @pytest.mark.parametrize(
     ("family", "seed", "text", "answer"),
     [  # worked out by hand
-        ("affine", 1, "Start at x=17. 2 times do x=(6*x+2)%19. Find x.", "18"),  # 104%19=9, 56%19=18
-        ("pair", 2, "Start at a=13, b=28. 2 times do a,b=b,(3*a+b)%14. Find b.", "11"),  # 67%14=11, 95%14=11
+        ("affine", 1, "Start at x=17 and repeat 2 times x=(6*x+2)%19. Find x.", "18"),  # 104%19=9, 56%19=18
+        ("pair", 2, "Start at a=13;b=28 and repeat 2 times a,b=b,(3*a+b)%14. Find b.", "11"),  # 67%14=11, 95%14=11
         ("digits", 2, "Find the digit sum of 19*23*22.", "20"),  # 9614
         ("count", 2, "Count the x in range(14) with (7*x+3)%16<3.", "3"),  # 1 (x=2), 2 (x=10), 0 (x=11)
         ("divisors", 2, "Let g=gcd(15*17,17*35) and l=lcm(17,21). Find g+l.", "442"),  # 85+357
