@@ -202,6 +202,8 @@ class SftConfig(_Section):
     """Close a batch when it holds so many tokens; null = by conversations."""
     max_length: int = Field(default=32768, ge=1)
     """Longer conversations are dropped and counted, never cut."""
+    shuffle: bool = True
+    """False: conversations in file order, every epoch; for a curriculum."""
     train_on_newline: bool = False
     """True = parity with the reference, which also trains on the newline after <|im_end|>."""
     seed: int = 42

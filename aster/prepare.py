@@ -44,8 +44,10 @@ class TaskSize:
     heldout: int = 512
     echoes: int = 3700
     drills: int = 3200
-    dense: int = 1300
-    head: int = 870
+    dense: int = 1500
+    head: int = 1500
+    families: tuple[str, ...] = ("affine", "count", "affine", "primes", "affine", "series")
+    """In turn, so that one named twice has twice the share."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,15 +85,15 @@ async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: T
     Held-out problems are never trained on: the split is a property of the problem's text. The prompts of RL are not
     those of the cold start either.
     """
-    taught = draw_problems(size.dense + size.head, seed=seed, heldout=False)
+    taught = draw_problems(size.dense + size.head, seed=seed, heldout=False, families=size.families)
     shown = frozenset(problem.text for problem in taught)
-    train = draw_problems(size.train, seed=seed + 1, heldout=False, exclude=shown)
-    heldout = draw_problems(size.heldout, seed=seed, heldout=True)
+    train = draw_problems(size.train, seed=seed + 1, heldout=False, families=size.families, exclude=shown)
+    heldout = draw_problems(size.heldout, seed=seed, heldout=True, families=size.families)
     dense = await dense_conversations(
         taught[: size.dense], sandboxes, observe=_as_observation, timeout_s=CELL_TIMEOUT_S
     )
     head = [head_conversation(p) for p in taught[size.dense :]]
-    base = base_conversations(echoes=size.echoes, drills=size.drills, seed=seed)
+    base = base_conversations(echoes=size.echoes, drills=size.drills, seed=seed, families=size.families)
     write_prompts(out / "train.parquet", [to_row(p) for p in train])
     write_prompts(out / "heldout.parquet", [to_row(p) for p in heldout])
     write_conversations(out / "base.parquet", base)

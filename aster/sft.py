@@ -84,7 +84,7 @@ async def run(recipe: Recipe) -> None:
 
 
 def epoch_batches(samples: Sequence[Sample], config: SftConfig, *, epoch: int) -> list[list[Sample]]:
-    """One epoch in the order of (seed, epoch); a batch closes at `batch_size` samples or `batch_tokens` tokens.
+    """One epoch, shuffled by (seed, epoch); a batch closes at `batch_size` samples or `batch_tokens` tokens.
 
     >>> five = [Sample(ids=np.zeros(3, np.int32), mask=np.ones(3, bool))] * 5
     >>> [len(b) for b in epoch_batches(five, SftConfig(batch_size=4, batch_tokens=6), epoch=0)]
@@ -93,7 +93,10 @@ def epoch_batches(samples: Sequence[Sample], config: SftConfig, *, epoch: int) -
     batches: list[list[Sample]] = []
     open_batch: list[Sample] = []
     tokens = 0
-    for index in np.random.default_rng([config.seed, epoch]).permutation(len(samples)):
+    order = np.arange(len(samples))
+    if config.shuffle:
+        np.random.default_rng([config.seed, epoch]).shuffle(order)
+    for index in order:
         open_batch.append(samples[index])
         tokens += len(samples[index])
         if len(open_batch) >= config.batch_size or (config.batch_tokens is not None and tokens >= config.batch_tokens):

@@ -9,6 +9,7 @@ a tool would print are computed.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from aster.data.coldstart import Messages, final_turn, tool_turn
 from aster.data.tasks import FAMILIES, Problem, is_heldout, user_message
@@ -18,11 +19,15 @@ _TRANSCRIBE_SHARE = 0.6
 _MOST = 10_000  # a result of at most four digits: reading it back is the exercise
 
 
-def base_conversations(*, echoes: int, drills: int, seed: int) -> list[Messages]:
+def base_conversations(
+    *, echoes: int, drills: int, seed: int, families: Sequence[str] = tuple(FAMILIES)
+) -> list[Messages]:
     """`echoes` short copies, then `drills` transcriptions and calculations; to be read in this order."""
     rng = random.Random(f"aster-base/{seed}")
-    first = [_echo(rng) for _ in range(echoes)]
-    return first + [_transcribe(rng) if rng.random() < _TRANSCRIBE_SHARE else _calculate(rng) for _ in range(drills)]
+    out = [_echo(rng) for _ in range(echoes)]
+    for _ in range(drills):
+        out.append(_transcribe(rng, families) if rng.random() < _TRANSCRIBE_SHARE else _calculate(rng))
+    return out
 
 
 def _echo(rng: random.Random) -> Messages:
@@ -32,9 +37,9 @@ def _echo(rng: random.Random) -> Messages:
     return [{"role": "user", "content": f"Echo {line}"}, {"role": "assistant", "content": line}]
 
 
-def _transcribe(rng: random.Random) -> Messages:
+def _transcribe(rng: random.Random, families: Sequence[str]) -> Messages:
     """A problem of the task, and all its cells that hold a number, in one call: from words to code."""
-    problem = _trainable(rng)
+    problem = _trainable(rng, families)
     cells = dict.fromkeys(code for _, code in problem.plan if any(c.isdigit() for c in code))
     return [
         {"role": "user", "content": user_message(problem.text)},
@@ -42,10 +47,9 @@ def _transcribe(rng: random.Random) -> Messages:
     ]
 
 
-def _trainable(rng: random.Random) -> Problem:
-    families = list(FAMILIES.values())
+def _trainable(rng: random.Random, families: Sequence[str]) -> Problem:
     while True:  # one problem in ten is held out
-        problem = rng.choice(families)(rng)
+        problem = FAMILIES[rng.choice(families)](rng)
         if not is_heldout(problem.text):
             return problem
 
