@@ -15,11 +15,12 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.cells import BackendName, BackendUnavailable, CellBackend, CellSettings, choose_backend, socket_root
+from serve.cells import BackendName, BackendUnavailable, CellBackend, CellSettings, choose_backend, private_root
 from serve.cells.link import CellFull, CellLink, CellLost, start_cell
 from serve.errors import PoolFull
 from serve.policy import Lease, Mint, Tombstones, Turnstile
@@ -111,7 +112,7 @@ class SandboxPool:
         """Returns when the first cell is ready. Raises `BackendUnavailable` with the cure."""
         labels = {"node": self._node}
         cell_settings = self.settings.cell_settings(**labels)
-        self._owner_lock, number = _claim_owner_number(socket_root(cell_settings))
+        self._owner_lock, number = _claim_owner_number(private_root(cell_settings))
         self.owner = f"{self._node}-{number}"
         self._mint = Mint(self.settings.mint_key.encode() or os.urandom(32))
         self._graves = Tombstones(self._mint)
@@ -418,9 +419,8 @@ class SandboxReplica(SandboxPool):
         await self.stop()
 
 
-def _claim_owner_number(root: Any) -> tuple[IO[str], int]:
+def _claim_owner_number(root: Path) -> tuple[IO[str], int]:
     """A small number that no other live pool on this machine has; it is free again when this process ends."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     for number in range(1024):
         file = open(root / f"owner-{number}.lock", "w")  # noqa: SIM115 - held open for as long as the pool lives
         try:

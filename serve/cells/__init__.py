@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +88,7 @@ class CellBackend(Protocol):
 
 def new_directory(settings: CellSettings) -> tuple[str, Path]:
     """A fresh cell id, and its private directory."""
-    root = socket_root(settings)
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root = private_root(settings)
     cell_id = secrets.token_hex(6)
     directory = root / cell_id
     directory.mkdir(mode=0o700)
@@ -102,6 +102,16 @@ def socket_root(settings: CellSettings) -> Path:
             raise ValueError(f"socket_root={base!r} has {len(base)} characters, a socket path allows {_SOCKET_ROOM}")
         base = "/tmp"
     return Path(base) / f"aster-cells-{os.geteuid()}"
+
+
+def private_root(settings: CellSettings) -> Path:
+    """`socket_root`, made and ours alone: whoever could write it could put a socket of his own in a cell's place."""
+    root = socket_root(settings)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = root.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise BackendUnavailable(f"{root} is not a directory of uid {os.geteuid()} alone: remove it or set socket_root")
+    return root
 
 
 def new_uid_base() -> int:
