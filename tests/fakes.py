@@ -70,9 +70,9 @@ class FakePool:
     async def groups(self) -> AsyncIterator[TrajectoryGroup]:
         while True:
             work, version = await asyncio.wait_for(self.queue.get(), timeout=5)
-            rewards = [self.reward(work.row, i) for i in range(work.group_size)]
+            lost, rewards = Cause.SANDBOX_LOST, [self.reward(work.row, i) for i in range(work.group_size)]
             members = tuple(
-                trajectory(work, i, version=version, reward=r, cause=Cause.SANDBOX_LOST if r is None else Cause.ANSWERED)
+                trajectory(work, i, version=version, reward=r, cause=lost if r is None else Cause.ANSWERED)
                 for i, r in enumerate(rewards)
             )
             yield TrajectoryGroup(work.row, work.step, members, work.kind)
