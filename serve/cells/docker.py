@@ -118,8 +118,13 @@ class DockerBackend:
             container.start()
             return container
 
+        making = asyncio.ensure_future(self._call(make))
         try:
-            container = await self._call(make)
+            container = await asyncio.shield(making)
+        except asyncio.CancelledError:  # the thread goes on: wait for what it makes, and take it away
+            await asyncio.wait({making})
+            await self._call(lambda: self._remove(name, directory))
+            raise
         except (docker.errors.DockerException, requests.RequestException) as error:
             await self._call(lambda: self._remove(name, directory))
             raise BackendUnavailable(f"docker: cannot start a cell: {error}") from error

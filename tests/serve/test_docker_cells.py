@@ -88,3 +88,14 @@ async def test_a_supervisor_that_hears_nothing_ends_by_itself() -> None:
         assert "ended with 0" in await pool.backend.ending(cell)
     finally:
         await pool.stop()
+
+
+async def test_a_pool_that_stops_while_a_cell_is_starting_leaves_no_container() -> None:
+    for pause_s in (0.0, 0.05, 0.3):
+        pool = await start_pool("docker", sessions_per_cell=1)
+        await open_session(pool)  # the only slot is taken: the next cell starts in the background
+        await asyncio.sleep(pause_s)
+        await pool.stop()
+        assert containers(os.getpid()) == []
+    await asyncio.sleep(1)
+    assert containers(os.getpid()) == []
