@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from aster.agent.chat import ChatRenderer
 from aster.agent.rewards import RewardPool
+from aster.agent.sandbox import HttpSandboxFactory
 from aster.config import Recipe
 from aster.errors import ConfigError
 from aster.roles import RolloutPool, SandboxFactory
@@ -42,16 +43,14 @@ def cluster(recipe: Recipe) -> Iterator[None]:
 @contextlib.contextmanager
 def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
     """Sessions for trajectories: the service at `sandbox.url`, the app already deployed here, or one for the body."""
-    from actors.sandbox import deploy_sandbox, remove_sandbox
+    from actors.sandbox import deploy_sandbox, is_deployed, remove_sandbox
 
     if not recipe.tool.enabled:
         yield None
     elif recipe.sandbox.url:
-        from aster.agent.sandbox import HttpSandboxFactory
-
         yield HttpSandboxFactory(recipe.sandbox.url, token=os.environ.get(TOKEN_VARIABLE))
     else:
-        mine = True
+        mine = not is_deployed()
         try:
             yield deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))
         finally:

@@ -93,7 +93,7 @@ def epoch_batches(samples: Sequence[Sample], config: SftConfig, *, epoch: int) -
     batches: list[list[Sample]] = []
     open_batch: list[Sample] = []
     tokens = 0
-    order = np.arange(len(samples))
+    order = list(range(len(samples)))
     if config.shuffle:
         np.random.default_rng([config.seed, epoch]).shuffle(order)
     for index in order:
