@@ -23,6 +23,7 @@ def connect(config: ClusterConfig) -> bool:
     if ray.is_initialized():
         return False
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # its log files have everything; a terminal shows progress
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -118,7 +118,9 @@ def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
     """A Qwen3-architecture model with random weights and a BPE tokenizer trained on `texts`. Returns its parameters."""
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = train_tokenizer(texts)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     fast.chat_template = STATIC_TEMPLATE
