@@ -12,6 +12,7 @@ from the checkpoint before.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from aster.errors import DataError
 from aster.roles import LearnerGroup
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"global_step_(\d+)$")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|\.index\.json$")
@@ -54,8 +57,24 @@ class DirectoryCheckpointer:
         found = newest(self.directory)
         return str(found) if found else None
 
+    def set_aside(self) -> Path | None:
+        """Give the checkpoints of an earlier run another name, so that none of them is taken for one of this run."""
+        if newest(self.directory) is None:
+            return None
+        number = 1
+        while (aside := self.directory.with_name(f"{self.directory.name}.{number}")).exists():
+            number += 1
+        return self.directory.rename(aside)
+
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
         state = read_state(path)
+        if state["config_hash"] != self.config_hash:
+            log.warning(
+                "%s was saved under config %s, this run has %s: it goes on with the new values",
+                path,
+                state["config_hash"],
+                self.config_hash,
+            )
         await learners.load(str((Path(path) / "actor").resolve()))
         return state
 

@@ -221,8 +221,12 @@ class GrpoLoop:
         self.log.log(self.step, {"timing_s/save_checkpoint": time.monotonic() - began})
 
     async def resume(self) -> None:
-        path = self.checkpoints.latest() if self.checkpoints and self.recipe.run.resume else None
-        if path is None or self.checkpoints is None:
+        if self.checkpoints is None:
+            return
+        if not self.recipe.run.resume:
+            self.checkpoints.set_aside()
+        path = self.checkpoints.latest()
+        if path is None:
             return
         state = await self.checkpoints.restore(path, self.learners)
         self.step = int(str(state["step"]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ from aster.data.rollouts import read_rows
 from aster.errors import AsterError, ConfigError
 from aster.eval import EvalResult
 from aster.types import TrajectoryGroup
+
+MARKER = ".quickstart"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(plan: Plan, console: Console) -> list[Claim]:
     """All stages in order. Returns the claims; everything else is on disk under `plan.root`."""
+    _clear(plan.root)
     stage = Stages(console, total=9)
     began = time.monotonic()
     first = plan.base()
@@ -179,6 +183,16 @@ class Stages:
             self.console.print(f"      {text} [dim]({time.monotonic() - began:.0f} s)[/]")
 
         yield done
+
+
+def _clear(root: Path) -> None:
+    """Begin with an empty directory. Only one that an earlier quickstart made is ever removed."""
+    if root.exists() and any(root.iterdir()):
+        if not (root / MARKER).is_file():
+            raise ConfigError(f"{root} is not empty and no earlier quickstart made it: name another with --dir")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
 
 
 def _fit(recipe: Recipe, target: Path) -> str:

@@ -58,7 +58,9 @@ async def run(recipe: Recipe) -> None:
     with Tracker.open(recipe, total_steps=steps) as tracker:
         async with launch.learners(recipe, total_steps=steps) as learners:
             step = 0
-            path = checkpoints.latest() if recipe.run.resume else None
+            if not recipe.run.resume:
+                checkpoints.set_aside()
+            path = checkpoints.latest()
             if path is not None:
                 step = int(str((await checkpoints.restore(path, learners))["step"]))
             for batch in plan[step:steps]:

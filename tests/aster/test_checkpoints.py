@@ -91,3 +91,21 @@ def test_an_incomplete_directory_is_not_resumed_from(tmp_path, model):
     (tmp_path / "checkpoints" / "global_step_4.tmp").mkdir()
     (tmp_path / "checkpoints" / "global_step_4.tmp" / "driver.json").write_text(json.dumps({"step": 4}))
     assert checkpointer(tmp_path, model).latest() is None
+
+
+async def test_checkpoints_set_aside_are_neither_lost_nor_resumed_from(tmp_path, model):
+    points = checkpointer(tmp_path, model)
+    assert points.set_aside() is None
+    for _ in range(2):
+        await points.save(7, FileLearners(7), {})
+        aside = points.set_aside()
+        assert (aside / "global_step_7" / "driver.json").is_file()
+        assert points.latest() is None
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "checkpoints.1", "checkpoints.2"}
+
+
+async def test_resuming_under_another_config_says_so(tmp_path, model, caplog):
+    await checkpointer(tmp_path, model).save(1, FileLearners(1), {})
+    other = DirectoryCheckpointer(tmp_path / "checkpoints", model_path=str(model), config_hash="new", keep=2)
+    await other.restore(other.latest(), FileLearners())
+    assert "saved under config abc, this run has new" in caplog.text
