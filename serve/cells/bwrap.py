@@ -84,12 +84,13 @@ class BwrapBackend:
 
     def command(self, directory: Path) -> list[str]:
         """The whole command line of one cell whose socket directory is `directory`."""
-        out = [self._bwrap, *self._namespaces(), *_system_binds(), *_python_binds(self._python)]
+        out = [self._bwrap, *self._namespaces(), *_system_binds()]
         if self._bytecode is not None:
             out += ["--ro-bind", str(self._bytecode), _BYTECODE]
         out += ["--proc", "/proc", "--dev", "/dev", "--bind", str(directory), "/run/cell"]
         disk = str(self.settings.disk_bytes)
         out += ["--perms", "1777", "--size", disk, "--tmpfs", "/tmp"]
+        out += _python_binds(self._python)  # after /tmp, which would hide a checkout or an environment below it
         out += ["--perms", "1777", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"]
         for slot in range(self.slots):
             out += ["--perms", "0711", "--size", disk, "--tmpfs", f"/s/{slot}"]
