@@ -27,7 +27,7 @@ from aster.data.coldstart import dense_conversations, describe, head_conversatio
 from aster.data.conversations import write_conversations
 from aster.data.prompts import write_prompts
 from aster.data.smollm2 import GgufModel, find_gguf
-from aster.data.tasks import draw_problems, to_row
+from aster.data.tasks import QUICKSTART_FAMILIES, draw_problems, to_row
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
 from aster.data.tokenizer import EOS, PAD, train_tokenizer
 from aster.errors import ConfigError
@@ -43,11 +43,10 @@ class TaskSize:
     train: int = 1024
     heldout: int = 512
     echoes: int = 3700
-    drills: int = 3200
-    dense: int = 1500
-    head: int = 1500
-    families: tuple[str, ...] = ("affine", "count", "affine", "primes", "affine", "series")
-    """In turn, so that one named twice has twice the share."""
+    drills: int = 3700
+    dense: int = 1680
+    head: int = 1680
+    families: tuple[str, ...] = QUICKSTART_FAMILIES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,12 +38,16 @@ def _echo(rng: random.Random) -> Messages:
 
 
 def _transcribe(rng: random.Random, families: Sequence[str]) -> Messages:
-    """A problem of the task, and all its cells that hold a number, in one call: from words to code."""
+    """A problem of the task, and all its cells that hold a number, in one call: from words to code.
+
+    The thought is the plan's first one that holds a number of the problem, where there is one.
+    """
     problem = _trainable(rng, families)
+    thought = next((t for t, _ in problem.plan if any(c.isdigit() for c in t)), "copy")
     cells = dict.fromkeys(code for _, code in problem.plan if any(c.isdigit() for c in code))
     return [
         {"role": "user", "content": user_message(problem.text)},
-        {"role": "assistant", "content": tool_turn("copy", ";".join(cells))},
+        {"role": "assistant", "content": tool_turn(thought, ";".join(cells))},
     ]
 
 

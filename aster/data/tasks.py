@@ -33,9 +33,9 @@ class Problem:
 
     >>> p = affine(random.Random(3))
     >>> p.text
-    'Start at x=22 and repeat 3 times x=(7*x+8)%26. Find x.'
+    'Start at x=21 and repeat 4 times x=(4*x+6)%26. Find x.'
     >>> p.plan[:2]
-    (('set up', 'x=22;f=lambda x:(7*x+8)%26;print(x)'), ('repeat 3', 'x=f(x);print(x)'))
+    (('set up', 'x=21;f=lambda x:(4*x+6)%26;print(x)'), ('repeat 4', 'x=f(x);print(x)'))
     """
 
     family: str
@@ -65,12 +65,12 @@ def is_heldout(problem_text: str) -> bool:
 
 def affine(rng: random.Random) -> Problem:
     """An affine map modulo m, applied a few times. The session keeps both the value and the function."""
-    m, times = rng.randint(11, 49), rng.randint(2, 5)
+    m, times = rng.randint(11, 49), rng.randint(2, 4)
     a, b, x = rng.randint(2, 9), rng.randint(1, 9), rng.randint(2, 29)
     work, value = [], x
     for _ in range(times):
         product = a * value + b
-        work.append(f"{a}*{value}+{b}={product}%{m}={product % m}")
+        work.append(f"{product}%{m}={product % m}")
         value = product % m
     plan = [("set up", f"x={x};f=lambda x:({a}*x+{b})%{m};print(x)")]
     plan += [(f"repeat {left}", "x=f(x);print(x)") for left in range(times, 0, -1)]
@@ -85,7 +85,7 @@ def pair(rng: random.Random) -> Problem:
     work, u, v = [], a, b
     for _ in range(times):
         total = c * u + v
-        work.append(f"{c}*{u}+{v}={total}%{m}={total % m}")
+        work.append(f"{total}%{m}={total % m}")
         u, v = v, total % m
     plan = [("set up", f"a={a};b={b};f=lambda a,b:(b,({c}*a+b)%{m});print(b)")]
     plan += [(f"repeat {left}", "a,b=f(a,b);print(b)") for left in range(times, 0, -1)]
@@ -115,7 +115,7 @@ def digits(rng: random.Random) -> Problem:
 
 def count(rng: random.Random) -> Problem:
     """How many x below n satisfy a congruence condition."""
-    n, m, c = rng.randint(13, 36), rng.randint(11, 49), rng.randint(3, 9)
+    n, m, c = rng.randint(10, 20), rng.randint(11, 49), rng.randint(3, 9)
     a, b = rng.randint(2, 9), rng.randint(1, 9)
     values = [(a * x + b) % m for x in range(n)]
     hits = [v for v in values if v < c]
@@ -130,7 +130,7 @@ def count(rng: random.Random) -> Problem:
 
 def power(rng: random.Random) -> Problem:
     """Two modular powers, the second taken of the first."""
-    g, e, m = rng.randint(2, 9), rng.randint(5, 19), rng.randint(11, 49)
+    g, e, m = rng.randint(2, 9), rng.randint(5, 12), rng.randint(11, 49)
     f, k = rng.randint(3, 9), rng.randint(11, 49)
     a = pow(g, e, m)
     b = pow(a + 2, f, k)
@@ -169,7 +169,7 @@ def series(rng: random.Random) -> Problem:
     """A sum of residues, itself reduced."""
     a, b, m = rng.randint(2, 9), rng.randint(1, 9), rng.randint(11, 49)
     low = rng.randint(2, 19)
-    high, q = low + rng.randint(9, 25), rng.randint(11, 29)
+    high, q = low + rng.randint(7, 15), rng.randint(11, 29)
     terms = [(a * k + b) % m for k in range(low, high)]
     total = sum(terms)
     work = f"{' '.join(map(str, terms))}\n{total}%{q}={total % q}"
@@ -185,7 +185,7 @@ def series(rng: random.Random) -> Problem:
 def primes(rng: random.Random) -> Problem:
     """How many primes of an interval fall into some residue classes. The session keeps the test and both lists."""
     low = rng.randint(11, 60)
-    high, m = rng.randint(low + 20, 99), rng.randint(5, 29)
+    high, m = rng.randint(low + 20, low + 39), rng.randint(5, 29)
     c = rng.randint(2, m - 2)
     found = [n for n in range(low, high) if _is_prime(n)]
     hits = [n for n in found if n % m < c]
@@ -207,6 +207,10 @@ def _is_prime(n: int) -> bool:
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     draw.__name__: draw for draw in (affine, pair, digits, count, power, divisors, series, primes)
 }
+
+
+QUICKSTART_FAMILIES = ("affine", "pair", "count", "power", "series", "primes")
+"""What the sub-million-parameter model can learn within the quickstart; `digits` and `divisors` copy more numbers."""
 
 
 # drawing and writing down ---------------------------------------------------------------------------------------------

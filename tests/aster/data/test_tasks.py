@@ -51,12 +51,13 @@ def test_every_equation_of_the_head_work_holds(family):
 @pytest.mark.parametrize(
     ("family", "seed", "text", "answer"),
     [  # worked out by hand
-        ("affine", 1, "Start at x=17 and repeat 2 times x=(6*x+2)%19. Find x.", "18"),  # 104%19=9, 56%19=18
+        ("affine", 2, "Start at x=28 and repeat 2 times x=(3*x+6)%14. Find x.", "10"),  # 90%14=6, 24%14=10
         ("pair", 2, "Start at a=13;b=28 and repeat 2 times a,b=b,(3*a+b)%14. Find b.", "11"),  # 67%14=11, 95%14=11
         ("digits", 2, "Find the digit sum of 19*23*22.", "20"),  # 9614
-        ("count", 2, "Count the x in range(14) with (7*x+3)%16<3.", "3"),  # 1 (x=2), 2 (x=10), 0 (x=11)
+        ("count", 2, "Count the x in range(10) with (7*x+3)%16<3.", "2"),  # 1 (x=2), 2 (x=9)
         ("divisors", 2, "Let g=gcd(15*17,17*35) and l=lcm(17,21). Find g+l.", "442"),  # 85+357
-        ("primes", 2, "Count the primes n in range(14,45) with n%7<4.", "6"),  # 17 23 29 31 37 43
+        ("primes", 2, "Count the primes n in range(14,36) with n%7<4.", "4"),  # 17 23 29 31, not 19
+        ("power", 0, "Let a=8**11%13 and b=(a+2)**5%43. Find a*b.", "185"),  # 8 12 5 1 8 ...: 5; 7 6 42 36 37
     ],
 )
 def test_answers_that_were_worked_out_by_hand(family, seed, text, answer):
@@ -103,9 +104,9 @@ def test_a_row_has_the_paper_s_prompt_and_keeps_the_answer_out_of_the_messages()
     problem = FAMILIES["power"](random.Random(0))
     row = to_row(problem)
     assert row.messages == ({"role": "user", "content": user_message(problem.text)},)
-    assert row.messages[0]["content"].startswith("\nLet a=8**17%37")
+    assert row.messages[0]["content"].startswith("\nLet a=8**11%13")
     assert row.messages[0]["content"].endswith(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
     )
-    assert row.ground_truth == "437"
-    assert "437" not in row.messages[0]["content"]
+    assert row.ground_truth == "185"
+    assert "185" not in row.messages[0]["content"]
