@@ -20,6 +20,7 @@ from aster.errors import BackPressure, SandboxError, SandboxLost
 from aster.roles import ExecResult, Sandbox
 from serve.app import APP_NAME, POOL, SandboxAppArgs, build_app
 from serve.errors import PoolFull, SessionGone, SessionUnknown
+from serve.router import ask
 from serve.schema import CellRecord, CreateSession, ExecuteRequest, Limits
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class HandleSandbox:
         request = ExecuteRequest(
             code=code, timeout_s=timeout_s, call_id=call_id, max_output_bytes=self._max_output_bytes
         )
-        call = _answer(self._execute, self.session_id, request)
+        call = ask(self._execute, self.session_id, request)
         answer: ExecResult = await _deadline(call, timeout_s + _QUEUE_S, session_id=self.session_id)
         return answer
 
@@ -59,7 +60,7 @@ class HandleSandbox:
             return
         self._closed = True
         try:
-            await _deadline(_answer(self._close, self.session_id), _CLOSE_S, session_id=self.session_id)
+            await _deadline(ask(self._close, self.session_id), _CLOSE_S, session_id=self.session_id)
         except (SandboxLost, BackPressure):  # gone already, or going with its node
             pass
 
@@ -86,17 +87,13 @@ class HandleSandboxFactory:
             except RayServeException as error:
                 raise SandboxLost("", f"{key}: no sandbox application {self._app_name!r} runs: {error}") from None
         request = CreateSession(limits=Limits(memory_bytes=self._memory_bytes))
-        call = _answer(self._pool.options(method_name="create", session_id=""), request)
+        call = ask(self._pool.options(method_name="create", session_id=""), request)
         session = await _deadline(call, _OPEN_S, session_id="")
         return HandleSandbox(session.session_id, self._pool, max_output_bytes=self._max_output_bytes)
 
 
 def _make_factory(app_name: str, max_output_bytes: int, memory_bytes: int) -> HandleSandboxFactory:
     return HandleSandboxFactory(app_name, max_output_bytes=max_output_bytes, memory_bytes=memory_bytes)
-
-
-async def _answer(handle: DeploymentHandle, *args: object) -> Any:
-    return await handle.remote(*args)
 
 
 async def _deadline(call: Coroutine[Any, Any, T], seconds: float, *, session_id: str) -> T:

@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve.errors import PoolFull, SessionGone, SessionUnknown
+from serve.router import ask
 from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Health, Session
 
 _GRACE_S = 30.0
@@ -88,7 +89,7 @@ class Ingress:
     async def _call(self, method: str, session_id: str | None, *args: object, deadline_s: float) -> Any:
         handle = self._pool.options(method_name=method, session_id=session_id or "")
         try:
-            return await asyncio.wait_for(_answer(handle, args), deadline_s)
+            return await asyncio.wait_for(ask(handle, *args), deadline_s)
         except SessionUnknown as error:
             raise HTTPException(404, str(error)) from None
         except SessionGone as error:
@@ -104,7 +105,3 @@ class Ingress:
             if session_id is None:
                 raise HTTPException(503, f"a sandbox node died: {error}", headers={"Retry-After": "5"}) from None
             raise HTTPException(410, f"session {session_id} is gone: its node died during the call") from None
-
-
-async def _answer(handle: DeploymentHandle, args: tuple[object, ...]) -> Any:
-    return await handle.remote(*args)

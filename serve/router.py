@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from serve.errors import PoolFull
 from serve.policy import owner_of
+
+_TRIES = 4
 
 
 class SessionRouter(RequestRouter):
@@ -42,3 +46,16 @@ class SessionRouter(RequestRouter):
 
     def _load(self, replica: RunningReplica) -> int:
         return int(replica.routing_stats.get("sessions", 0)) + self._sent[replica.replica_id]
+
+
+async def ask(handle: DeploymentHandle, *args: object) -> Any:
+    """One call. A replica that is full did nothing, so another is asked: the router's numbers are seconds old.
+
+    Raises `PoolFull` after `_TRIES` of them; only creating a session ever meets a full replica.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return await handle.remote(*args)
+        except PoolFull:
+            continue
+    return await handle.remote(*args)

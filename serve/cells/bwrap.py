@@ -28,7 +28,9 @@ from serve.cells.process import ending, spawn, stop, sweep_directories
 
 _PACKAGE = "/aster/sandbox_image"
 _BYTECODE = "/aster/bytecode"
+_PACKAGES = "/aster/packages"
 _SHARED = ("/tmp", "/dev/shm")
+_OWN = ("/tmp", "/dev", "/proc", "/run", "/s")  # a cell's own file systems hide what lies there
 _CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
@@ -54,8 +56,10 @@ class BwrapBackend:
         except ModuleNotFoundError as error:
             raise BackendUnavailable(f"bwrap: {error}") from None
         self._probe()
+        self._packages = _seen_at(self._python)
         try:
             self._bytecode: Path | None = compiled_packages(self._python)
+            _link_moved(self._bytecode, self._packages)
         except (OSError, subprocess.SubprocessError) as error:
             logger.warning("bwrap: no byte code could be kept, so cells start slowly: %s", error)
             self._bytecode = None
@@ -84,20 +88,19 @@ class BwrapBackend:
 
     def command(self, directory: Path) -> list[str]:
         """The whole command line of one cell whose socket directory is `directory`."""
-        out = [self._bwrap, *self._namespaces(), *_system_binds()]
+        out = [self._bwrap, *self._namespaces(), *_system_binds(), *_python_binds(self._python, self._packages)]
         if self._bytecode is not None:
             out += ["--ro-bind", str(self._bytecode), _BYTECODE]
         out += ["--proc", "/proc", "--dev", "/dev", "--bind", str(directory), "/run/cell"]
         disk = str(self.settings.disk_bytes)
         out += ["--perms", "1777", "--size", disk, "--tmpfs", "/tmp"]
-        out += _python_binds(self._python)  # after /tmp, which would hide a checkout or an environment below it
         out += ["--perms", "1777", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"]
         for slot in range(self.slots):
             out += ["--perms", "0711", "--size", disk, "--tmpfs", f"/s/{slot}"]
         out += ["--remount-ro", "/", "--chdir", "/", "--clearenv"]
         if self._bytecode is not None:
             out += ["--setenv", "PYTHONPYCACHEPREFIX", _BYTECODE]
-        paths = ("/aster", *map(str, self._python.search_path))
+        paths = ("/aster", *map(str, self._packages.values()))
         for key, value in {**CELL_ENVIRONMENT, "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(paths)}.items():
             out += ["--setenv", key, value]
         arguments = supervisor_arguments(
@@ -153,9 +156,27 @@ def _system_binds() -> list[str]:
     return out
 
 
-def _python_binds(python: HostPython) -> list[str]:
-    binds = {Path(_PACKAGE): python.package}
-    binds |= {path: path for path in (python.prefix, *python.search_path) if not path.is_relative_to("/usr")}
+def _seen_at(python: HostPython) -> dict[Path, Path]:
+    """Package directory -> where a cell sees it: at its own place, unless a file system of the cell's own is there."""
+    return {
+        path: Path(_PACKAGES, str(index)) if any(map(path.is_relative_to, _OWN)) else path
+        for index, path in enumerate(python.search_path)
+    }
+
+
+def _link_moved(bytecode: Path, packages: dict[Path, Path]) -> None:
+    """Byte code is kept by the source's path: let a moved directory's be found under the new one."""
+    for path, seen_at in packages.items():
+        link = bytecode / seen_at.relative_to("/")
+        if seen_at != path and not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(f"{_BYTECODE}{path}")
+
+
+def _python_binds(python: HostPython, packages: dict[Path, Path]) -> list[str]:
+    binds = {Path(_PACKAGE): python.package, python.prefix: python.prefix}
+    binds |= {seen_at: path for path, seen_at in packages.items()}
+    binds = {inside: outside for inside, outside in binds.items() if not inside.is_relative_to("/usr")}
     # bubblewrap makes the parents of a bind mount 0700, and a session's uid could not pass them
     parents = sorted({parent for path in binds for parent in path.parents if parent != Path("/")})
     out = [word for parent in parents for word in ("--perms", "0755", "--dir", str(parent))]

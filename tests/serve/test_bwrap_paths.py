@@ -28,7 +28,7 @@ async def test_a_package_below_tmp_is_importable_in_a_cell(monkeypatch):
             await pool.start()
             try:
                 session = await open_session(pool)
-                answer = await session.run("import only_here, os; (only_here.VALUE, os.access('/tmp', os.W_OK))")
-                assert answer.result == "(42, True)", answer
+                answer = await session.run("import only_here, os; (only_here.VALUE, os.listdir('/tmp'))")
+                assert answer.result == "(42, [])", answer
             finally:
                 await pool.stop()
