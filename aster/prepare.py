@@ -43,9 +43,9 @@ class TaskSize:
     train: int = 1024
     heldout: int = 512
     echoes: int = 3700
-    drills: int = 3700
-    dense: int = 1680
-    head: int = 1680
+    drills: int = 4800
+    dense: int = 2080
+    head: int = 2080
     families: tuple[str, ...] = QUICKSTART_FAMILIES
 
 
