@@ -279,14 +279,16 @@ async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(
     survivor, victim = world.engines[1], world.engines[0]
     sync = world.sync()
     await sync.publish(world.source, world.train())  # a group with both is open
-    flying = asyncio.ensure_future(generate(victim, max_tokens=900))
+    # enough at once that none of them is done before the core is killed, however fast the machine
+    crowd = asyncio.gather(*(generate(victim, max_tokens=900) for _ in range(32)), return_exceptions=True)
     episode = asyncio.ensure_future(victim.run(task(budget=replace(task().budget, max_response_tokens=880))))
     await asyncio.sleep(0.5)
     for process in psutil.Process(victim.pid).children():
         process.kill()
     began = time.monotonic()
-    with pytest.raises(EngineLost, match="engine-0"):
-        await flying
+    for outcome in await crowd:
+        assert isinstance(outcome, EngineLost), outcome
+        assert "engine-0" in str(outcome)
     assert (await episode).cause is Cause.ENGINE_LOST
     assert time.monotonic() - began < 20
     assert (await victim.run(task())).cause is Cause.ENGINE_LOST
