@@ -281,7 +281,8 @@ async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(
     await sync.publish(world.source, world.train())  # a group with both is open
     # enough at once that none of them is done before the core is killed, however fast the machine
     crowd = asyncio.gather(*(generate(victim, max_tokens=900) for _ in range(32)), return_exceptions=True)
-    episode = asyncio.ensure_future(victim.run(task(budget=replace(task().budget, max_response_tokens=880))))
+    long = task(budget=replace(task().budget, max_response_tokens=880))
+    episodes = asyncio.gather(*(victim.run(replace(long, sample=i)) for i in range(8)))
     await asyncio.sleep(0.5)
     for process in psutil.Process(victim.pid).children():
         process.kill()
@@ -289,7 +290,9 @@ async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(
     for outcome in await crowd:
         assert isinstance(outcome, EngineLost), outcome
         assert "engine-0" in str(outcome)
-    assert (await episode).cause is Cause.ENGINE_LOST
+    causes = [trajectory.cause for trajectory in await episodes]  # a random model may have ended one by then
+    assert Cause.ENGINE_LOST in causes
+    assert set(causes) <= {Cause.ENGINE_LOST, Cause.ANSWERED}
     assert time.monotonic() - began < 20
     assert (await victim.run(task())).cause is Cause.ENGINE_LOST
     report = await sync.publish(world.source, world.train())
