@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from aster.errors import ConfigError
+
 SEGMENTED = "aster_segmented"
 
 
@@ -35,7 +37,10 @@ def segmented_attention(
     """
     assert attention_mask is None, "packed rows carry no mask; the segments are the mask"
     if sliding_window is not None and max(segment_lengths) > sliding_window:
-        raise NotImplementedError(f"sliding-window attention ({sliding_window}) over packed rows needs flash-attn")
+        raise ConfigError(
+            f"a sample of {max(segment_lengths)} tokens is longer than the model's sliding window of {sliding_window}, "
+            "which model.attention=sdpa cannot do: use model.attention=flash on a GPU, or shorter samples"
+        )
     grouped = query.shape[1] != key.shape[1]
     parts = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
