@@ -26,6 +26,7 @@ from aster.config import Recipe
 from aster.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+_LOG_LINE_EVERY_S = 2.0
 _ABOUT_LINE = frozenset({"run_id", "config_hash", "step", "time", "event", "message"})
 
 
@@ -249,7 +250,10 @@ class WandbSink:
 
 
 class Progress:
-    """What a person sees: a live line on a terminal, one plain line per step in a log file."""
+    """What a person sees: a live line on a terminal; in a log file a plain line per step, two seconds apart at least.
+
+    Validations and the last step are always written.
+    """
 
     name = "console"
 
@@ -258,6 +262,7 @@ class Progress:
         self._stage = stage
         self._total = total
         self._began: tuple[int, float] | None = None  # first step seen, and when
+        self._next_line = 0.0  # in time.monotonic() seconds
         self._live: RichProgress | None = None
         if self._console.is_terminal:
             self._live = RichProgress(
@@ -279,7 +284,12 @@ class Progress:
         if self._live is not None:
             self._live.update(self._task, completed=step, summary=summary)
             return
-        self._began = self._began or (step, time.monotonic())
+        now = time.monotonic()
+        self._began = self._began or (step, now)
+        validation = any(key.startswith("val-core/") for key in values)
+        if now < self._next_line and step < self._total and not validation:
+            return
+        self._next_line = now + _LOG_LINE_EVERY_S
         self._console.print(
             f"{self._stage} {step}/{self._total}  {summary}{self._eta(step)}",
             markup=False,

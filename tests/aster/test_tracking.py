@@ -194,6 +194,23 @@ def test_progress_writes_one_plain_line_per_step_where_there_is_no_terminal(monk
     ]
 
 
+def test_fast_steps_share_a_line_in_a_log_but_validations_and_the_last_step_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = plain()
+    progress = Progress(100, stage="sft", console=console)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for step in range(1, 101):
+        progress.write(step, {"train/loss": 1.0})
+        if step == 50:
+            progress.write(step, {"val-core/x/acc/mean@1": 0.5})
+        now[0] += 0.125
+    progress.close()
+    steps = [line.split("/")[0] for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert steps == ["sft 1", "sft 17", "sft 33", "sft 49", "sft 50", "sft 66", "sft 82", "sft 98", "sft 100"]
+
+
 def test_progress_is_a_live_line_on_a_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     progress = Progress(4, stage="rl", console=console)
