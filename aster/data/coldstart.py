@@ -56,14 +56,12 @@ async def dense_conversation(
     messages = [{"role": "user", "content": user_message(problem.text)}]
     observation = ""
     for index, (thought, code) in enumerate(problem.plan):
+        messages.append({"role": "assistant", "content": tool_turn(_restate(observation) + thought, code)})
         result = await sandbox.execute(code, timeout_s=timeout_s, call_id=f"{problem.row_id}/{index}")
         if result.status is not Status.OK:
             raise DataError(f"{problem.row_id}: cell {code!r} ended {result.status}: {result.text or result.reason}")
         observation = observe(result)
-        messages += [
-            {"role": "assistant", "content": tool_turn(_restate(observation) + thought, code)},
-            {"role": "tool", "content": observation},
-        ]
+        messages.append({"role": "tool", "content": observation})
     if observation.strip() != problem.answer:
         raise DataError(f"{problem.row_id}: the plan printed {observation!r}, the answer is {problem.answer}")
     messages.append({"role": "assistant", "content": final_turn(f"{_restate(observation)}done", problem.answer)})

@@ -72,6 +72,14 @@ async def test_a_dense_conversation_carries_its_state_and_ends_in_the_answer():
     assert messages[-1]["content"].endswith("\\boxed{10}")
 
 
+async def test_a_thought_restates_what_the_cell_before_it_printed_never_what_its_own_will():
+    problem = FAMILIES["affine"](random.Random(2))
+    (messages,) = await dense_conversations([problem], Factory(), observe=observe)
+    thoughts = [m["content"].partition("\n</think>")[0] for m in messages if m["role"] == "assistant"]
+    plan = [thought for thought, _ in problem.plan]
+    assert thoughts == [plan[0], f"28, {plan[1]}", f"6, {plan[2]}", "10, done"]
+
+
 async def test_conversations_come_back_in_order_and_no_more_sessions_are_open_than_allowed():
     problems = draw_problems(40, seed=0, heldout=False)
     factory = Factory()
