@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SandboxServiceError(Exception):
-    """Base of the three below."""
+    """Base of those below."""
 
 
 class SessionUnknown(SandboxServiceError):
@@ -40,3 +40,27 @@ class PoolFull(SandboxServiceError):
 
     def __str__(self) -> str:
         return f"sandbox is full: {self.reason}"
+
+
+class CannotFork(SandboxServiceError):
+    """The session has live threads or child processes, which a copy would lack: HTTP 409."""
+
+    def __init__(self, session_id: str, reason: str) -> None:
+        super().__init__(session_id, reason)
+        self.session_id = session_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"session {self.session_id} cannot be forked: {self.reason}"
+
+
+class FileRefused(SandboxServiceError):
+    """A file that cannot be read or written. `code`: the HTTP status, 404, 413, 422 or 507."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason

@@ -14,6 +14,8 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,18 @@ from serve.cells import BackendName, BackendUnavailable, CellBackend, CellSettin
 from serve.cells.link import CellFull, CellLink, CellLost, start_cell
 from serve.errors import PoolFull
 from serve.policy import Lease, Mint, Tombstones, Turnstile
-from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Limits, Session
+from serve.schema import (
+    CreateSession,
+    ExecuteRequest,
+    ExecuteResponse,
+    Files,
+    Forked,
+    ForkSession,
+    Interrupted,
+    Limits,
+    OutputChunk,
+    Session,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,6 +45,8 @@ _STARTS_AT_ONCE = 2
 _TICK_S = 5.0
 _SWEEP_S = 60.0
 _START_FAILED_PAUSE_S = 2.0
+MAX_FILE_BYTES = 32 << 20
+"""Largest file in or out: it travels as one message."""
 
 
 class PoolSettings(BaseModel):
@@ -79,8 +94,13 @@ class PoolSettings(BaseModel):
 @dataclass
 class _CellState:
     link: CellLink
-    sessions: set[str] = field(default_factory=set)
+    sessions: dict[str, str] = field(default_factory=dict)  # id -> family: the id of the session it was forked from
     broken: str = ""
+
+    @property
+    def slots_taken(self) -> int:
+        """A session and its copies share one slot."""
+        return len(set(self.sessions.values()))
 
 
 @dataclass
@@ -189,27 +209,27 @@ class SandboxPool:
                 await self._wait_for_change(deadline)
                 continue
             session_id = self._mint.new(self.owner)
-            cell.sessions.add(session_id)  # takes the slot before anything is awaited
+            cell.sessions[session_id] = session_id  # takes the slot before anything is awaited
             self._refill()
             try:
                 await cell.link.open(session_id, limits)
             except CellFull as error:
-                cell.sessions.discard(session_id)
+                cell.sessions.pop(session_id, None)
                 cell.broken = self._start_error = cell.broken or str(error)
                 await self._retire_if_empty(cell)
             except CellLost as error:
-                cell.sessions.discard(session_id)
+                cell.sessions.pop(session_id, None)
                 await self._lose(cell, str(error))
             except BaseException:
-                cell.sessions.discard(session_id)
+                cell.sessions.pop(session_id, None)
                 raise
             else:
                 return session_id, cell
 
     def _with_room(self) -> _CellState | None:
         """The fullest sound cell with a free slot, so that others can empty and retire."""
-        open_cells = [c for c in self._cells if not c.broken and len(c.sessions) < self.backend.slots]
-        return max(open_cells, key=lambda c: len(c.sessions), default=None)
+        open_cells = [c for c in self._cells if not c.broken and c.slots_taken < self.backend.slots]
+        return max(open_cells, key=lambda c: c.slots_taken, default=None)
 
     async def _wait_for_change(self, deadline: float) -> None:
         left = deadline - time.monotonic()
@@ -223,6 +243,70 @@ class SandboxPool:
 
     async def execute(self, session_id: str, request: ExecuteRequest) -> ExecuteResponse:
         """Run one cell; calls of one session one after another. Raises `SessionUnknown`, `SessionGone`, `PoolFull`."""
+        async with self._turn(session_id) as (cell, waited_s):
+            answer = await cell.link.execute(session_id, request)
+        self._counts["executed"] += 1
+        return answer.model_copy(update={"queue_s": answer.queue_s + waited_s})
+
+    async def execute_stream(
+        self, session_id: str, request: ExecuteRequest
+    ) -> AsyncIterator[OutputChunk | ExecuteResponse]:
+        """`execute`, with the output as it is printed; the response comes last."""
+        async with self._turn(session_id) as (cell, waited_s):
+            async for event in cell.link.execute_stream(session_id, request):
+                if isinstance(event, ExecuteResponse):
+                    event = event.model_copy(update={"queue_s": event.queue_s + waited_s})
+                yield event
+        self._counts["executed"] += 1
+
+    async def interrupt(self, session_id: str) -> Interrupted:
+        """SIGINT to the cell that runs now; does not wait for its end."""
+        async with self._use(session_id) as cell:
+            return Interrupted(was_running=await cell.link.interrupt(session_id))
+
+    async def reset(self, session_id: str) -> Session:
+        """A fresh interpreter and empty directories under the same id."""
+        async with self._use(session_id) as cell:
+            await cell.link.reset(session_id)
+        return await self.get(session_id)
+
+    async def fork(self, session_id: str, request: ForkSession) -> Forked:
+        """Copies of the session after its last finished cell. Raises `CannotFork`, `PoolFull`."""
+        session = self._find(session_id)
+        if len(self._sessions) + self._opening + request.count > self.settings.max_sessions:
+            raise PoolFull(5.0, f"{self.settings.max_sessions} sessions are open")
+        self._opening += request.count
+        new_ids = [self._mint.new(self.owner) for _ in range(request.count)]
+        try:
+            async with session.lock, self._use(session_id) as cell:
+                await cell.link.fork(session_id, new_ids)
+        except CellFull as error:
+            raise PoolFull(5.0, str(error)) from None
+        finally:
+            self._opening -= request.count
+        for new_id in new_ids:
+            lease = Lease.new(ttl_s=session.lease.ttl_s, idle_ttl_s=session.lease.idle_ttl_s)
+            self._sessions[new_id] = _SessionState(cell, lease)
+            cell.sessions[new_id] = cell.sessions[session_id]
+            self._counts["created"] += 1
+        return Forked(sessions=[await self.get(new_id) for new_id in new_ids])
+
+    async def write_file(self, session_id: str, path: str, content: bytes) -> None:
+        """`path` is relative to the session's home directory. Raises `FileRefused`."""
+        async with self._use(session_id) as cell:
+            await cell.link.write_file(session_id, path, content)
+
+    async def read_file(self, session_id: str, path: str) -> bytes:
+        async with self._use(session_id) as cell:
+            return await cell.link.read_file(session_id, path, max_bytes=MAX_FILE_BYTES)
+
+    async def list_files(self, session_id: str) -> Files:
+        async with self._use(session_id) as cell:
+            return await cell.link.list_files(session_id)
+
+    @asynccontextmanager
+    async def _turn(self, session_id: str) -> AsyncIterator[tuple[_CellState, float]]:
+        """The session's turn and one of the node's, with the seconds that took; then as `_use`."""
         session = self._find(session_id)
         arrived = time.monotonic()
         session.calls += 1
@@ -230,18 +314,24 @@ class SandboxPool:
             async with session.lock:
                 self._find(session_id)
                 async with self._turnstile.admit():
-                    waited = time.monotonic() - arrived
-                    session.lease.touch()
-                    try:
-                        answer = await session.cell.link.execute(session_id, request)
-                    except CellLost as error:
-                        await self._examine(session_id, session.cell, str(error))
-                        raise self._graves.explain(session_id) from None
+                    waited_s = time.monotonic() - arrived
+                    async with self._use(session_id) as cell:
+                        yield cell, waited_s
         finally:
             session.calls -= 1
+
+    @asynccontextmanager
+    async def _use(self, session_id: str) -> AsyncIterator[_CellState]:
+        """The session's cell; its lease is touched before and after. A cell that is lost meanwhile is `SessionGone`."""
+        session = self._find(session_id)
+        session.lease.touch()
+        try:
+            yield session.cell
+        except CellLost as error:
+            await self._examine(session_id, session.cell, str(error))
+            raise self._graves.explain(session_id) from None
+        finally:
             session.lease.touch()
-        self._counts["executed"] += 1
-        return answer.model_copy(update={"queue_s": answer.queue_s + waited})
 
     async def get(self, session_id: str) -> Session:
         session = self._find(session_id)
@@ -269,7 +359,7 @@ class SandboxPool:
         except CellLost as error:
             await self._lose(session.cell, str(error))
             return
-        session.cell.sessions.discard(session_id)
+        session.cell.sessions.pop(session_id, None)
         await self._retire_if_empty(session.cell)
         await self._announce()
 
@@ -285,7 +375,7 @@ class SandboxPool:
             return
         slots = self.backend.slots
         sound = [c for c in self._cells if not c.broken]
-        free = sum(slots - len(c.sessions) for c in sound) + self._starting * slots
+        free = sum(slots - c.slots_taken for c in sound) + self._starting * slots
         room = self.settings.max_sessions - (len(sound) + self._starting) * slots
         low = self.settings.warm_cells * max(1, slots // 2)
         while free < low and room > 0 and self._starting < _STARTS_AT_ONCE:
@@ -322,7 +412,7 @@ class SandboxPool:
             return
         self._counts["lost"] += 1
         self._bury(session_id, why)
-        cell.sessions.discard(session_id)
+        cell.sessions.pop(session_id, None)
         cell.broken = cell.broken or status.broken or why
         await self._retire_if_empty(cell)
 

@@ -6,7 +6,7 @@ A cell that fails is *data* (`ExecuteResponse.status`); a sandbox that fails is 
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,6 +61,37 @@ class Session(_Strict):
     expires_at: float = Field(description="unix time")
 
 
+class ForkSession(_Strict):
+    """Body of POST /v1/sessions/{id}/fork."""
+
+    count: int = Field(default=1, ge=1, le=64, description="copies of the session as it is now")
+
+
+class Forked(_Strict):
+    """Answer of fork (201): the copies; each is a session of its own, with the original's lifetime from now on."""
+
+    sessions: list[Session]
+
+
+class Interrupted(_Strict):
+    """Answer of POST /v1/sessions/{id}/interrupt."""
+
+    was_running: bool
+
+
+class FileInfo(_Strict):
+    path: str = Field(description="relative to the session's home directory")
+    size: int
+    modified: float = Field(description="unix time")
+
+
+class Files(_Strict):
+    """Answer of GET /v1/sessions/{id}/files."""
+
+    files: list[FileInfo]
+    truncated: bool = False
+
+
 class ExecuteRequest(_Strict):
     """Body of POST /v1/sessions/{id}/execute."""
 
@@ -68,6 +99,10 @@ class ExecuteRequest(_Strict):
     timeout_s: float = Field(default=30.0, gt=0, le=3600)
     call_id: str = Field(default="", max_length=200, description="a repeated id returns the first answer, never reruns")
     max_output_bytes: int = Field(default=32 << 10, ge=256, le=16 << 20)
+    figures: bool = Field(default=False, description="return the open matplotlib figures as PNG")
+    stream: bool = Field(
+        default=False, description="answer in lines of JSON: output as it is printed, then the response"
+    )
 
 
 class CellError(_Strict):
@@ -94,6 +129,13 @@ class ExecuteResponse(_Strict):
     cell: int = 0
     figures: list[str] = Field(default_factory=list, description="PNG, base64")
     reason: str = Field(default="", description="the supervisor's words when the session died")
+
+
+class OutputChunk(_Strict):
+    """A line of a streamed answer; the last line is `{"response": ExecuteResponse}`."""
+
+    stream: Literal["stdout", "stderr"]
+    text: str
 
 
 class CellRecord(_Strict):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esandbox_image/proto/cell.proto\x12\x10\x61ster.sandbox.v1\"^\n\x0bOpenRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x11\n\tprocesses\x18\x03 \x01(\r\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\"\x0b\n\tOpenReply\"p\n\x0e\x45xecuteRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x04 \x01(\t\x12\x18\n\x10max_output_bytes\x18\x05 \x01(\x04\";\n\tCellError\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\ttraceback\x18\x03 \x01(\t\"\xa9\x02\n\x0c\x45xecuteReply\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06stdout\x18\x03 \x01(\t\x12\x0e\n\x06stderr\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x06result\x18\x06 \x01(\tH\x00\x88\x01\x01\x12*\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1b.aster.sandbox.v1.CellError\x12\x12\n\nduration_s\x18\x08 \x01(\x01\x12\x0f\n\x07queue_s\x18\t \x01(\x01\x12\x11\n\ttruncated\x18\n \x01(\x08\x12\x14\n\x0cstdout_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cstderr_bytes\x18\x0c \x01(\x04\x12\x0c\n\x04\x63\x65ll\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\tB\t\n\x07_result\"\"\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1d\n\nCloseReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"P\n\rSessionStatus\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x65lls\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\x0b\n\x03pid\x18\x04 \x01(\x05\"\x9e\x02\n\x0bStatusReply\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0c\n\x04warm\x18\x03 \x01(\r\x12\x0e\n\x06served\x18\x04 \x01(\x04\x12\x11\n\toom_kills\x18\x05 \x01(\x04\x12\x0e\n\x06\x62roken\x18\x06 \x01(\t\x12=\n\x08packages\x18\x07 \x03(\x0b\x32+.aster.sandbox.v1.StatusReply.PackagesEntry\x12\x31\n\x08sessions\x18\x08 \x03(\x0b\x32\x1f.aster.sandbox.v1.SessionStatus\x12\x0e\n\x06python\x18\t \x01(\t\x1a/\n\rPackagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa8\x02\n\x04\x43\x65ll\x12\x42\n\x04Open\x12\x1d.aster.sandbox.v1.OpenRequest\x1a\x1b.aster.sandbox.v1.OpenReply\x12K\n\x07\x45xecute\x12 .aster.sandbox.v1.ExecuteRequest\x1a\x1e.aster.sandbox.v1.ExecuteReply\x12\x45\n\x05\x43lose\x12\x1e.aster.sandbox.v1.CloseRequest\x1a\x1c.aster.sandbox.v1.CloseReply\x12H\n\x06Status\x12\x1f.aster.sandbox.v1.StatusRequest\x1a\x1d.aster.sandbox.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esandbox_image/proto/cell.proto\x12\x10\x61ster.sandbox.v1\"^\n\x0bOpenRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x11\n\tprocesses\x18\x03 \x01(\r\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\"\x0b\n\tOpenReply\"\x81\x01\n\x0e\x45xecuteRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x63\x61ll_id\x18\x04 \x01(\t\x12\x18\n\x10max_output_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07\x66igures\x18\x06 \x01(\x08\"$\n\x0eSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"%\n\x0eInterruptReply\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x0c\n\nResetReply\"2\n\x0b\x46orkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07new_ids\x18\x02 \x03(\t\"\x0b\n\tForkReply\"E\n\x10WriteFileRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\"\x10\n\x0eWriteFileReply\"F\n\x0fReadFileRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\" \n\rReadFileReply\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"8\n\x08\x46ileInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x10\n\x08modified\x18\x03 \x01(\x01\"N\n\x0eListFilesReply\x12)\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1a.aster.sandbox.v1.FileInfo\x12\x11\n\ttruncated\x18\x02 \x01(\x08\";\n\tCellError\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\ttraceback\x18\x03 \x01(\t\"\xba\x02\n\x0c\x45xecuteReply\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06stdout\x18\x03 \x01(\t\x12\x0e\n\x06stderr\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x06result\x18\x06 \x01(\tH\x00\x88\x01\x01\x12*\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1b.aster.sandbox.v1.CellError\x12\x12\n\nduration_s\x18\x08 \x01(\x01\x12\x0f\n\x07queue_s\x18\t \x01(\x01\x12\x11\n\ttruncated\x18\n \x01(\x08\x12\x14\n\x0cstdout_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cstderr_bytes\x18\x0c \x01(\x04\x12\x0c\n\x04\x63\x65ll\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x0f\n\x07\x66igures\x18\x0f \x03(\x0c\x42\t\n\x07_result\"x\n\x0c\x45xecuteEvent\x12/\n\x06output\x18\x01 \x01(\x0b\x32\x1d.aster.sandbox.v1.OutputChunkH\x00\x12/\n\x05reply\x18\x02 \x01(\x0b\x32\x1e.aster.sandbox.v1.ExecuteReplyH\x00\x42\x06\n\x04what\".\n\x0bOutputChunk\x12\x11\n\tis_stderr\x18\x01 \x01(\x08\x12\x0c\n\x04text\x18\x02 \x01(\t\"\"\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1d\n\nCloseReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"`\n\rSessionStatus\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x65lls\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\"\x9e\x02\n\x0bStatusReply\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0c\n\x04warm\x18\x03 \x01(\r\x12\x0e\n\x06served\x18\x04 \x01(\x04\x12\x11\n\toom_kills\x18\x05 \x01(\x04\x12\x0e\n\x06\x62roken\x18\x06 \x01(\t\x12=\n\x08packages\x18\x07 \x03(\x0b\x32+.aster.sandbox.v1.StatusReply.PackagesEntry\x12\x31\n\x08sessions\x18\x08 \x03(\x0b\x32\x1f.aster.sandbox.v1.SessionStatus\x12\x0e\n\x06python\x18\t \x01(\t\x1a/\n\rPackagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xcf\x06\n\x04\x43\x65ll\x12\x42\n\x04Open\x12\x1d.aster.sandbox.v1.OpenRequest\x1a\x1b.aster.sandbox.v1.OpenReply\x12K\n\x07\x45xecute\x12 .aster.sandbox.v1.ExecuteRequest\x1a\x1e.aster.sandbox.v1.ExecuteReply\x12S\n\rExecuteStream\x12 .aster.sandbox.v1.ExecuteRequest\x1a\x1e.aster.sandbox.v1.ExecuteEvent0\x01\x12O\n\tInterrupt\x12 .aster.sandbox.v1.SessionRequest\x1a .aster.sandbox.v1.InterruptReply\x12G\n\x05Reset\x12 .aster.sandbox.v1.SessionRequest\x1a\x1c.aster.sandbox.v1.ResetReply\x12\x42\n\x04\x46ork\x12\x1d.aster.sandbox.v1.ForkRequest\x1a\x1b.aster.sandbox.v1.ForkReply\x12Q\n\tWriteFile\x12\".aster.sandbox.v1.WriteFileRequest\x1a .aster.sandbox.v1.WriteFileReply\x12N\n\x08ReadFile\x12!.aster.sandbox.v1.ReadFileRequest\x1a\x1f.aster.sandbox.v1.ReadFileReply\x12O\n\tListFiles\x12 .aster.sandbox.v1.SessionRequest\x1a .aster.sandbox.v1.ListFilesReply\x12\x45\n\x05\x43lose\x12\x1e.aster.sandbox.v1.CloseRequest\x1a\x1c.aster.sandbox.v1.CloseReply\x12H\n\x06Status\x12\x1f.aster.sandbox.v1.StatusRequest\x1a\x1d.aster.sandbox.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENREQUEST']._serialized_end=146
   _globals['_OPENREPLY']._serialized_start=148
   _globals['_OPENREPLY']._serialized_end=159
-  _globals['_EXECUTEREQUEST']._serialized_start=161
-  _globals['_EXECUTEREQUEST']._serialized_end=273
-  _globals['_CELLERROR']._serialized_start=275
-  _globals['_CELLERROR']._serialized_end=334
-  _globals['_EXECUTEREPLY']._serialized_start=337
-  _globals['_EXECUTEREPLY']._serialized_end=634
-  _globals['_CLOSEREQUEST']._serialized_start=636
-  _globals['_CLOSEREQUEST']._serialized_end=670
-  _globals['_CLOSEREPLY']._serialized_start=672
-  _globals['_CLOSEREPLY']._serialized_end=701
-  _globals['_STATUSREQUEST']._serialized_start=703
-  _globals['_STATUSREQUEST']._serialized_end=718
-  _globals['_SESSIONSTATUS']._serialized_start=720
-  _globals['_SESSIONSTATUS']._serialized_end=800
-  _globals['_STATUSREPLY']._serialized_start=803
-  _globals['_STATUSREPLY']._serialized_end=1089
-  _globals['_STATUSREPLY_PACKAGESENTRY']._serialized_start=1042
-  _globals['_STATUSREPLY_PACKAGESENTRY']._serialized_end=1089
-  _globals['_CELL']._serialized_start=1092
-  _globals['_CELL']._serialized_end=1388
+  _globals['_EXECUTEREQUEST']._serialized_start=162
+  _globals['_EXECUTEREQUEST']._serialized_end=291
+  _globals['_SESSIONREQUEST']._serialized_start=293
+  _globals['_SESSIONREQUEST']._serialized_end=329
+  _globals['_INTERRUPTREPLY']._serialized_start=331
+  _globals['_INTERRUPTREPLY']._serialized_end=368
+  _globals['_RESETREPLY']._serialized_start=370
+  _globals['_RESETREPLY']._serialized_end=382
+  _globals['_FORKREQUEST']._serialized_start=384
+  _globals['_FORKREQUEST']._serialized_end=434
+  _globals['_FORKREPLY']._serialized_start=436
+  _globals['_FORKREPLY']._serialized_end=447
+  _globals['_WRITEFILEREQUEST']._serialized_start=449
+  _globals['_WRITEFILEREQUEST']._serialized_end=518
+  _globals['_WRITEFILEREPLY']._serialized_start=520
+  _globals['_WRITEFILEREPLY']._serialized_end=536
+  _globals['_READFILEREQUEST']._serialized_start=538
+  _globals['_READFILEREQUEST']._serialized_end=608
+  _globals['_READFILEREPLY']._serialized_start=610
+  _globals['_READFILEREPLY']._serialized_end=642
+  _globals['_FILEINFO']._serialized_start=644
+  _globals['_FILEINFO']._serialized_end=700
+  _globals['_LISTFILESREPLY']._serialized_start=702
+  _globals['_LISTFILESREPLY']._serialized_end=780
+  _globals['_CELLERROR']._serialized_start=782
+  _globals['_CELLERROR']._serialized_end=841
+  _globals['_EXECUTEREPLY']._serialized_start=844
+  _globals['_EXECUTEREPLY']._serialized_end=1158
+  _globals['_EXECUTEEVENT']._serialized_start=1160
+  _globals['_EXECUTEEVENT']._serialized_end=1280
+  _globals['_OUTPUTCHUNK']._serialized_start=1282
+  _globals['_OUTPUTCHUNK']._serialized_end=1328
+  _globals['_CLOSEREQUEST']._serialized_start=1330
+  _globals['_CLOSEREQUEST']._serialized_end=1364
+  _globals['_CLOSEREPLY']._serialized_start=1366
+  _globals['_CLOSEREPLY']._serialized_end=1395
+  _globals['_STATUSREQUEST']._serialized_start=1397
+  _globals['_STATUSREQUEST']._serialized_end=1412
+  _globals['_SESSIONSTATUS']._serialized_start=1414
+  _globals['_SESSIONSTATUS']._serialized_end=1510
+  _globals['_STATUSREPLY']._serialized_start=1513
+  _globals['_STATUSREPLY']._serialized_end=1799
+  _globals['_STATUSREPLY_PACKAGESENTRY']._serialized_start=1752
+  _globals['_STATUSREPLY_PACKAGESENTRY']._serialized_end=1799
+  _globals['_CELL']._serialized_start=1802
+  _globals['_CELL']._serialized_end=2649
 # @@protoc_insertion_point(module_scope)

@@ -23,18 +23,96 @@ class OpenReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("session_id", "code", "timeout_s", "call_id", "max_output_bytes")
+    __slots__ = ("session_id", "code", "timeout_s", "call_id", "max_output_bytes", "figures")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     code: str
     timeout_s: float
     call_id: str
     max_output_bytes: int
-    def __init__(self, session_id: _Optional[str] = ..., code: _Optional[str] = ..., timeout_s: _Optional[float] = ..., call_id: _Optional[str] = ..., max_output_bytes: _Optional[int] = ...) -> None: ...
+    figures: bool
+    def __init__(self, session_id: _Optional[str] = ..., code: _Optional[str] = ..., timeout_s: _Optional[float] = ..., call_id: _Optional[str] = ..., max_output_bytes: _Optional[int] = ..., figures: _Optional[bool] = ...) -> None: ...
+
+class SessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class InterruptReply(_message.Message):
+    __slots__ = ("was_running",)
+    WAS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    was_running: bool
+    def __init__(self, was_running: _Optional[bool] = ...) -> None: ...
+
+class ResetReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ForkRequest(_message.Message):
+    __slots__ = ("session_id", "new_ids")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_IDS_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    new_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[str] = ..., new_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ForkReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WriteFileRequest(_message.Message):
+    __slots__ = ("session_id", "path", "content")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    path: str
+    content: bytes
+    def __init__(self, session_id: _Optional[str] = ..., path: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class WriteFileReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReadFileRequest(_message.Message):
+    __slots__ = ("session_id", "path", "max_bytes")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    path: str
+    max_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., path: _Optional[str] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class ReadFileReply(_message.Message):
+    __slots__ = ("content",)
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    content: bytes
+    def __init__(self, content: _Optional[bytes] = ...) -> None: ...
+
+class FileInfo(_message.Message):
+    __slots__ = ("path", "size", "modified")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MODIFIED_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    size: int
+    modified: float
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., modified: _Optional[float] = ...) -> None: ...
+
+class ListFilesReply(_message.Message):
+    __slots__ = ("files", "truncated")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[FileInfo]
+    truncated: bool
+    def __init__(self, files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., truncated: _Optional[bool] = ...) -> None: ...
 
 class CellError(_message.Message):
     __slots__ = ("name", "value", "traceback")
@@ -47,7 +125,7 @@ class CellError(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ..., traceback: _Optional[str] = ...) -> None: ...
 
 class ExecuteReply(_message.Message):
-    __slots__ = ("status", "state", "stdout", "stderr", "text", "result", "error", "duration_s", "queue_s", "truncated", "stdout_bytes", "stderr_bytes", "cell", "reason")
+    __slots__ = ("status", "state", "stdout", "stderr", "text", "result", "error", "duration_s", "queue_s", "truncated", "stdout_bytes", "stderr_bytes", "cell", "reason", "figures")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STDOUT_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +140,7 @@ class ExecuteReply(_message.Message):
     STDERR_BYTES_FIELD_NUMBER: _ClassVar[int]
     CELL_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
     status: str
     state: str
     stdout: str
@@ -76,7 +155,24 @@ class ExecuteReply(_message.Message):
     stderr_bytes: int
     cell: int
     reason: str
-    def __init__(self, status: _Optional[str] = ..., state: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., text: _Optional[str] = ..., result: _Optional[str] = ..., error: _Optional[_Union[CellError, _Mapping]] = ..., duration_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., truncated: _Optional[bool] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., cell: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    figures: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, status: _Optional[str] = ..., state: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., text: _Optional[str] = ..., result: _Optional[str] = ..., error: _Optional[_Union[CellError, _Mapping]] = ..., duration_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., truncated: _Optional[bool] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., cell: _Optional[int] = ..., reason: _Optional[str] = ..., figures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ExecuteEvent(_message.Message):
+    __slots__ = ("output", "reply")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    output: OutputChunk
+    reply: ExecuteReply
+    def __init__(self, output: _Optional[_Union[OutputChunk, _Mapping]] = ..., reply: _Optional[_Union[ExecuteReply, _Mapping]] = ...) -> None: ...
+
+class OutputChunk(_message.Message):
+    __slots__ = ("is_stderr", "text")
+    IS_STDERR_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    is_stderr: bool
+    text: str
+    def __init__(self, is_stderr: _Optional[bool] = ..., text: _Optional[str] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -95,16 +191,18 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "cells", "running", "pid")
+    __slots__ = ("session_id", "cells", "running", "pid", "family")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CELLS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     cells: int
     running: bool
     pid: int
-    def __init__(self, session_id: _Optional[str] = ..., cells: _Optional[int] = ..., running: _Optional[bool] = ..., pid: _Optional[int] = ...) -> None: ...
+    family: str
+    def __init__(self, session_id: _Optional[str] = ..., cells: _Optional[int] = ..., running: _Optional[bool] = ..., pid: _Optional[int] = ..., family: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("slots", "free", "warm", "served", "oom_kills", "broken", "packages", "sessions", "python")

@@ -44,6 +44,41 @@ class CellStub:
                 request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.FromString,
                 _registered_method=True)
+        self.ExecuteStream = channel.unary_stream(
+                '/aster.sandbox.v1.Cell/ExecuteStream',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteEvent.FromString,
+                _registered_method=True)
+        self.Interrupt = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/Interrupt',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.InterruptReply.FromString,
+                _registered_method=True)
+        self.Reset = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/Reset',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ResetReply.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/Fork',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ForkRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ForkReply.FromString,
+                _registered_method=True)
+        self.WriteFile = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/WriteFile',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.WriteFileRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.WriteFileReply.FromString,
+                _registered_method=True)
+        self.ReadFile = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/ReadFile',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ReadFileRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ReadFileReply.FromString,
+                _registered_method=True)
+        self.ListFiles = channel.unary_unary(
+                '/aster.sandbox.v1.Cell/ListFiles',
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ListFilesReply.FromString,
+                _registered_method=True)
         self.Close = channel.unary_unary(
                 '/aster.sandbox.v1.Cell/Close',
                 request_serializer=sandbox__image_dot_proto_dot_cell__pb2.CloseRequest.SerializeToString,
@@ -69,6 +104,55 @@ class CellServicer:
     def Execute(self, request, context):
         """Runs one cell of a session; calls of one session are serialised. NOT_FOUND: no such session.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExecuteStream(self, request, context):
+        """The same, with the output as it is printed; the last event is the reply.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Interrupt(self, request, context):
+        """SIGINT to the cell that runs now, as a person's Ctrl-C; the state is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reset(self, request, context):
+        """A fresh interpreter and empty directories under the same id. Ends a running cell.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Copies of a live session at this moment. FAILED_PRECONDITION: it has threads or children; the details name them.
+        RESOURCE_EXHAUSTED: too many of the family, or no memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteFile(self, request, context):
+        """Files below the session's home directory, touched as the session's own user. NOT_FOUND, INVALID_ARGUMENT (outside
+        of it, a directory), OUT_OF_RANGE (larger than asked for), RESOURCE_EXHAUSTED (no room).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadFile(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFiles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -99,6 +183,41 @@ def add_CellServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.FromString,
                     response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.SerializeToString,
+            ),
+            'ExecuteStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExecuteStream,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteEvent.SerializeToString,
+            ),
+            'Interrupt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Interrupt,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.InterruptReply.SerializeToString,
+            ),
+            'Reset': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reset,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ResetReply.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ForkRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ForkReply.SerializeToString,
+            ),
+            'WriteFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteFile,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.WriteFileRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.WriteFileReply.SerializeToString,
+            ),
+            'ReadFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadFile,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ReadFileRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ReadFileReply.SerializeToString,
+            ),
+            'ListFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFiles,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ListFilesReply.SerializeToString,
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
@@ -165,6 +284,195 @@ class Cell:
             '/aster.sandbox.v1.Cell/Execute',
             sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
             sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecuteStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/ExecuteStream',
+            sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ExecuteEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Interrupt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/Interrupt',
+            sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.InterruptReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/Reset',
+            sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ResetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/Fork',
+            sandbox__image_dot_proto_dot_cell__pb2.ForkRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ForkReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/WriteFile',
+            sandbox__image_dot_proto_dot_cell__pb2.WriteFileRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.WriteFileReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/ReadFile',
+            sandbox__image_dot_proto_dot_cell__pb2.ReadFileRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ReadFileReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aster.sandbox.v1.Cell/ListFiles',
+            sandbox__image_dot_proto_dot_cell__pb2.SessionRequest.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ListFilesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
 from sandbox_image.proto import cell_pb2, cell_pb2_grpc
 from serve.cells import BackendUnavailable, Cell, CellBackend
-from serve.schema import CellError, ExecuteRequest, ExecuteResponse, Limits, State, Status
+from serve.errors import CannotFork, FileRefused
+from serve.schema import (
+    CellError,
+    ExecuteRequest,
+    ExecuteResponse,
+    FileInfo,
+    Files,
+    Limits,
+    OutputChunk,
+    State,
+    Status,
+)
 
 _CONTROL_S = 15.0
 _KILL_GRACE_S = 20.0  # the supervisor answers at t+2 s; forking anew after a death, and a loaded machine, take longer
 _MESSAGE_BYTES = 64 << 20
 _POLL_S = 0.01
 _LOOK_EVERY = 20
+_FILE_STATUS = {
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.INVALID_ARGUMENT: 422,
+    grpc.StatusCode.OUT_OF_RANGE: 413,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 507,
+}
 
 
 class CellLost(RuntimeError):
@@ -57,19 +76,79 @@ class CellLink:
             raise self._lost(error) from None
 
     async def execute(self, session_id: str, request: ExecuteRequest) -> ExecuteResponse:
-        message = cell_pb2.ExecuteRequest(
-            session_id=session_id,
-            # a lone surrogate has no UTF-8; in a string literal its escape means the same
-            code=request.code.encode("utf-8", "backslashreplace").decode(),
-            timeout_s=request.timeout_s,
-            call_id=request.call_id,
-            max_output_bytes=request.max_output_bytes,
-        )
         try:
-            answer = await self._stub.Execute(message, timeout=request.timeout_s + _KILL_GRACE_S)
+            answer = await self._stub.Execute(_message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S)
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
         return _response(answer)
+
+    async def execute_stream(
+        self, session_id: str, request: ExecuteRequest
+    ) -> AsyncIterator[OutputChunk | ExecuteResponse]:
+        """Output as it is printed; the response comes last."""
+        call = self._stub.ExecuteStream(_message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S)
+        try:
+            async for event in call:
+                if event.HasField("reply"):
+                    yield _response(event.reply)
+                else:
+                    stream = "stderr" if event.output.is_stderr else "stdout"
+                    yield OutputChunk(stream=stream, text=event.output.text)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+        finally:
+            call.cancel()
+
+    async def interrupt(self, session_id: str) -> bool:
+        """Whether a cell was running."""
+        request = cell_pb2.SessionRequest(session_id=session_id)
+        try:
+            return bool((await self._stub.Interrupt(request, timeout=_CONTROL_S)).was_running)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+
+    async def reset(self, session_id: str) -> None:
+        try:
+            await self._stub.Reset(cell_pb2.SessionRequest(session_id=session_id), timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+
+    async def fork(self, session_id: str, new_ids: Sequence[str]) -> None:
+        """Raises `CannotFork`, `CellFull`, `CellLost`; then no copy was made."""
+        try:
+            await self._stub.Fork(
+                cell_pb2.ForkRequest(session_id=session_id, new_ids=list(new_ids)), timeout=_CONTROL_S
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+                raise CannotFork(session_id, error.details() or "it has live threads or children") from None
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise CellFull(error.details() or "no room for a copy") from None
+            raise self._lost(error) from None
+
+    async def write_file(self, session_id: str, path: str, content: bytes) -> None:
+        """Raises `FileRefused`, `CellLost`."""
+        request = cell_pb2.WriteFileRequest(session_id=session_id, path=path, content=content)
+        try:
+            await self._stub.WriteFile(request, timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from None
+
+    async def read_file(self, session_id: str, path: str, *, max_bytes: int) -> bytes:
+        """Raises `FileRefused`, `CellLost`."""
+        request = cell_pb2.ReadFileRequest(session_id=session_id, path=path, max_bytes=max_bytes)
+        try:
+            return bytes((await self._stub.ReadFile(request, timeout=_CONTROL_S)).content)
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from None
+
+    async def list_files(self, session_id: str) -> Files:
+        try:
+            answer = await self._stub.ListFiles(cell_pb2.SessionRequest(session_id=session_id), timeout=_CONTROL_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from None
+        found = [FileInfo(path=f.path, size=f.size, modified=f.modified) for f in answer.files]
+        return Files(files=found, truncated=answer.truncated)
 
     async def close_session(self, session_id: str) -> bool:
         try:
@@ -83,6 +162,10 @@ class CellLink:
             return await self._stub.Status(cell_pb2.StatusRequest(), timeout=_CONTROL_S)
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
+
+    def _refused(self, error: grpc.aio.AioRpcError) -> FileRefused | CellLost:
+        code = _FILE_STATUS.get(error.code())
+        return FileRefused(code, error.details() or error.code().name.lower()) if code else self._lost(error)
 
     def _lost(self, error: grpc.aio.AioRpcError) -> CellLost:
         return CellLost(f"cell {self.cell.cell_id}: {error.code().name.lower()}: {error.details()}")
@@ -116,6 +199,18 @@ async def start_cell(backend: CellBackend, *, timeout_s: float) -> CellLink:
     return link
 
 
+def _message(session_id: str, request: ExecuteRequest) -> cell_pb2.ExecuteRequest:
+    return cell_pb2.ExecuteRequest(
+        session_id=session_id,
+        # a lone surrogate has no UTF-8; in a string literal its escape means the same
+        code=request.code.encode("utf-8", "backslashreplace").decode(),
+        timeout_s=request.timeout_s,
+        call_id=request.call_id,
+        max_output_bytes=request.max_output_bytes,
+        figures=request.figures,
+    )
+
+
 def _response(answer: cell_pb2.ExecuteReply) -> ExecuteResponse:
     body: dict[str, Any] = {}
     if answer.HasField("error"):
@@ -135,5 +230,6 @@ def _response(answer: cell_pb2.ExecuteReply) -> ExecuteResponse:
         stderr_bytes=answer.stderr_bytes,
         cell=answer.cell,
         reason=answer.reason,
+        figures=[base64.b64encode(figure).decode() for figure in answer.figures],
         **body,
     )
