@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -29,8 +28,9 @@ from aster import launch, merge, prepare, report, sft, train
 from aster.algo.intervals import paired_bootstrap
 from aster.command import print_resolved, run_verb
 from aster.config import Recipe
-from aster.data.rollouts import read_rows
-from aster.errors import AsterError, ConfigError
+from aster.data.prompts import read_prompts
+from aster.data.rollouts import read_rows, rollout_files
+from aster.errors import ConfigError
 from aster.eval import EvalResult
 from aster.types import TrajectoryGroup
 
@@ -231,8 +231,8 @@ def _claims(
 ) -> list[Claim]:
     (sft_T1, _, _), (rl_T1, _, rl_notool) = before, after
     rise = paired_bootstrap(_scores(sft_T1.groups), _scores(rl_T1.groups))
-    stage1 = _validation(plan.stage2(), step=0)
-    stage2 = _validation(plan.stage2(), step=plan.stage2().run.steps or 0)
+    stage1 = _validation(plan.stage2(), step=0)  # stage 1's model, as stage 2 found it
+    stage2 = {g.row.row_id: scores for g, scores in zip(rl_T1.groups, _scores(rl_T1.groups), strict=True)}
     two_minus_one = paired_bootstrap(*_aligned(stage1, stage2))
     problems, start, alone = len(sft_T1.groups), _mean(sft_T1), _mean(rl_notool)
     calls = _calls(sft_T1.groups), _calls(rl_T1.groups)
@@ -281,17 +281,13 @@ def _aligned(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[list
 
 def _filter(plan: Plan) -> tuple[int, int]:
     """Rows kept and rows there were."""
-    status = filtering.main(
-        [
-            "--dataset", str(plan.data / "train.parquet"),
-            "--rollout-dir", str(plan.stage1().run.path / "rollout_data"),
-            "--output", str(plan.filtered),
-            "--plot", "--plot-output", str(plan.root / "filter.png"),
-        ]
-    )  # fmt: skip
-    if status:
-        raise AsterError(f"aster filter ended with status {status}")
-    return pq.read_metadata(plan.filtered).num_rows, pq.read_metadata(plan.data / "train.parquet").num_rows
+    train = plan.data / "train.parquet"
+    files = [path for _, path in rollout_files(plan.stage1().run.path / "rollout_data")]
+    seen = filtering.accuracies(read_prompts([train]), files)
+    filtering.write_filtered(train, plan.filtered, seen, threshold=filtering.THRESHOLD)
+    filtering.plot_distribution(seen, plan.root / "filter.png", threshold=filtering.THRESHOLD)
+    counts = seen.counts(filtering.THRESHOLD)
+    return counts["kept"], counts["rows"]
 
 
 if __name__ == "__main__":
