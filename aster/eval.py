@@ -59,15 +59,15 @@ async def run(recipes: Sequence[Recipe], sandboxes: SandboxFactory | None) -> li
     for other in recipes[1:]:
         if (other.model, other.rollout, other.max_model_len) != (first.model, first.rollout, first.max_model_len):
             raise ConfigError("settings evaluated together must agree on model, rollout and budget")
-    if not first.data.val_files:
+    if not all(recipe.data.val_files for recipe in recipes):
         raise ConfigError(
             "data.val_files is empty: name at least one parquet, e.g. data.val_files=[data/aime25.parquet]"
         )
-    rows = read_prompts(first.data.val_files, max_rows=first.data.val_max_rows)
+    rows_of = [read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) for recipe in recipes]
     results = []
     async with launch.rollouts(first, sandboxes=sandboxes) as rollouts:
         inbox = Inbox(rollouts.pool.groups())
-        for recipe in recipes:
+        for recipe, rows in zip(recipes, rows_of, strict=True):
             with Tracker.open(recipe, total_steps=1) as tracker:
                 began = time.monotonic()
                 groups = await evaluate(recipe, rollouts.pool, inbox, rows, step=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
     elif recipe.sandbox.url:
         yield HttpSandboxFactory(recipe.sandbox.url, token=os.environ.get(TOKEN_VARIABLE))
     else:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps of starting up are no news
         mine = not is_deployed()
         try:
             yield deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,14 +82,15 @@ class Plan:
         )
 
     def evals(self, model: str) -> list[Recipe]:
-        """T = 1 as trained, T = 0.6 as the paper reports, and T = 1 with the tool taken away."""
+        """T = 1 as trained on all held-out problems; on half of them T = 0.6, as the paper reports, and no tool."""
         common = [f"model.path={self.models / model}", f"data.val_files=[{self.data / 'heldout.parquet'}]"]
+        half = ["data.val_max_rows=256"]
         return [
             self.recipe("cpu_eval", f"eval_{model}_{name}", *common, *more)
             for name, more in (
                 ("T1", ["eval.preset=repro"]),
-                ("T06", ["eval.preset=paper"]),
-                ("notool", ["eval.preset=repro", "tool.enabled=false"]),
+                ("T06", ["eval.preset=paper", *half]),
+                ("notool", ["eval.preset=repro", "tool.enabled=false", *half]),
             )
         ]
 
@@ -210,18 +212,17 @@ def _accuracies(results: Sequence[EvalResult]) -> str:
 
 
 def _summary(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> Table:
-    table = Table(title="held-out problems, one sample each")
-    for column in ("", "after SFT", "after RL", "difference (95 % paired)", "calls after SFT", "after RL"):
-        table.add_column(column)
-    for name, a, b in zip(("T = 1", "T = 0.6", "T = 1, no tool"), before, after, strict=True):
+    table = Table(title="held-out problems, one sample each", box=box.SIMPLE)
+    for column in ("(problems)", "after SFT", "after RL", "difference [95 %]", "calls"):
+        table.add_column(column, no_wrap=True)
+    for name, a, b in zip(("T = 1", "T = 0.6", "no tool"), before, after, strict=True):
         diff = paired_bootstrap(_scores(a.groups), _scores(b.groups))
         table.add_row(
-            name,
+            f"{name} ({len(a.groups)})",
             f"{_mean(a):.3f}",
             f"{_mean(b):.3f}",
-            f"{diff.mean:+.3f} ({diff.low:+.3f} to {diff.high:+.3f})",
-            f"{_calls(a.groups):.2f}",
-            f"{_calls(b.groups):.2f}",
+            f"{diff.mean:+.3f} \\[{diff.low:+.3f}, {diff.high:+.3f}]",
+            f"{_calls(a.groups):.2f} -> {_calls(b.groups):.2f}",
         )
     return table
 
