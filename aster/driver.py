@@ -98,7 +98,7 @@ class GrpoLoop:
             sampled = time.monotonic()
             values = await self.learn(groups)
             values |= await self.publish()
-            values |= metrics.rollout_metrics(groups)
+            values |= metrics.rollout_metrics(groups, scale_by_std=self.recipe.algo.scale_by_std, decode=self.decode)
             values |= self._timing(groups, began=began, sampled=sampled)
             self._write(groups)
             self.log.log(self.step, values)
@@ -205,7 +205,7 @@ class GrpoLoop:
             return {}
         began = time.monotonic()
         groups = await evaluate(self.recipe, self.pool, self._inbox, self.val_rows, step=self.step)
-        values = metrics.validation_metrics(groups, n=self.recipe.eval.samples)
+        values = metrics.validation_metrics(groups, n=self.recipe.eval.samples, decode=self.decode)
         values["timing_s/testing"] = time.monotonic() - began
         write_validation(self.recipe.run.path / "val_rollout_data", groups, step=self.step, decode=self.decode)
         self.log.log(self.step, values)

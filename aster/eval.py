@@ -71,7 +71,7 @@ async def run(recipes: Sequence[Recipe], sandboxes: SandboxFactory | None) -> li
             with Tracker.open(recipe, total_steps=1) as tracker:
                 began = time.monotonic()
                 groups = await evaluate(recipe, rollouts.pool, inbox, rows, step=0)
-                values = metrics.validation_metrics(groups, n=recipe.eval.samples)
+                values = metrics.validation_metrics(groups, n=recipe.eval.samples, decode=rollouts.renderer.decode)
                 values["timing_s/testing"] = time.monotonic() - began
                 tracker.log(0, values)
             path = recipe.run.path
