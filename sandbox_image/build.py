@@ -114,7 +114,7 @@ def _installer() -> list[str]:
 def slim(site: Path) -> None:
     """Remove what no session needs: the packages' own tests, headers, command-line entry points, compiled files."""
     for path in sorted(site.rglob("*"), reverse=True):
-        useless = path.name in {"tests", "__pycache__", "include", "benchmarks"} and path.is_dir()
+        useless = path.name in {"tests", "__pycache__", "include", "benchmarks", "sample_data"} and path.is_dir()
         if useless and "sympy/testing" not in str(path):
             shutil.rmtree(path)
     for name in ("bin", "share"):

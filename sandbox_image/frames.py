@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import struct
+import termios
 from typing import Any
 
 HEADER = struct.Struct(">I")
+_READ = 1 << 20
+_FDS = struct.Struct("3i")
 
 
 class BadFrame(ValueError):
@@ -53,20 +57,28 @@ class Decoder:
         return out
 
 
-def receive(sock: socket.socket) -> dict[str, Any] | None:
-    """Blocking read of one frame; None at end of file."""
-    header = _exactly(sock, HEADER.size)
-    if header is None:
-        return None
-    body = _exactly(sock, HEADER.unpack(header)[0])
-    return None if body is None else decode(body)
+class Channel:
+    """The session's end: blocking, one frame at a time. What was read survives an exception out of a signal handler."""
 
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._decoder = Decoder(limit=(1 << 32) - 1)  # the supervisor is believed
+        self._fds: list[int] = []
 
-def _exactly(sock: socket.socket, size: int) -> bytes | None:
-    chunks = bytearray()
-    while len(chunks) < size:
-        data = sock.recv(min(size - len(chunks), 1 << 20))
-        if not data:
-            return None
-        chunks += data
-    return bytes(chunks)
+    def receive(self) -> tuple[dict[str, Any], list[int]] | None:
+        """A frame and the descriptors that came with it; None at end of file."""
+        while True:
+            data, ancillary, _, _ = self.socket.recvmsg(_READ, socket.CMSG_SPACE(_FDS.size))
+            self._fds += [fd for _, _, packed in ancillary for fd in _FDS.unpack(packed)]
+            if not data:
+                return None
+            for frame in self._decoder.feed(data):  # one at most: each is answered before the next is sent
+                fds, self._fds = self._fds, []
+                return frame, fds
+
+    def is_pending(self) -> bool:
+        """Something is there to be read."""
+        return struct.unpack("i", fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, b"\0\0\0\0"))[0] > 0
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.socket.sendall(encode(message))

@@ -12,6 +12,8 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION_3 = 0x20080522
+MEMBERS = 64
+"""A session and its copies: one family, under one uid."""
 CAP_DAC_OVERRIDE = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -22,9 +24,9 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
 
 
-def become_subreaper() -> None:
-    """Orphans of our descendants become our children, so that their exit status is ours to read."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def become_subreaper(value: bool = True) -> None:
+    """Orphans of our descendants become our children; with False they go to the next subreaper above."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(value))
 
 
 def die_with_parent() -> None:
@@ -36,8 +38,9 @@ def set_dumpable(value: bool) -> None:
     _prctl(_PR_SET_DUMPABLE, int(value))
 
 
-def drop_to(uid: int | None) -> None:
-    """No new privileges; with a uid, no groups and no capabilities either. The kernel would set dumpable to 0."""
+def drop_to(uid: int | None, *, traceable: bool = True) -> None:
+    """No new privileges; with a uid, no groups and no capabilities either. `traceable`: by others of that uid, which
+    is what a session's own processes are to each other; the kernel's default after a change of uid is not."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if uid is None:
         return
@@ -45,7 +48,7 @@ def drop_to(uid: int | None) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     keep_capabilities(0)  # the change of uid leaves the inheritable set as it was
-    set_dumpable(True)
+    set_dumpable(traceable)
 
 
 def drop_capability(number: int) -> None:
@@ -90,12 +93,25 @@ def apply_limits(*, memory_bytes: int, processes: int | None, file_bytes: int) -
     if memory_bytes:
         _lower(resource.RLIMIT_DATA, data_bytes() + memory_bytes)
     if file_bytes:
-        _lower(resource.RLIMIT_FSIZE, file_bytes)
+        limit_files(file_bytes)
     if processes:
-        _lower(resource.RLIMIT_NPROC, processes)
+        _lower(resource.RLIMIT_NPROC, processes, room=MEMBERS)
 
 
-def _lower(what: int, value: int) -> None:
+def limit_files(size: int) -> None:
+    _lower(resource.RLIMIT_FSIZE, size)
+
+
+def admit_copies() -> None:
+    """Before the first fork: the kernel counts processes per uid, which the copies share; their own interpreters come
+    on top of what the session may start."""
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+
+
+def _lower(what: int, value: int, *, room: int = 0) -> None:
+    """The soft limit to `value`, the hard one `room` above it; neither above the hard limit that is there."""
     hard = resource.getrlimit(what)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (value, value))
+    if hard == resource.RLIM_INFINITY:
+        hard = value + room
+    resource.setrlimit(what, (min(value, hard), min(value + room, hard)))

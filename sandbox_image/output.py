@@ -1,8 +1,11 @@
-"""Keeps the head and the tail of a stream that may be endless, and says how much lies between."""
+"""Output that may be endless: `HeadTail` keeps its two ends, `Tap` passes its beginning on while it is printed."""
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 from collections import deque
+from collections.abc import AsyncIterator
 
 
 class HeadTail:
@@ -16,6 +19,7 @@ class HeadTail:
 
     def __init__(self, limit: int) -> None:
         self.total = 0
+        self.limit = limit
         self._head_limit = limit // 2
         self._tail_limit = limit - self._head_limit
         self._head = bytearray()
@@ -73,3 +77,41 @@ def _without_cut_start(data: bytes) -> bytes:
     while start < min(3, len(data)) and 0x80 <= data[start] < 0xC0:
         start += 1
     return data[start:]
+
+
+class Tap:
+    """A cell's output as it comes, for one reader: at most `limit` bytes, then nothing more. No character is split.
+
+    Iteration yields (is_stderr, text) and ends after `finish`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = (decoder("backslashreplace"), decoder("backslashreplace"))
+        self._chunks: asyncio.Queue[tuple[bool, str] | None] = asyncio.Queue()  # holds `limit` bytes at most
+
+    def write(self, data: bytes, *, is_stderr: bool) -> None:
+        if self._left > 0:
+            self._put(is_stderr, self._decoders[is_stderr].decode(data[: self._left]))
+            self._left -= len(data)
+
+    def finish(self) -> None:
+        """The cell has ended: bytes that still wait for the rest of their character are no text."""
+        if self._left > 0:
+            for is_stderr in (False, True):
+                self._put(is_stderr, self._decoders[is_stderr].decode(b"", final=True))
+        self.close()
+
+    def close(self) -> None:
+        """Nobody reads on, or nothing more will come."""
+        self._left = 0
+        self._chunks.put_nowait(None)
+
+    def _put(self, is_stderr: bool, text: str) -> None:
+        if text:
+            self._chunks.put_nowait((is_stderr, text))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[bool, str]]:
+        while (chunk := await self._chunks.get()) is not None:
+            yield chunk

@@ -1,4 +1,4 @@
-"""The supervisor's view of processes: who died and how (waitpid), and the zygote that forks and cleans for it."""
+"""The supervisor's children: who died and how (waitpid), and the zygote that forks, cleans and touches files for it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ import socket
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
+
+from sandbox_image.proc import children_of, describe_status, kill_tree, uid_of
+from sandbox_image.proc import descendants as descendants
 
 _UNCLAIMED = 256
 _ZYGOTE_ANSWER_S = 10.0
 
 
+@dataclass(frozen=True)
+class Child:
+    """A process whose parent we are, and its wait status when it ends."""
+
+    pid: int
+    exit: asyncio.Future[int]
+
+
 class Reaper:
-    """Exit statuses of our children, each delivered once. A child nobody claims is a dead session's orphan."""
+    """Exit statuses of our children, each delivered once. A child nobody claims is a dead session's orphan.
+
+    `births` is held from the moment a child of ours may come to life until it is claimed, and by whoever kills
+    the unclaimed.
+    """
 
     def __init__(self) -> None:
+        self.births = asyncio.Lock()
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._unclaimed: OrderedDict[int, int] = OrderedDict()
 
@@ -42,17 +59,33 @@ class Reaper:
             elif not future.done():
                 future.set_result(status)
 
-    def claim(self, pid: int) -> asyncio.Future[int]:
-        """The wait status of `pid`, now or when it ends."""
+    def claim(self, pid: int) -> Child:
+        """`pid`, with its wait status now or when it ends."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if pid in self._unclaimed:
-            future.set_result(self._unclaimed.pop(pid))
-        else:
+        known = self._unclaimed.pop(pid, None)
+        if known is None or self.is_ours(pid):  # a child that is there now is not the one that ended: pids come again
             self._waiting[pid] = future
-        return future
+        else:
+            future.set_result(known)
+        return Child(pid, future)
 
-    def is_claimed(self, pid: int) -> bool:
-        return pid in self._waiting
+    def is_ours(self, pid: int) -> bool:
+        """A child of ours, running or ended and not yet waited for."""
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
+
+    def strays(self, uid: int | None) -> list[int]:
+        """Children of ours that nobody claims, of one uid or of any: what sessions left behind."""
+        mine = (pid for pid in children_of().get(os.getpid(), ()) if pid not in self._waiting)
+        return [pid for pid in mine if uid is None or uid_of(pid) == uid]
+
+    async def kill_strays(self, uid: int | None) -> None:
+        async with self.births:
+            for pid in self.strays(uid):
+                kill_tree(pid)
 
 
 class ZygoteDied(RuntimeError):
@@ -64,7 +97,6 @@ class Zygote:
 
     def __init__(self, reaper: Reaper) -> None:
         self._reaper = reaper
-        self._lock = asyncio.Lock()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # exec'd here, before the caller imports grpc: a process that has started gRPC threads is never forked
         process = subprocess.Popen(
@@ -81,16 +113,16 @@ class Zygote:
         self.dead = ""
 
     async def ready(self, *, timeout_s: float) -> None:
-        exit_status = self._reaper.claim(self.pid)
-        exit_status.add_done_callback(lambda f: self._died(f"zygote {describe_status(f.result())}"))
+        child = self._reaper.claim(self.pid)
+        child.exit.add_done_callback(lambda f: self._died(f"zygote {describe_status(f.result())}"))
         self.packages = (await self._receive(timeout_s))["packages"]
 
     def _died(self, why: str) -> None:
         self.dead = self.dead or why
 
-    async def request(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> int:
-        """The pid of the forked child. Raises `ZygoteDied`; OSError(EAGAIN) is the kernel's refusal to fork."""
-        async with self._lock:
+    async def request(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> Child:
+        """The forked child. Raises `ZygoteDied`; BlockingIOError is the kernel's refusal to fork."""
+        async with self._reaper.births:
             if self.dead:
                 raise ZygoteDied(self.dead)
             try:
@@ -99,9 +131,9 @@ class Zygote:
                 self._died(f"zygote unreachable: {error}")
                 raise ZygoteDied(self.dead) from None
             pid = int((await self._receive(_ZYGOTE_ANSWER_S))["pid"])
-        if pid == 0:
-            raise BlockingIOError(f"the kernel refused to fork for {message['op']}")
-        return pid
+            if pid == 0:
+                raise BlockingIOError(f"the kernel refused to fork for {message['op']}")
+            return self._reaper.claim(pid)
 
     async def _receive(self, timeout_s: float) -> dict[str, Any]:
         try:
@@ -114,84 +146,3 @@ class Zygote:
             raise ZygoteDied(self.dead)
         answer: dict[str, Any] = json.loads(data)
         return answer
-
-
-def describe_status(status: int) -> str:
-    """A wait status in words: "exited with 3", "was killed by SIGSEGV"."""
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
-        return f"was killed by {name}"
-    return f"exited with {os.waitstatus_to_exitcode(status)}"
-
-
-def signal_group(pid: int, number: int) -> None:
-    """To the process group, as a terminal does: a child it waits for ends too. Before its setsid, to `pid` alone."""
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        _send(pid, number)
-
-
-def kill_tree(root: int) -> None:
-    """SIGKILL `root` and all of its descendants. For sessions without a uid of their own, which are subreapers: a
-    descendant cannot leave the tree while its root lives, so the root is stopped first and goes last."""
-    _send(root, signal.SIGSTOP)
-    while True:
-        below = descendants(root)
-        for pid in below:
-            _send(pid, signal.SIGKILL)
-        if not [pid for pid in below if _state(pid) not in ("Z", "X", "")]:
-            break
-    _send(root, signal.SIGKILL)
-
-
-def kill_strays(reaper: Reaper) -> int:
-    """Children of ours that nobody claims: what a session that died left behind. Returns how many."""
-    strays = [pid for pid in _children_of().get(os.getpid(), ()) if not reaper.is_claimed(pid)]
-    for pid in strays:
-        kill_tree(pid)
-    return len(strays)
-
-
-def descendants(root: int) -> list[int]:
-    children = _children_of()
-    out: list[int] = []
-    pending = list(children.get(root, ()))
-    while pending:
-        pid = pending.pop()
-        out.append(pid)
-        pending.extend(children.get(pid, ()))
-    return out
-
-
-def _children_of() -> dict[int, list[int]]:
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := _stat(int(entry))):
-            children.setdefault(int(fields[1]), []).append(int(entry))
-    return children
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on: the name before them may hold blanks and brackets."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _state(pid: int) -> str:
-    fields = _stat(pid)
-    return fields[0] if fields else ""
-
-
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

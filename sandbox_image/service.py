@@ -6,27 +6,41 @@ import asyncio
 import os
 import platform
 import time
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from sandbox_image import limits
+from sandbox_image import files, limits
+from sandbox_image.cell import Cell
+from sandbox_image.file_helper import FileTrouble
+from sandbox_image.outcome import Outcome, oom_kills
+from sandbox_image.output import Tap
+from sandbox_image.place import Limits
 from sandbox_image.processes import Zygote, ZygoteDied
 from sandbox_image.proto import cell_pb2, cell_pb2_grpc
-from sandbox_image.slot import Limits, Outcome, oom_kills
-
-if TYPE_CHECKING:  # a running supervisor is __main__: importing it by name would make a second copy
-    from sandbox_image.supervisor import Cell
+from sandbox_image.slot import CannotFork, NoRoom
 
 Context: TypeAlias = grpc.aio.ServicerContext
+_TROUBLE = {
+    "not_found": grpc.StatusCode.NOT_FOUND,
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "too_large": grpc.StatusCode.OUT_OF_RANGE,
+    "no_room": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+T = TypeVar("T")
 
 
 class CellService(cell_pb2_grpc.CellServicer):
     def __init__(self, cell: Cell, zygote: Zygote) -> None:
         self._cell, self._zygote = cell, zygote
         self.heard = time.monotonic()
-        self.running = 0
+
+    async def _know(self, session_id: str, context: Context) -> None:
+        self.heard = time.monotonic()
+        if session_id not in self._cell.sessions:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such session in this cell")
 
     async def Open(self, request: cell_pb2.OpenRequest, context: Context) -> cell_pb2.OpenReply:
         self.heard = time.monotonic()
@@ -35,15 +49,31 @@ class CellService(cell_pb2_grpc.CellServicer):
             await self._cell.open(request.session_id, wanted)
         except KeyError:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "this session id is in use")
-        except (ZygoteDied, OSError, RuntimeError) as error:  # NoSlot is a RuntimeError
+        except (ZygoteDied, OSError, RuntimeError) as error:  # NoRoom is a RuntimeError
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         return cell_pb2.OpenReply()
 
     async def Execute(self, request: cell_pb2.ExecuteRequest, context: Context) -> cell_pb2.ExecuteReply:
-        self.heard = time.monotonic()
-        if request.session_id not in self._cell.sessions:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such session in this cell")
-        self.running += 1
+        await self._know(request.session_id, context)
+        return await self._execute(request, context, tap=None)
+
+    async def ExecuteStream(
+        self, request: cell_pb2.ExecuteRequest, context: Context
+    ) -> AsyncIterator[cell_pb2.ExecuteEvent]:
+        await self._know(request.session_id, context)
+        tap = Tap(request.max_output_bytes)
+        answer = asyncio.create_task(self._execute(request, context, tap=tap))
+        try:
+            async for is_stderr, text in tap:
+                yield cell_pb2.ExecuteEvent(output=cell_pb2.OutputChunk(is_stderr=is_stderr, text=text))
+            yield cell_pb2.ExecuteEvent(reply=await answer)
+        finally:  # a caller that has hung up: the cell itself runs on
+            tap.close()
+            answer.cancel()
+
+    async def _execute(
+        self, request: cell_pb2.ExecuteRequest, context: Context, *, tap: Tap | None
+    ) -> cell_pb2.ExecuteReply:
         try:
             outcome, queue_s = await self._cell.execute(
                 request.session_id,
@@ -51,13 +81,57 @@ class CellService(cell_pb2_grpc.CellServicer):
                 timeout_s=request.timeout_s,
                 call_id=request.call_id,
                 keep=request.max_output_bytes,
+                with_figures=request.figures,
+                tap=tap,
             )
         except (ZygoteDied, OSError) as error:  # the interpreter died before and cannot be made anew
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"no fresh interpreter: {error}")
         finally:
-            self.running -= 1
             self.heard = time.monotonic()
         return reply(outcome, queue_s)
+
+    async def Interrupt(self, request: cell_pb2.SessionRequest, context: Context) -> cell_pb2.InterruptReply:
+        await self._know(request.session_id, context)
+        return cell_pb2.InterruptReply(was_running=self._cell.interrupt(request.session_id))
+
+    async def Reset(self, request: cell_pb2.SessionRequest, context: Context) -> cell_pb2.ResetReply:
+        await self._know(request.session_id, context)
+        try:
+            await self._cell.reset(request.session_id)
+        except KeyError:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "the session was closed")
+        except (ZygoteDied, OSError, RuntimeError) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no fresh interpreter: {error}")
+        return cell_pb2.ResetReply()
+
+    async def Fork(self, request: cell_pb2.ForkRequest, context: Context) -> cell_pb2.ForkReply:
+        await self._know(request.session_id, context)
+        try:
+            await self._cell.fork(request.session_id, list(request.new_ids))
+        except KeyError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error.args[0]))
+        except CannotFork as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, _valid(str(error)))
+        except (NoRoom, ZygoteDied, OSError) as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _valid(str(error)))
+        return cell_pb2.ForkReply()
+
+    async def WriteFile(self, request: cell_pb2.WriteFileRequest, context: Context) -> cell_pb2.WriteFileReply:
+        await self._know(request.session_id, context)
+        await _of_files(self._cell.write_file(request.session_id, request.path, request.content), context)
+        return cell_pb2.WriteFileReply()
+
+    async def ReadFile(self, request: cell_pb2.ReadFileRequest, context: Context) -> cell_pb2.ReadFileReply:
+        await self._know(request.session_id, context)
+        most = min(request.max_bytes or files.MAX_BYTES, files.MAX_BYTES)
+        work = self._cell.read_file(request.session_id, request.path, max_bytes=most)
+        return cell_pb2.ReadFileReply(content=await _of_files(work, context))
+
+    async def ListFiles(self, request: cell_pb2.SessionRequest, context: Context) -> cell_pb2.ListFilesReply:
+        await self._know(request.session_id, context)
+        found, truncated = await _of_files(self._cell.list_files(request.session_id), context)
+        listed = [cell_pb2.FileInfo(path=_valid(path), size=size, modified=when) for path, size, when in found]
+        return cell_pb2.ListFilesReply(files=listed, truncated=truncated)
 
     async def Close(self, request: cell_pb2.CloseRequest, context: Context) -> cell_pb2.CloseReply:
         self.heard = time.monotonic()
@@ -76,10 +150,22 @@ class CellService(cell_pb2_grpc.CellServicer):
             packages=self._zygote.packages,
             python=platform.python_version(),
             sessions=[
-                cell_pb2.SessionStatus(session_id=key, cells=s.cells, running=s.lock.locked(), pid=s.process.pid)
+                cell_pb2.SessionStatus(
+                    session_id=key, cells=s.cells, running=s.lock.locked(), pid=s.process.pid, family=s.family.name
+                )
                 for key, s in cell.sessions.items()
             ],
         )
+
+
+async def _of_files(work: Coroutine[Any, Any, T], context: Context) -> T:
+    try:
+        return await work
+    except FileTrouble as trouble:
+        await context.abort(_TROUBLE[trouble.kind], _valid(trouble.text))
+    except (ZygoteDied, OSError) as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    raise AssertionError("abort raises")
 
 
 def _hand_over(socket: Path) -> None:
@@ -108,6 +194,7 @@ def reply(outcome: Outcome, queue_s: float) -> cell_pb2.ExecuteReply:
         stderr_bytes=outcome.stderr.total,
         cell=outcome.cell,
         reason=outcome.reason,
+        figures=outcome.figures,
         **body,
     )
 
@@ -138,7 +225,7 @@ async def serve(
     limits.drop_capability(limits.CAP_DAC_OVERRIDE)
     while not stop.is_set():
         silence = time.monotonic() - service.heard
-        if silence >= idle_ttl_s and not service.running:
+        if silence >= idle_ttl_s and not cell.busy:
             break
         try:
             await asyncio.wait_for(stop.wait(), max(0.05, min(idle_ttl_s - silence, 60.0)))

@@ -1,12 +1,14 @@
 """A session: one live interpreter that runs cells until it is killed. Nothing it says is trusted beyond its own output.
 
-Frames from the supervisor: `{"op": "open", "limits": ...}` once, then `{"op": "run", "nonce", "code", "cell", "keep"}`.
-Each is answered by exactly one frame with the same nonce. What a cell prints goes through fds 1 and 2.
+Frames from the supervisor: `{"op": "open", "limits"}` once, then `{"op": "run", "code", "cell", "keep", "figures"}` and
+`{"op": "fork", ...}` (branch.py). Each has a nonce and is answered by exactly one frame with the same nonce. What a
+cell prints goes through fds 1 and 2.
 """
 
 from __future__ import annotations
 
 import ast
+import enum
 import fcntl
 import io
 import itertools
@@ -23,7 +25,7 @@ import traceback
 import types
 from typing import Any
 
-from sandbox_image import frames, limits
+from sandbox_image import branch, figures, frames, limits
 
 _PRIVATE_FD = 200  # ours live above what user code opens, so that its first file is fd 3
 _ORDER_WAIT_S = 0.02  # stdout then stderr: give the supervisor this long to read the first before the second
@@ -69,13 +71,24 @@ def _stream(fd: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
+class Phase(enum.Enum):
+    """What an interrupt means now."""
+
+    WAITING = enum.auto()  # no cell: nothing, unless the next one is on its way already
+    STARTING = enum.auto()  # the cell was taken: it is interrupted as soon as it begins
+    RUNNING = enum.auto()
+    ENDING = enum.auto()  # it is over: nothing
+
+
 class Interpreter:
     """The namespace and the streams; `run` executes one cell and describes its end as a frame body."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: frames.Channel) -> None:
         self.pid = os.getpid()
-        self.interruptible = False
-        self._saved = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PRIVATE_FD) for fd in (0, 1, 2))
+        self.channel = channel
+        self.phase = Phase.WAITING
+        self._interrupted = False
+        self._saved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PRIVATE_FD) for fd in (0, 1, 2)]
         self._identity = tuple(_identity(fd) for fd in (0, 1, 2))
         self.module = types.ModuleType("__main__")
         sys.modules["__main__"] = self.module
@@ -101,16 +114,42 @@ class Interpreter:
         if broken or any(_closed(stream) for stream in (sys.stdin, sys.stdout, sys.stderr)):
             self._open_streams()
 
-    def on_sigint(self, signum: int, frame: object) -> None:
-        if self.interruptible:
-            raise KeyboardInterrupt
+    @property
+    def private_fds(self) -> tuple[int, ...]:
+        return (self.channel.socket.fileno(), *self._saved)
 
-    def run(self, code: str, *, cell: int, keep: int) -> dict[str, Any]:
+    def rewire(self, control: int, stdout: int, stderr: int) -> None:
+        """In a copy of the session: the same numbers, and what the cells duplicated of them, lead to its own ends."""
+        moves = [(control, self.channel.socket.fileno()), (stdout, 1), (stderr, 2)]
+        moves += [(stdout, self._saved[1]), (stderr, self._saved[2])]
+        for fd in (fd for fd in map(int, os.listdir("/proc/self/fd")) if 2 < fd < _PRIVATE_FD):
+            if (identity := _identity(fd)) in self._identity[1:]:
+                moves.append((stdout if identity == self._identity[1] else stderr, fd))
+        for source, target in moves:
+            os.dup2(source, target, inheritable=target in (1, 2) or os.get_inheritable(target))
+        for fd in (control, stdout, stderr):
+            os.close(fd)
+        self._identity = tuple(_identity(fd) for fd in (0, 1, 2))
+        _Pipe.last = None
+
+    def begin_waiting(self) -> None:
+        self._interrupted = False
+        self.phase = Phase.WAITING
+
+    def on_sigint(self, signum: int, frame: object) -> None:
+        if self.phase is Phase.RUNNING:
+            raise KeyboardInterrupt
+        if self.phase is Phase.STARTING or (self.phase is Phase.WAITING and self.channel.is_pending()):
+            self._interrupted = True
+
+    def run(self, code: str, *, cell: int, keep: int, with_figures: bool) -> dict[str, Any]:
         self._repair()
         answer: dict[str, Any] = {"ok": False, "result": None, "error": None}
         try:
             try:
-                self.interruptible = True
+                self.phase = Phase.RUNNING
+                if self._interrupted:
+                    raise KeyboardInterrupt
                 value = self._execute(code, f"<cell-{cell}>")
                 if value is not None:
                     text = str(value)
@@ -120,13 +159,16 @@ class Interpreter:
             except BaseException as error:  # a cell's exception is data: SystemExit and KeyboardInterrupt included
                 answer["ok"] = False
                 answer["error"] = describe(error)
-                self._report(answer["error"]["traceback"])
-            finally:
-                self.interruptible = False
-        except KeyboardInterrupt as error:  # the second signal, while the first one was being described
-            self.interruptible = False
+                self.report(answer["error"]["traceback"])
+            if with_figures:
+                answer["figures"], missing = figures.collect()
+                self.report("".join(f"{line}\n" for line in missing))
+            self.phase = Phase.ENDING
+        except BaseException as error:  # a signal's, while the first one was being described or a figure drawn
+            self.phase = Phase.ENDING
+            name = type(error).__name__
             answer["ok"] = False
-            answer["error"] = {"name": "KeyboardInterrupt", "value": "", "traceback": f"KeyboardInterrupt{error}\n"}
+            answer["error"] = {"name": name, "value": "", "traceback": f"{name}\n"}
         for stream in {id(s): s for s in (sys.stdout, sys.stderr, self.stdout, self.stderr)}.values():
             try:
                 stream.flush()
@@ -146,7 +188,7 @@ class Interpreter:
         assert isinstance(last, ast.Expr)
         return eval(compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), namespace)
 
-    def _report(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """What a terminal would show on stderr."""
         for stream in (sys.stderr, self.stderr):
             try:
@@ -207,22 +249,49 @@ def _closed(stream: object) -> bool:
     return bool(getattr(stream, "closed", stream is None))
 
 
-def main(channel: int) -> None:
+def _private(fd: int) -> int:
+    """Move a descriptor out of the way of what user code opens."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PRIVATE_FD)
+    os.close(fd)
+    return moved
+
+
+def main(control: int) -> None:
     """Serve frames until the supervisor closes the channel."""
-    control = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, _PRIVATE_FD))
+    channel = frames.Channel(socket.socket(fileno=_private(control)))
     os.closerange(3, _PRIVATE_FD)
-    interpreter = Interpreter()
+    interpreter = Interpreter(channel)
     signal.signal(signal.SIGINT, interpreter.on_sigint)
     while True:
-        request = frames.receive(control)
-        if request is None:
+        try:
+            interpreter.begin_waiting()
+            taken = channel.receive()
+            interpreter.phase = Phase.STARTING
+        except BaseException as error:
+            if not is_from_a_cell(error):
+                raise
+            interpreter.report(describe(error)["traceback"])
+            continue
+        if taken is None:
             return
-        answer: dict[str, Any]
+        request, fds = taken[0], [_private(fd) for fd in taken[1]]
+        answer: dict[str, Any] = {"ok": True, "nonce": request["nonce"]}
         if request["op"] == "open":
             limits.apply_limits(**request["limits"])
-            answer = {"ok": True}
+            if request["in_family"]:
+                limits.admit_copies()
+        elif request["op"] == "fork":
+            answer = branch.branch(interpreter, request, fds)  # returns in the copy as well
         else:
-            answer = interpreter.run(request["code"], cell=request["cell"], keep=request["keep"])
+            answer |= interpreter.run(
+                request["code"], cell=request["cell"], keep=request["keep"], with_figures=request["figures"]
+            )
         if os.getpid() != interpreter.pid:
             os._exit(0)  # a child that the cell forked came out at the end of it; the answer is its parent's
-        control.sendall(frames.encode({**answer, "nonce": request["nonce"]}))
+        channel.send(answer)
+
+
+def is_from_a_cell(error: BaseException) -> bool:
+    """Raised by a signal handler that a cell left behind (an alarm, say), not by our own reading: the kernel's errors
+    have a number."""
+    return not isinstance(error, frames.BadFrame) and getattr(error, "errno", None) is None

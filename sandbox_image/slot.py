@@ -3,26 +3,27 @@
 warm --open--> live --execute--> live                  frame with the right nonce
                  |----> timeout: SIGINT at t, again at t+1, SIGKILL at t+2
                  |----> dead: exit, signal, OOM, flood, protocol error; the next call forks a fresh interpreter
+                 |----> branch: copies of it (branch.py), with the same uid in the same slot
                close: kill the uid (or the tree), wipe the files, the slot is free again
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import secrets
-import shutil
 import signal
 import socket
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from sandbox_image import frames
-from sandbox_image.output import HeadTail
-from sandbox_image.processes import Reaper, Zygote, describe_status, kill_strays, kill_tree, signal_group
+from sandbox_image import figures, frames, newborn, proc
+from sandbox_image.outcome import Outcome, oom_kills
+from sandbox_image.output import HeadTail, Tap
+from sandbox_image.place import Limits, Place, Wires
+from sandbox_image.processes import Child, Reaper, Zygote
 
 FLOOD_BYTES = 64 << 20  # a cell that prints more is killed
 SECOND_SIGINT_S = 1.0
@@ -31,69 +32,38 @@ _FRAME_SLACK = 1 << 20  # a traceback, a value and JSON's own weight
 _READ = 1 << 20
 _DEFAULT_KEEP = 32 << 10
 _START_S = 20.0
+_FORK_S = 10.0
 _KILL_WAIT_S = 5.0
 _EOF_GRACE_S = 0.2
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where and as whom the sessions of one slot run. `uid` None: no uid of its own, killed by process tree."""
-
-    directory: Path
-    uid: int | None
-    filtered: bool  # put the system call filter on the session
-    shared: tuple[str, ...]  # directories that sessions share and that must be cleaned of one's files
-
-    @property
-    def home(self) -> str:
-        return str(self.directory / "home")
-
-    @property
-    def tmp(self) -> str:
-        return str(self.directory / "tmp")
-
-
-@dataclass(frozen=True)
-class Limits:
-    memory_bytes: int
-    processes: int
-    file_bytes: int
-
-
-@dataclass
-class Outcome:
-    """What became of one cell; the fields of `ExecuteReply`."""
-
-    status: str
-    state: str = "kept"
-    result: str | None = None
-    error: dict[str, str] | None = None
-    duration_s: float = 0.0
-    reason: str = ""
-    cell: int = 0
-    stdout: HeadTail = field(default_factory=lambda: HeadTail(0))
-    stderr: HeadTail = field(default_factory=lambda: HeadTail(0))
-    text: HeadTail = field(default_factory=lambda: HeadTail(0))
-
-
-Kind = Literal["frame", "exit", "flood", "protocol", "eof", "unkillable"]
+Kind = Literal["frame", "exit", "flood", "protocol", "eof", "silence"]
 Event = tuple[Kind, Any]
-_UNKILLABLE: Event = ("unkillable", None)
+
+
+class CannotFork(RuntimeError):
+    """The session has no faithful copy now; the message says why."""
+
+
+class NoRoom(RuntimeError):
+    """No slot, no process, no memory, no disk: nothing was made."""
 
 
 class SessionProcess:
-    """A forked session. `start` makes a warm one; `run` is called by one caller at a time."""
+    """A forked session. `start` makes a warm one; `run` and `branch` are called by one caller at a time."""
 
-    def __init__(self, place: Place, zygote: Zygote, reaper: Reaper) -> None:
+    def __init__(self, place: Place, zygote: Zygote, reaper: Reaper, *, by_tree: bool = False) -> None:
         self.place = place
-        self.pid = 0
+        self.by_tree = by_tree or place.uid is None  # its uid is not its alone: it is killed by its process tree
+        self.child: Child | None = None
         self.death = ""  # why it is unusable; empty while it lives
-        self._zygote = zygote
-        self._reaper = reaper
+        self._word = ""  # on whose word it was ended
+        self._zygote, self._reaper = zygote, reaper
         self._loop = asyncio.get_running_loop()
         self._decoder = frames.Decoder(limit=_FRAME_SLACK)
         self._event: asyncio.Future[Event] | None = None
         self._nonce = ""
+        self._runs = False
+        self._tap: Tap | None = None
         self._printed = 0
         self.stdout, self.stderr, self.text = HeadTail(0), HeadTail(0), HeadTail(0)
         self._set_keep(_DEFAULT_KEEP)
@@ -102,118 +72,153 @@ class SessionProcess:
 
     async def start(self) -> None:
         """Fork it. Afterwards it waits for `open`."""
-        ours, theirs = socket.socketpair()
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
-        ours.setblocking(False)
-        self._control, self._out, self._err = ours, out_read, err_read
+        request = {
+            "op": "fork",
+            "uid": self.place.uid,
+            "home": self.place.home,
+            "tmp": self.place.tmp,
+            "supervisor": os.getpid(),
+            "filtered": self.place.filtered,
+            "by_tree": self.by_tree,
+        }
+        wires = Wires()
         try:
-            self.pid = await self._zygote.request(
-                {
-                    "op": "fork",
-                    "uid": self.place.uid,
-                    "home": self.place.home,
-                    "tmp": self.place.tmp,
-                    "supervisor": os.getpid(),
-                    "filtered": self.place.filtered,
-                },
-                (theirs.fileno(), out_write, err_write),
-            )
+            child = await self._zygote.request(request, wires.theirs)
         except BaseException:
-            for fd in (out_read, err_read):
-                os.close(fd)
-            ours.close()
+            wires.close()
             raise
         finally:
-            theirs.close()
-            os.close(out_write)
-            os.close(err_write)
-        self.exit = self._reaper.claim(self.pid)
-        self.exit.add_done_callback(self._on_exit)
-        for fd in (out_read, err_read):
-            os.set_blocking(fd, False)
-            self._loop.add_reader(fd, self._on_output, fd)
-        self._loop.add_reader(ours.fileno(), self._on_control)
+            wires.close_theirs()
+        self._attach(wires, child)
 
-    async def open(self, limits: Limits) -> None:
-        """Apply the owner's limits, before any of the owner's code has run."""
-        self._nonce = secrets.token_hex(8)
-        self._event = self._loop.create_future()
+    def _attach(self, wires: Wires, child: Child) -> None:
+        self._wires, self.child = wires, child
+        child.exit.add_done_callback(self._on_exit)
+        for fd in (wires.stdout, wires.stderr):
+            self._loop.add_reader(fd, self._on_output, fd)
+        self._loop.add_reader(wires.control.fileno(), self._on_control)
+
+    async def open(self, limits: Limits, *, in_family: bool = False) -> None:
+        """Apply the owner's limits, before any of the owner's code has run. `in_family`: others have its uid."""
         body = {
             "memory_bytes": limits.memory_bytes,
             "processes": limits.processes or None,
             "file_bytes": limits.file_bytes,
         }
-        await self._send({"op": "open", "nonce": self._nonce, "limits": body})
-        kind, value = await asyncio.wait_for(self._event, _START_S)
-        self._event = None
+        kind, value = await self._ask({"op": "open", "limits": body, "in_family": in_family}, wait_s=_START_S)
         if kind != "frame":
-            await asyncio.wait({self.exit}, timeout=_EOF_GRACE_S)
+            await asyncio.wait({self._exit}, timeout=_EOF_GRACE_S)
             self._drain()
             raise RuntimeError(f"a fresh session did not start: {self.text.text()[-1000:] or value or kind}")
 
-    async def destroy(self) -> str:
-        """Kill every process of the session and remove its files. Returns what could not be removed, in words."""
+    async def branch(self, place: Place) -> SessionProcess:
+        """A copy of this session as it is now, in `place`. Raises `CannotFork`, `NoRoom`; then none was made."""
+        self.by_tree = True
+        copy = SessionProcess(place, self._zygote, self._reaper, by_tree=True)
+        try:
+            place.make()
+            # without a uid that tells, any unclaimed child may be taken for a stray
+            async with self._reaper.births if place.uid is None else contextlib.nullcontext():
+                copy._attach(*await self._bear(place))
+        except BaseException as error:
+            await copy.destroy(alone=False)
+            place.remove()
+            if isinstance(error, (TimeoutError, frames.BadFrame)):
+                raise CannotFork(f"its copy did not come to life: {error or 'no answer'}") from None
+            if isinstance(error, OSError):
+                raise NoRoom(str(error)) from None
+            raise
+        return copy
+
+    async def _bear(self, place: Place) -> tuple[Wires, Child]:
+        wires, nonce = Wires(), secrets.token_hex(8)
+        request = {"op": "fork", "copy_nonce": nonce, "from": self.place.directories, "to": place.directories}
+        try:
+            newborn.ask_who(wires.control)
+            try:
+                kind, value = await self._ask(request, wait_s=_FORK_S, fds=wires.theirs)
+            finally:
+                wires.close_theirs()
+            if kind != "frame":
+                raise CannotFork(f"it died while it was copied: {self.death or value or kind}")
+            self._accept(value)
+            async with asyncio.timeout(_FORK_S):
+                pid, answer = await newborn.hello(wires.control, uid=place.uid, nonce=nonce)
+            self._accept(answer)
+            if not self._reaper.is_ours(pid):
+                raise CannotFork("its copy is not where it should be")
+            return wires, self._reaper.claim(pid)
+        except BaseException:
+            wires.close()
+            raise
+
+    @staticmethod
+    def _accept(answer: dict[str, Any]) -> None:
+        if "no_room" in answer:
+            raise NoRoom(str(answer["no_room"])[:1000])
+        if answer.get("ok") is not True:
+            raise CannotFork(str(answer.get("refused", "no reason given"))[:1000])
+
+    async def destroy(self, *, alone: bool) -> str:
+        """Kill every process of the session and remove its files. `alone`: its uid ends with it. Returns what could
+        not be removed, in words. May be called again after a failure."""
         self.death = self.death or "closed"
         self.kill()
-        if self.pid:
-            await asyncio.wait({self.exit}, timeout=_KILL_WAIT_S)
-            self._loop.remove_reader(self._control.fileno())
-            for fd in (self._out, self._err):
+        if self.child is not None and not self._wires.closed:
+            await asyncio.wait({self._exit}, timeout=_KILL_WAIT_S)
+            for fd in (self._wires.control.fileno(), self._wires.stdout, self._wires.stderr):
                 self._loop.remove_reader(fd)
-                os.close(fd)
-            self._control.close()
-        if self.place.uid is None:
-            kill_strays(self._reaper)
-        cleaner = self._reaper.claim(
-            await self._zygote.request(
-                {
-                    "op": "clean",
-                    "uid": self.place.uid,
-                    "home": self.place.home,
-                    "tmp": self.place.tmp,
-                    "shared": self.place.shared,
-                }
-            )
-        )
-        done, _ = await asyncio.wait({cleaner}, timeout=_KILL_WAIT_S * 2)
-        if not done or cleaner.result() != 0:
-            return f"slot {self.place.directory.name} could not be cleaned"
-        try:
-            for directory in (self.place.home, self.place.tmp):
-                os.rmdir(directory)
-        except FileNotFoundError:  # it died before it had made them
-            return ""
-        except OSError as error:
-            shutil.rmtree(self.place.directory, ignore_errors=True)
-            return f"slot {self.place.directory.name} is not empty: {error}"
-        return ""
+            self._wires.close()
+        if self.by_tree:
+            await self._reaper.kill_strays(self.place.uid)
+        return await self.place.clean(self._zygote, alone=alone)
+
+    def end(self, why: str) -> None:
+        """Kill it on somebody's word, which a running cell's answer repeats."""
+        self._word = self._word or why
+        self.death = self.death or why
+        self.kill()
 
     def kill(self) -> None:
         """At once; files and leftover children of another process group are `destroy`'s work."""
-        if not self.pid or self.exit.done():
+        if self.child is None or self._exit.done():
             return
-        if self.place.uid is None:
-            kill_tree(self.pid)
+        if self.by_tree:
+            proc.kill_tree(self.child.pid)
         else:
-            signal_group(self.pid, signal.SIGKILL)
+            proc.signal_group(self.child.pid, signal.SIGKILL)
+
+    def interrupt(self) -> bool:
+        """Ctrl-C to the cell that runs now. False when none does."""
+        if not self._runs or self.child is None or self._exit.done():
+            return False
+        proc.signal_group(self.child.pid, signal.SIGINT)
+        return True
+
+    @property
+    def pid(self) -> int:
+        return 0 if self.child is None else self.child.pid
+
+    @property
+    def _exit(self) -> asyncio.Future[int]:
+        assert self.child is not None
+        return self.child.exit
 
     # one cell --------------------------------------------------------------------------------------------------------
 
-    async def run(self, code: str, *, cell: int, timeout_s: float, keep: int) -> Outcome:
+    async def run(
+        self, code: str, *, cell: int, timeout_s: float, keep: int, with_figures: bool, tap: Tap | None
+    ) -> Outcome:
         """Execute `code`; the clock starts here. A death is described in the outcome and remembered in `death`."""
+        self._tap = tap
         self._set_keep(keep)
-        self._decoder.limit = _FRAME_SLACK + 8 * keep
-        self._nonce = secrets.token_hex(8)
-        self._event = event = self._loop.create_future()
         began = time.monotonic()
         timed_out = False
 
         def interrupt() -> None:
             nonlocal timed_out
             timed_out = True
-            if not self.exit.done():
-                signal_group(self.pid, signal.SIGINT)
+            self.interrupt()
 
         timers = [
             self._loop.call_later(timeout_s, interrupt),
@@ -221,23 +226,28 @@ class SessionProcess:
             self._loop.call_later(timeout_s + KILL_S, self.kill),
         ]
         ooms = oom_kills()
+        request = {"op": "run", "code": code, "cell": cell, "keep": keep, "figures": with_figures}
+        self._runs = True
         try:
-            await self._send({"op": "run", "nonce": self._nonce, "code": code, "cell": cell, "keep": keep})
-            await asyncio.wait({event}, timeout=timeout_s + KILL_S + _KILL_WAIT_S)
-            kind, value = _UNKILLABLE if not event.done() else event.result()
+            kind, value = await self._ask(
+                request,
+                wait_s=timeout_s + KILL_S + _KILL_WAIT_S,
+                room=8 * keep + (figures.FRAME_BYTES if with_figures else 0),
+            )
         finally:
+            self._runs = False
             for timer in timers:
                 timer.cancel()
-            self._event = None
         self._drain()
+        self._tap = None
         outcome = Outcome(status="ok", cell=cell, stdout=self.stdout, stderr=self.stderr, text=self.text)
         self._printed = 0
         if kind == "frame":
-            error = value.get("error")
-            outcome.error = {k: str(error.get(k, "")) for k in ("name", "value", "traceback")} if error else None
-            outcome.result = None if value.get("result") is None else str(value["result"])[:keep]
-            outcome.status = "timeout" if timed_out else "ok" if value.get("ok") is True else "error"
-        else:
+            try:
+                outcome.take(value, keep=keep, timed_out=timed_out)
+            except frames.BadFrame as error:
+                kind, value = "protocol", str(error)
+        if kind != "frame":
             outcome.state = "lost"
             outcome.status, outcome.reason = await self._death(kind, value, timed_out=timed_out, ooms=ooms)
             self.death = outcome.reason
@@ -246,47 +256,56 @@ class SessionProcess:
         return outcome
 
     async def _death(self, kind: Kind, value: Any, *, timed_out: bool, ooms: int) -> tuple[str, str]:
+        if self._word and kind in ("exit", "eof"):
+            await asyncio.wait({self._exit}, timeout=_KILL_WAIT_S)
+            return "session_died", self._word
         if kind == "eof":  # its own end of the channel is closed: it is dying, or the cell closed our descriptor
-            await asyncio.wait({self.exit}, timeout=_EOF_GRACE_S)
-            if not self.exit.done():
+            await asyncio.wait({self._exit}, timeout=_EOF_GRACE_S)
+            if not self._exit.done():
                 self.kill()
                 return "session_died", "the cell closed the interpreter's own channel"
-            kind, value = "exit", self.exit.result()
-        if kind == "unkillable":
+            kind, value = "exit", self._exit.result()
+        if kind == "silence":
             return "timeout", "it could not be killed"
         if kind == "exit":
             if timed_out:
                 return "timeout", "it ignored two interrupts and was killed"
             if os.WIFSIGNALED(value) and os.WTERMSIG(value) == signal.SIGKILL and oom_kills() > ooms:
                 return "oom", "killed for want of memory"
-            return "session_died", f"the interpreter {describe_status(value)}"
+            return "session_died", f"the interpreter {proc.describe_status(value)}"
         self.kill()
-        await asyncio.wait({self.exit}, timeout=_KILL_WAIT_S)
+        await asyncio.wait({self._exit}, timeout=_KILL_WAIT_S)
         if kind == "flood":
             return "output_limit", f"it printed more than {FLOOD_BYTES >> 20} MB"
         return "protocol_error", str(value)
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _ask(self, message: dict[str, Any], *, wait_s: float, room: int = 0, fds: tuple[int, ...] = ()) -> Event:
+        """Send a frame with a nonce of its own and wait for its answer, or for what happens instead."""
+        self._decoder.limit = _FRAME_SLACK + room
+        self._nonce = secrets.token_hex(8)
+        self._event = event = self._loop.create_future()
+        data = frames.encode({**message, "nonce": self._nonce})
         try:
-            await self._loop.sock_sendall(self._control, frames.encode(message))
+            if fds:  # they come with the first byte; it is idle, so its buffer has room for a short frame
+                data = data[socket.send_fds(self._wires.control, [data], fds) :]
+            await self._loop.sock_sendall(self._wires.control, data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.EAGAIN):
                 raise
             self._resolve("eof", None)
+        try:
+            await asyncio.wait({event}, timeout=wait_s)
+        finally:
+            self._event = None
+        return event.result() if event.done() else ("silence", None)
 
     def _resolve(self, kind: Kind, value: Any) -> None:
         if self._event is not None and not self._event.done():
             self._event.set_result((kind, value))
-        elif kind == "flood":
-            self.death = self.death or str(value)
-            self.kill()
+        elif kind in ("flood", "protocol"):
+            self.end(str(value))
         elif kind == "eof":  # between calls: its exit status, if it is dying, says more
-            self._loop.call_later(_EOF_GRACE_S, self._channel_closed)
-
-    def _channel_closed(self) -> None:
-        if not self.death:
-            self.death = "it closed the interpreter's own channel"
-            self.kill()
+            self._loop.call_later(_EOF_GRACE_S, self.end, "it closed the interpreter's own channel")
 
     # what comes out of it --------------------------------------------------------------------------------------------
 
@@ -294,35 +313,29 @@ class SessionProcess:
         self._on_control()  # a frame that it sent before it died still counts
         if self._event is not None and not self._event.done():
             self._event.set_result(("exit", status.result()))
-        self.death = self.death or f"the interpreter {describe_status(status.result())}"
+        else:
+            self.death = self.death or f"the interpreter {proc.describe_status(status.result())}"
 
     def _on_control(self) -> None:
+        control = self._wires.control
         try:
-            data = self._control.recv(_READ)
+            data = control.recv(_READ)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data = b""
         if not data:
-            if self._control.fileno() >= 0:
-                self._loop.remove_reader(self._control.fileno())
+            if control.fileno() >= 0:
+                self._loop.remove_reader(control.fileno())
             self._resolve("eof", None)
             return
         try:
             for frame in self._decoder.feed(data):
                 if frame.get("nonce") != self._nonce or self._event is None or self._event.done():
-                    self._resolve_protocol("a frame that answers no call of ours")
-                    return
+                    raise frames.BadFrame("a frame that answers no call of ours")
                 self._resolve("frame", frame)
         except frames.BadFrame as error:
-            self._resolve_protocol(str(error))
-
-    def _resolve_protocol(self, why: str) -> None:
-        if self._event is not None and not self._event.done():
-            self._event.set_result(("protocol", why))
-        else:
-            self.death = self.death or why
-            self.kill()
+            self._resolve("protocol", str(error))
 
     def _on_output(self, fd: int, limit: int = _READ) -> int:
         try:
@@ -332,8 +345,11 @@ class SessionProcess:
         if not data:
             self._loop.remove_reader(fd)
             return 0
-        (self.stdout if fd == self._out else self.stderr).write(data)
+        is_stderr = fd == self._wires.stderr
+        (self.stderr if is_stderr else self.stdout).write(data)
         self.text.write(data)
+        if self._tap is not None:
+            self._tap.write(data, is_stderr=is_stderr)
         self._printed += len(data)
         if self._printed > FLOOD_BYTES:
             self._resolve("flood", f"it printed more than {FLOOD_BYTES >> 20} MB")
@@ -341,7 +357,7 @@ class SessionProcess:
 
     def _drain(self) -> None:
         """What was printed before the frame is in the pipes already; a thread that prints on must not hold us."""
-        for fd in (self._out, self._err):
+        for fd in (self._wires.stdout, self._wires.stderr):
             left = 1 << 20
             while left > 0 and (got := self._on_output(fd, left)):
                 left -= got
@@ -352,18 +368,7 @@ class SessionProcess:
         self.stdout, self.stderr, self.text = fresh = HeadTail(keep), HeadTail(keep), HeadTail(keep)
         self._printed = 0
         for buffer, earlier in zip(fresh, old, strict=False):
-            buffer.write(earlier.text().encode())
-
-
-def oom_kills() -> int:
-    """How many processes of this cell the kernel killed for memory; cgroup v2, then v1, 0 where neither tells."""
-    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        try:
-            with open(path) as file:
-                for line in file:
-                    key, _, value = line.partition(" ")
-                    if key == "oom_kill":
-                        return int(value)
-        except (OSError, ValueError):
-            continue
-    return 0
+            data = earlier.text().encode()
+            buffer.write(data)
+            if self._tap is not None and buffer is not self.text:
+                self._tap.write(data, is_stderr=buffer is self.stderr)

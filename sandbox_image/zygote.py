@@ -1,8 +1,9 @@
 """What every session is forked from: imports the scientific packages once, stays single-threaded, runs no user code,
 speaks no gRPC.
 
-`python -m sandbox_image.zygote FD`: FD is one end of a SOCK_SEQPACKET pair. Each request is one packet (JSON, plus file
-descriptors for a fork) and is answered with the pid of a grandchild; the supervisor is its parent.
+`python -m sandbox_image.zygote FD`: FD is one end of a SOCK_SEQPACKET pair. Each request (fork a session, clean up
+after one, touch its files) is one packet, JSON plus file descriptors, and is answered with the pid of a grandchild that
+does it; the supervisor is its parent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import random
@@ -20,13 +22,15 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox_image import limits, seccomp, session
+from sandbox_image import file_helper, limits, proc, seccomp, session
 
 PACKAGES = ("numpy", "scipy", "sympy", "mpmath")
 # imported lazily by their packages, and then private to each session that uses them: once, here, is cheaper
 _PARTS = ("numpy.random", "scipy.linalg", "scipy.special", "scipy.optimize")
+LATER = ("matplotlib",)  # there, but imported by the sessions that draw: most do not
 _PID = struct.Struct("i")
 _CLEAN_DEADLINE_S = 5.0
 
@@ -44,7 +48,19 @@ def import_packages() -> dict[str, str]:
     for part in _PARTS:
         if versions[part.partition(".")[0]]:
             importlib.import_module(part)
+    for name in LATER:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
     return versions
+
+
+def font_list() -> Path | None:
+    """matplotlib's list of fonts as `prepare.py` made it, in the image or beside the host's byte code; without one,
+    the first import in every session would look for all fonts of the machine."""
+    places = [Path(__file__).parents[1] / "fonts", Path(sys.pycache_prefix or "/nowhere") / "fonts"]
+    return next((path for place in places for path in sorted(place.glob("fontlist-*.json"))), None)
 
 
 def main(fd: int) -> None:
@@ -53,6 +69,11 @@ def main(fd: int) -> None:
     limits.set_dumpable(False)
     limits.drop_capability(limits.CAP_DAC_OVERRIDE)
     packages = import_packages()
+    work: dict[str, Callable[..., NoReturn]] = {
+        "fork": functools.partial(_session, fonts=font_list()),
+        "clean": _clean,
+        "file": file_helper.serve,
+    }
     gc.collect()
     gc.freeze()  # the collector of a session never touches, and so never copies, these pages
     control.send(json.dumps({"packages": packages}).encode())
@@ -61,8 +82,7 @@ def main(fd: int) -> None:
         if not data:
             return
         request = json.loads(data)
-        work = _session if request["op"] == "fork" else _clean
-        pid = _spawn(functools.partial(work, request, control, fds))
+        pid = _spawn(functools.partial(work[request["op"]], request, control, fds))
         for extra in fds:
             os.close(extra)
         control.send(json.dumps({"pid": pid}).encode())
@@ -97,7 +117,7 @@ def _spawn(work: Callable[[], NoReturn]) -> int:
     return int(_PID.unpack(answer)[0]) if len(answer) == _PID.size else 0
 
 
-def _session(request: dict[str, Any], control: socket.socket, fds: list[int]) -> NoReturn:
+def _session(request: dict[str, Any], control: socket.socket, fds: list[int], *, fonts: Path | None) -> NoReturn:
     channel, stdout, stderr = fds
     uid: int | None = request["uid"]
     os.setsid()
@@ -117,14 +137,23 @@ def _session(request: dict[str, Any], control: socket.socket, fds: list[int]) ->
     while os.getppid() != supervisor:  # the middle process is about to end
         time.sleep(0.0002)
     limits.die_with_parent()
-    if uid is None:
+    if request["by_tree"]:
         limits.become_subreaper()  # no uid to kill by: keep every descendant in this process's tree
     os.environ.update(HOME=request["home"], TMPDIR=request["tmp"])
+    _prepare_matplotlib(os.path.join(request["tmp"], ".matplotlib"), fonts)
     _reseed()
     if request["filtered"]:
         seccomp.apply()
     session.main(channel)
     os._exit(0)
+
+
+def _prepare_matplotlib(directory: str, fonts: Path | None) -> None:
+    """Its cache directory must be writable, and the session's alone."""
+    os.environ["MPLCONFIGDIR"] = directory
+    if fonts is not None:
+        os.mkdir(directory)
+        os.symlink(fonts, os.path.join(directory, fonts.name))
 
 
 def _reseed() -> None:
@@ -137,18 +166,21 @@ def _reseed() -> None:
 
 
 def _clean(request: dict[str, Any], control: socket.socket, fds: list[int]) -> NoReturn:
-    """As the session's own user: kill what is left of it, remove its files. Exit status 0 = nothing is left."""
+    """As the session's own user: kill what is left of it, remove its files. Exit status 0 = nothing is left.
+
+    `alone`: nobody else lives under this uid, which then ends altogether; else only the directories are emptied.
+    """
     control.close()
     uid: int | None = request["uid"]
     limits.drop_to(uid)
-    if uid is not None and not _kill_all_of(uid):
+    if uid is not None and request["alone"] and not _kill_all_of(uid):
         os._exit(1)
     owner = os.geteuid()
     try:
-        for directory in (request["home"], request["tmp"]):
+        for directory in request["directories"]:
             if os.path.isdir(directory):
                 wipe(directory)
-        for shared in request["shared"]:
+        for shared in request["shared"] if request["alone"] else ():
             for entry in os.scandir(shared):
                 if entry.stat(follow_symlinks=False).st_uid == owner:
                     if entry.is_dir(follow_symlinks=False):
@@ -169,22 +201,11 @@ def _kill_all_of(uid: int) -> bool:
             os.kill(-1, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
-        if not any(_is_live_of(uid, int(pid)) for pid in os.listdir("/proc") if pid.isdigit()):
+        others = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid())
+        if not any(proc.uid_of(pid) == uid and proc.is_live(pid) for pid in others):
             return True
         time.sleep(0.0005)
     return False
-
-
-def _is_live_of(uid: int, pid: int) -> bool:
-    """The status file, not the owner of the directory: that is root for a process that cannot be traced."""
-    if pid == os.getpid():
-        return False
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            fields = dict(line.split(":", 1) for line in file if line.startswith(("State", "Uid")))
-    except (OSError, ValueError):
-        return False
-    return fields["Uid"].split()[0] == str(uid) and fields["State"].split()[0] not in ("Z", "X")
 
 
 def wipe(directory: str) -> None:

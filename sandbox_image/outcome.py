@@ -1,0 +1,55 @@
+"""What became of one cell, as the supervisor decided it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox_image import figures
+from sandbox_image.output import HeadTail
+
+
+@dataclass
+class Outcome:
+    """The fields of `ExecuteReply`."""
+
+    status: str
+    state: str = "kept"
+    result: str | None = None
+    error: dict[str, str] | None = None
+    duration_s: float = 0.0
+    reason: str = ""
+    cell: int = 0
+    figures: list[bytes] = field(default_factory=list)
+    stdout: HeadTail = field(default_factory=lambda: HeadTail(0))
+    stderr: HeadTail = field(default_factory=lambda: HeadTail(0))
+    text: HeadTail = field(default_factory=lambda: HeadTail(0))
+
+    def take(self, frame: dict[str, Any], *, keep: int, timed_out: bool) -> None:
+        """What the session says of its own cell. Raises `BadFrame` for figures that are none."""
+        error = frame.get("error")
+        if isinstance(error, dict):
+            self.error = {key: str(error.get(key, "")) for key in ("name", "value", "traceback")}
+        self.result = None if frame.get("result") is None else str(frame["result"])[:keep]
+        self.figures = figures.parse(frame.get("figures", []))
+        self.status = "timeout" if timed_out else "ok" if frame.get("ok") is True else "error"
+
+    @property
+    def weight(self) -> int:
+        """Bytes, about, that remembering it costs."""
+        kept = sum(min(buffer.total, buffer.limit) for buffer in (self.stdout, self.stderr, self.text))
+        return kept + sum(map(len, self.figures)) + len(self.result or "")
+
+
+def oom_kills() -> int:
+    """How many processes of this cell the kernel killed for memory; cgroup v2, then v1, 0 where neither tells."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            with open(path) as file:
+                for line in file:
+                    key, _, value = line.partition(" ")
+                    if key == "oom_kill":
+                        return int(value)
+        except (OSError, ValueError):
+            continue
+    return 0
