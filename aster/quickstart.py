@@ -212,7 +212,7 @@ def _accuracies(results: Sequence[EvalResult]) -> str:
 
 
 def _summary(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> Table:
-    table = Table(title="held-out problems, one sample each", box=box.SIMPLE)
+    table = Table(title="held-out problems, one sample each", box=box.SIMPLE, pad_edge=False)
     for column in ("(problems)", "after SFT", "after RL", "difference [95 %]", "calls"):
         table.add_column(column, no_wrap=True)
     for name, a, b in zip(("T = 1", "T = 0.6", "no tool"), before, after, strict=True):

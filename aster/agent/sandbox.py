@@ -1,69 +1,78 @@
-"""`roles.SandboxFactory` over HTTP, for a sandbox service that runs elsewhere; and its retry policy.
+"""Sessions of the sandbox service as `roles.Sandbox`: its records are the same, its refusals become our two policies.
 
-A request is sent again only when it may run twice: `open` and `execute` after a connection that was never made, and
-`execute` after any broken connection, because its call id makes the session repeat its first answer.
+`ServiceSandbox` does not know how the service is reached. `HttpSandboxFactory` reaches one that runs elsewhere over
+HTTP; `actors.sandbox.HandleSandboxFactory` one on this Ray cluster by its handle.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
 from aster.errors import BackPressure, SandboxError, SandboxLost
-from aster.roles import ExecResult, Sandbox
-from serve.schema import CellRecord, CreateSession, ExecuteRequest, ExecuteResponse, Limits, Session
+from aster.roles import ExecResult
+from serve.client import AsyncSandboxClient
+from serve.errors import (
+    PoolFull,
+    SandboxServiceError,
+    SandboxUnavailable,
+    SessionGone,
+    SessionUnknown,
+    TokenRefused,
+)
+from serve.schema import CellRecord, CreateSession, Limits
+from serve.sessions import AsyncSession, SandboxService
 
-_CONNECT_S = 10.0
-_OPEN_S = 120.0
-_CLOSE_S = 30.0
-_QUEUE_S = 180.0  # how long a call may wait for its turn at the node, beyond its own time limit
-_TRIES = 3
-_PAUSE_S = 0.5
 
+class ServiceSandbox:
+    """One session of a trajectory. A node that is lost costs a replay of its cells, not the trajectory."""
 
-class HttpSandbox:
-    """One session of the service at `client.base_url`."""
-
-    def __init__(self, session_id: str, client: httpx.AsyncClient, *, max_output_bytes: int) -> None:
-        self.session_id = session_id
-        self._client = client
+    def __init__(self, session: AsyncSession, *, max_output_bytes: int) -> None:
+        self.session_id = session.session_id
+        self._session = session
         self._max_output_bytes = max_output_bytes
-        self._closed = False
 
     async def execute(self, code: str, *, timeout_s: float, call_id: str) -> ExecResult:
         """Raises `SandboxLost`, or `BackPressure` when nothing ran."""
-        body = ExecuteRequest(code=code, timeout_s=timeout_s, call_id=call_id, max_output_bytes=self._max_output_bytes)
-        answer = await _request(
-            self._client,
-            "POST",
-            f"/v1/sessions/{self.session_id}/execute",
-            session_id=self.session_id,
-            body=body.model_dump(mode="json"),
-            timeout_s=timeout_s + _QUEUE_S,
-            repeatable=bool(call_id),
-        )
-        return ExecuteResponse.model_validate_json(answer.content)
+        with _policies(self.session_id):
+            answer = await self._session.execute(
+                code, timeout_s=timeout_s, call_id=call_id, max_output_bytes=self._max_output_bytes
+            )
+        self.session_id = self._session.session_id  # another one after a rebuild
+        return answer
 
-    async def fork(self) -> Sandbox:
-        raise SandboxError(f"session {self.session_id}: this service cannot fork sessions")
+    async def fork(self) -> ServiceSandbox:
+        """A copy as the session is now. Raises `SandboxError` when it has live threads or children."""
+        with _policies(self.session_id):
+            (copy,) = await self._session.fork()
+        return ServiceSandbox(copy, max_output_bytes=self._max_output_bytes)
 
     async def journal(self) -> list[CellRecord]:
-        raise SandboxError(f"session {self.session_id}: this service keeps no journal")
+        with _policies(self.session_id):
+            return await self._session.journal()
 
     async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        path = f"/v1/sessions/{self.session_id}"
         try:
-            await _request(
-                self._client, "DELETE", path, session_id=self.session_id, timeout_s=_CLOSE_S, repeatable=True
-            )
-        except (SandboxLost, BackPressure):  # gone already, or ended by its own lease
+            await self._session.close()
+        except SandboxServiceError:  # gone with its node, or ended by its own lease in time
             pass
+
+
+async def open_sandbox(
+    service: SandboxService, key: str, *, memory_bytes: int, max_output_bytes: int, rebuild: bool
+) -> ServiceSandbox:
+    """A fresh session; `key` names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
+    request = CreateSession(limits=Limits(memory_bytes=memory_bytes))
+    try:
+        with _policies(""):
+            session = await AsyncSession.open(service, request, rebuild=rebuild)
+    except SandboxLost as error:
+        raise SandboxLost("", f"{key}: {error.reason}") from error
+    return ServiceSandbox(session, max_output_bytes=max_output_bytes)
 
 
 class HttpSandboxFactory:
@@ -76,37 +85,35 @@ class HttpSandboxFactory:
         token: str | None = None,
         max_output_bytes: int = 32 << 10,
         memory_bytes: int = 1 << 30,
+        rebuild: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = url
         self._token = token
         self._max_output_bytes = max_output_bytes
         self._memory_bytes = memory_bytes
+        self._rebuild = rebuild
         self._transport = transport
-        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._client: tuple[asyncio.AbstractEventLoop, AsyncSandboxClient] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
 
-    async def open(self, key: str) -> HttpSandbox:
+    async def open(self, key: str) -> ServiceSandbox:
         """A fresh session; `key` names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
-        client = self._connect()
-        body = CreateSession(limits=Limits(memory_bytes=self._memory_bytes)).model_dump(mode="json")
-        try:
-            answer = await _request(client, "POST", "/v1/sessions", session_id="", body=body, timeout_s=_OPEN_S)
-        except SandboxLost as error:
-            raise SandboxLost("", f"{key}: {error.reason}") from error
-        session = Session.model_validate_json(answer.content)
-        return HttpSandbox(session.session_id, client, max_output_bytes=self._max_output_bytes)
+        return await open_sandbox(
+            self._connect(),
+            key,
+            memory_bytes=self._memory_bytes,
+            max_output_bytes=self._max_output_bytes,
+            rebuild=self._rebuild,
+        )
 
-    def _connect(self) -> httpx.AsyncClient:
+    def _connect(self) -> AsyncSandboxClient:
         loop = asyncio.get_running_loop()
         if self._client is None or self._client[0] is not loop:
-            headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            client = httpx.AsyncClient(
-                base_url=self._url, headers=headers, limits=limits, transport=self._transport, trust_env=False
-            )
+            # A rollout has its own patience with a full service.
+            client = AsyncSandboxClient(self._url, token=self._token, full_wait_s=0.0, transport=self._transport)
             self._client = loop, client
         return self._client[1]
 
@@ -116,59 +123,16 @@ class HttpSandboxFactory:
             await client[1].aclose()
 
 
-async def _request(
-    client: httpx.AsyncClient,
-    method: str,
-    path: str,
-    *,
-    session_id: str,
-    timeout_s: float,
-    body: object = None,
-    repeatable: bool = False,
-) -> httpx.Response:
-    """One exchange under a deadline, with the service's statuses as exceptions."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    for attempt in range(1, _TRIES + 1):
-        left = deadline - asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(left):
-                timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
-                answer = await client.request(method, path, json=body, timeout=timeout)
-        except TimeoutError:
-            raise SandboxLost(session_id, f"no answer within {timeout_s:g} s") from None
-        except httpx.TransportError as error:
-            never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-            if not (repeatable or never_sent) or attempt == _TRIES:
-                raise SandboxLost(session_id, f"{type(error).__name__}: {error}") from error
-        else:
-            if answer.status_code < 500 or not repeatable or attempt == _TRIES:
-                return _checked(answer, session_id)
-        await asyncio.sleep(min(_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0), max(0.0, left)))
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _checked(answer: httpx.Response, session_id: str) -> httpx.Response:
-    if answer.is_success:
-        return answer
-    words = _words(answer)
-    if answer.status_code == 429:
-        raise BackPressure(_retry_after(answer), words)
-    if answer.status_code == 401:
-        raise SandboxError(f"{answer.request.url.host} refuses the token (ASTER_SANDBOX_TOKEN): {words}")
-    if answer.status_code == 422:
-        raise SandboxError(f"the service does not understand the request: {words}")
-    raise SandboxLost(session_id, f"HTTP {answer.status_code}: {words}")
-
-
-def _words(answer: httpx.Response) -> str:
+@contextmanager
+def _policies(session_id: str) -> Iterator[None]:
+    """The service's refusals as what a rollout may do about them."""
     try:
-        return str(answer.json()["detail"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:500]
-
-
-def _retry_after(answer: httpx.Response) -> float:
-    try:
-        return max(0.1, float(answer.headers["Retry-After"]))
-    except (KeyError, ValueError):
-        return 2.0
+        yield
+    except PoolFull as error:
+        raise BackPressure(error.retry_after_s, error.reason) from None
+    except (SessionGone, SessionUnknown, SandboxUnavailable) as error:
+        raise SandboxLost(session_id, str(error)) from error
+    except TokenRefused as error:
+        raise SandboxError(f"the sandbox service refuses the token (ASTER_SANDBOX_TOKEN): {error}") from error
+    except SandboxServiceError as error:
+        raise SandboxError(str(error)) from error
