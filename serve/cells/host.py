@@ -13,7 +13,7 @@ from pathlib import Path
 import sandbox_image
 
 _NEEDED = ("grpc", "google.protobuf")
-_WANTED = ("numpy", "scipy", "sympy", "mpmath", "typing_extensions")
+_WANTED = ("numpy", "scipy", "sympy", "mpmath", "matplotlib", "typing_extensions")
 _COMPILE_S = 120
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
@@ -52,12 +52,12 @@ def host_python() -> HostPython:
 
 
 def compiled_packages(python: HostPython) -> Path:
-    """A directory of byte code for everything that a cell imports, made on first use.
+    """A directory of byte code, and matplotlib's list of fonts, for everything that a cell imports; made on first use.
 
     A cell sees the environment read-only; where that was installed without byte code, every start of a cell would
     compile sympy again (6 s instead of 1). Only we can write the directory; cells see it read-only.
     """
-    key = f"{python.executable}:{':'.join(map(str, python.search_path))}:{python.package}"
+    key = f"{python.executable}:{':'.join(map(str, python.search_path))}:{python.package}:{_WANTED}"
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aster"
     directory = base / f"bytecode-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,8 @@ def compiled_packages(python: HostPython) -> Path:
         return directory
     environment = {**CELL_ENVIRONMENT, "PATH": os.defpath, "PYTHONPYCACHEPREFIX": str(directory)}
     environment["PYTHONPATH"] = ":".join(map(str, (python.package.parent, *python.search_path)))
-    work = (
-        "import sandbox_image.zygote as z; z.import_packages(); import sandbox_image.supervisor, sandbox_image.service"
-    )
     subprocess.run(
-        [python.executable, "-s", "-c", work],
+        [python.executable, "-s", "-m", "sandbox_image.prepare", str(directory / "fonts")],
         env=environment,
         cwd="/",
         check=True,
