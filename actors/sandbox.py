@@ -1,115 +1,59 @@
-"""Sandboxes for rollout actors: the Serve handle as `roles.Sandbox`, without HTTP; deploying the application."""
+"""Sandboxes for rollout actors, by the Serve handle and without HTTP; deploying the application."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
-import ray.exceptions
 from pydantic import SecretStr
 from ray import serve
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from aster.agent.sandbox import ServiceSandbox, open_sandbox
 from aster.config import SandboxConfig
-from aster.errors import BackPressure, SandboxError, SandboxLost
-from aster.roles import ExecResult, Sandbox
+from aster.errors import SandboxError, SandboxLost
 from serve.app import APP_NAME, POOL, SandboxAppArgs, build_app
-from serve.errors import PoolFull, SessionGone, SessionUnknown
-from serve.router import ask
-from serve.schema import CellRecord, CreateSession, ExecuteRequest, Limits
+from serve.calls import PoolCalls
 
-T = TypeVar("T")
-
-_OPEN_S = 120.0
-_CLOSE_S = 30.0
-_QUEUE_S = 180.0  # how long a call may wait for its turn at the node, beyond its own time limit
 _POLL_S = 0.2
-
-
-class HandleSandbox:
-    """One session. Its handle is made once: `options()` costs more than a call's share of it should."""
-
-    def __init__(self, session_id: str, pool: DeploymentHandle, *, max_output_bytes: int) -> None:
-        self.session_id = session_id
-        self._max_output_bytes = max_output_bytes
-        self._execute = pool.options(method_name="execute", session_id=session_id)
-        self._close = pool.options(method_name="close", session_id=session_id)
-        self._closed = False
-
-    async def execute(self, code: str, *, timeout_s: float, call_id: str) -> ExecResult:
-        request = ExecuteRequest(
-            code=code, timeout_s=timeout_s, call_id=call_id, max_output_bytes=self._max_output_bytes
-        )
-        call = ask(self._execute, self.session_id, request)
-        answer: ExecResult = await _deadline(call, timeout_s + _QUEUE_S, session_id=self.session_id)
-        return answer
-
-    async def fork(self) -> Sandbox:
-        raise SandboxError(f"session {self.session_id}: this service cannot fork sessions")
-
-    async def journal(self) -> list[CellRecord]:
-        raise SandboxError(f"session {self.session_id}: this service keeps no journal")
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            await _deadline(ask(self._close, self.session_id), _CLOSE_S, session_id=self.session_id)
-        except (SandboxLost, BackPressure):  # gone already, or going with its node
-            pass
 
 
 class HandleSandboxFactory:
     """`roles.SandboxFactory` over the running application; picklable, connects where it is first used."""
 
     def __init__(
-        self, app_name: str = APP_NAME, *, max_output_bytes: int = 32 << 10, memory_bytes: int = 1 << 30
+        self,
+        app_name: str = APP_NAME,
+        *,
+        max_output_bytes: int = 32 << 10,
+        memory_bytes: int = 1 << 30,
+        rebuild: bool = True,
     ) -> None:
         self._app_name = app_name
         self._max_output_bytes = max_output_bytes
         self._memory_bytes = memory_bytes
-        self._pool: DeploymentHandle | None = None
+        self._rebuild = rebuild
+        self._calls: PoolCalls | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make_factory, (self._app_name, self._max_output_bytes, self._memory_bytes)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": None}
 
-    async def open(self, key: str) -> HandleSandbox:
+    async def open(self, key: str) -> ServiceSandbox:
         """A fresh session; `key` only names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
-        if self._pool is None:
+        if self._calls is None:
             try:
-                self._pool = serve.get_deployment_handle(POOL, app_name=self._app_name).options(_by_reference=False)
+                self._calls = PoolCalls(serve.get_deployment_handle(POOL, app_name=self._app_name))
             except RayServeException as error:
                 raise SandboxLost("", f"{key}: no sandbox application {self._app_name!r} runs: {error}") from None
-        request = CreateSession(limits=Limits(memory_bytes=self._memory_bytes))
-        call = ask(self._pool.options(method_name="create", session_id=""), request)
-        session = await _deadline(call, _OPEN_S, session_id="")
-        return HandleSandbox(session.session_id, self._pool, max_output_bytes=self._max_output_bytes)
-
-
-def _make_factory(app_name: str, max_output_bytes: int, memory_bytes: int) -> HandleSandboxFactory:
-    return HandleSandboxFactory(app_name, max_output_bytes=max_output_bytes, memory_bytes=memory_bytes)
-
-
-async def _deadline(call: Coroutine[Any, Any, T], seconds: float, *, session_id: str) -> T:
-    """The service's refusals and Ray's failures, as the two exceptions that a rollout has a policy for."""
-    try:
-        return await asyncio.wait_for(call, seconds)
-    except PoolFull as error:
-        raise BackPressure(error.retry_after_s, error.reason) from None
-    except BackPressureError as error:
-        raise BackPressure(2.0, str(error)) from None
-    except (SessionGone, SessionUnknown) as error:
-        raise SandboxLost(session_id, str(error)) from None
-    except TimeoutError:
-        raise SandboxLost(session_id, f"no answer within {seconds:g} s") from None
-    except (ray.exceptions.RayError, RayServeException) as error:
-        raise SandboxLost(session_id, f"{type(error).__name__}: {error}") from error
+        return await open_sandbox(
+            self._calls,
+            key,
+            memory_bytes=self._memory_bytes,
+            max_output_bytes=self._max_output_bytes,
+            rebuild=self._rebuild,
+        )
 
 
 # deploying -----------------------------------------------------------------------------------------------------------

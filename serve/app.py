@@ -1,6 +1,7 @@
-"""The typed builder of the Serve application "sandbox": two deployments, nothing else.
+r"""The typed builder of the Serve application "sandbox": three deployments, nothing else.
 
 HTTP --> Ingress (stateless, bearer token) --handle--> SandboxPool (one replica per sandbox node)
+                \--> SessionNames (one actor: the ids that SandboxFusion clients chose) --handle--/
 """
 
 # No `from __future__ import annotations`: Serve validates `args` by the annotation of `build_app`, and only if it is a
@@ -16,8 +17,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from serve.ingress import Ingress, api
-from serve.pool import PoolSettings, SandboxReplica
+from serve.ingress import Ingress, NamesReplica
+from serve.metrics import MeteredReplica
+from serve.pool import PoolSettings
 from serve.router import SessionRouter
 
 APP_NAME = "sandbox"
@@ -27,6 +29,7 @@ TOKEN_VARIABLE = "ASTER_SANDBOX_TOKEN"
 _CALLS_PER_REPLICA = 8192  # the pool's own turnstile decides; Serve's limit would queue where nobody can see it
 _STOP_S = 60.0
 _STATS_PERIOD_S = 2.0
+_QUIET = {"enable_access_log": False}  # a line per call and replica costs more than the call; metrics count them
 
 
 class SandboxAppArgs(PoolSettings):
@@ -43,6 +46,13 @@ class SandboxAppArgs(PoolSettings):
     """Custom Ray resources that a sandbox node has, for example {"sandbox": 0.01}."""
     token: SecretStr | None = None
     """Bearer token of the HTTP API; better left out of files and given by ASTER_SANDBOX_TOKEN."""
+    compat_auth: bool = True
+    """Whether the SandboxFusion routes want the token, which few of its clients send. false: only with HTTP on
+    loopback, else the deployment fails."""
+    compat_ttl_s: float = Field(default=7200.0, gt=0, le=7 * 86400)
+    """Lifetime of a session that /run_stateful_code made, and of the meaning of its id."""
+    compat_idle_ttl_s: float = Field(default=1800.0, gt=0, le=86400)
+    """That API cannot close a session: it ends after so long without a call."""
 
     def bearer_token(self) -> str:
         return self.token.get_secret_value() if self.token else os.environ.get(TOKEN_VARIABLE, "")
@@ -74,19 +84,32 @@ def build_app(args: SandboxAppArgs) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=_STOP_S,
         request_router_config=router,
-    )(SandboxReplica)
+        logging_config=_QUIET,
+    )(MeteredReplica)
     if args.one_per_node:
         pool = pool.options(max_replicas_per_node=1)
+    pools = pool.bind(settings)
+    queue_s = settings.queue_timeout_s + settings.create_timeout_s + 30.0
+    names = serve.deployment(
+        name="SessionNames",
+        num_replicas=1,
+        max_ongoing_requests=_CALLS_PER_REPLICA,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_QUIET,
+    )(NamesReplica)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=_CALLS_PER_REPLICA,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.5,
-    )(serve.ingress(api)(Ingress))
+        logging_config=_QUIET,
+    )(Ingress)
     return ingress.bind(
-        pool.bind(settings),
+        pools,
+        names.bind(pools, ttl_s=args.compat_ttl_s, idle_ttl_s=args.compat_idle_ttl_s, queue_s=queue_s),
         token=args.bearer_token(),
-        deadline_s=settings.queue_timeout_s + settings.create_timeout_s + 30.0,
-        replicas=args.replicas,
+        queue_s=queue_s,
+        nodes=args.replicas,
+        compat_auth=args.compat_auth,
     )

@@ -1,4 +1,4 @@
-"""What the sandbox service refuses, as exceptions that survive pickling. Clients map them to their own."""
+"""What the sandbox service refuses, as exceptions that survive pickling; the same by handle and by HTTP client."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ class SessionGone(SandboxServiceError):
 
     def __str__(self) -> str:
         return f"session {self.session_id} is gone: {self.reason}"
+
+
+class SessionLost(SessionGone):
+    """A session that ended through no doing of its client: its cell, its pool or its node is no more. HTTP 410.
+
+    The only end after which the cells of the session may be run again elsewhere."""
 
 
 class PoolFull(SandboxServiceError):
@@ -64,3 +70,23 @@ class FileRefused(SandboxServiceError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class SandboxUnavailable(SandboxServiceError):
+    """No answer. `code`: 503 when nothing was done, 504 when a deadline passed and it is not known what was."""
+
+    def __init__(self, reason: str, code: int = 503) -> None:
+        super().__init__(reason, code)
+        self.reason = reason
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"sandbox unavailable: {self.reason}"
+
+
+class TokenRefused(SandboxServiceError):
+    """The request carried no token or a wrong one: HTTP 401."""
+
+
+class RequestRefused(SandboxServiceError):
+    """The request is not one that the service understands: HTTP 400, 405, 413 or 422."""

@@ -148,6 +148,13 @@ class CellRecord(_Strict):
     text_sha256: str
 
 
+class Refusal(_Strict):
+    """Body of every answer that is not a success."""
+
+    error: str = Field(description="which refusal, for programs: session_unknown, session_lost, full, ...")
+    detail: str = Field(description="why, for people")
+
+
 class Health(_Strict):
     status: str
     backend: str
