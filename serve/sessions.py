@@ -209,13 +209,14 @@ class AsyncSession:
             pass
 
     def _remember(self, request: ExecuteRequest, answer: ExecuteResponse) -> None:
-        if answer.state is State.LOST:  # a fresh interpreter: nothing that ran before has left a trace
+        if answer.state is State.LOST:  # the interpreter is a fresh one: what ran in the old one has left no trace
             self._history = []
-        elif self._history is not None and answer.status in _REPEATABLE:
-            if all(ran.request.call_id != request.call_id for ran in self._history):
-                self._history.append(_Ran.of(request, answer))
-        else:
-            self._history = None  # how far an interrupted cell came is chance
+        if self._history is None or any(ran.request.call_id == request.call_id for ran in self._history):
+            return
+        if answer.status in _REPEATABLE:
+            self._history.append(_Ran.of(request, answer))
+        elif answer.state is not State.LOST:  # how far an interrupted cell came is chance
+            self._history = None
 
     async def _replay(self, lost: SessionLost) -> None:
         """Put a fresh session with the same past in place of the lost one, or raise `SessionLost` with the reason."""
