@@ -19,7 +19,6 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -30,7 +29,7 @@ from actors.placement import in_bundle, learner_bundles, learner_device, release
 from actors.weight_sync import RayWeightSource
 from aster.config import Recipe
 from aster.errors import AsterError, GangFailure
-from aster.types import MicroBatch, OptimStats, StepStats
+from aster.types import MicroBatch, OptimStats, StepStats, TokenScores
 
 log = logging.getLogger("aster")
 
@@ -131,9 +130,11 @@ class RayLearnerGroup:
 
     # roles.LearnerGroup ----------------------------------------------------------------------------------------------
 
-    async def log_probs(self, microbatch_per_rank: Sequence[MicroBatch]) -> list[np.ndarray]:
+    async def log_probs(
+        self, microbatch_per_rank: Sequence[MicroBatch], *, reference: bool = False
+    ) -> list[TokenScores]:
         self._check_width(microbatch_per_rank)
-        return await self._each("log_probs", [(m,) for m in microbatch_per_rank])
+        return await self._each("log_probs", [(m,) for m in microbatch_per_rank], reference=reference)
 
     async def forward_backward(
         self, microbatch_per_rank: Sequence[MicroBatch], *, num_loss_tokens: int, num_groups: int

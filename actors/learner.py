@@ -19,11 +19,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors import persist
 from actors.fsdp import ShardedPolicy, join_group, open_store
-from aster.algo.losses import aggregate, policy_loss, sft_loss, token_weights
+from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
 from aster.algo.schedule import learning_rate, warmup_length
 from aster.config import Recipe
 from aster.errors import AsterError, ConfigError
-from aster.types import MicroBatch, OptimStats, StepStats, TensorMeta
+from aster.types import MicroBatch, OptimStats, StepStats, TensorMeta, TokenScores
 
 if TYPE_CHECKING:
     from actors.weight_sync import WeightSender
@@ -61,13 +61,8 @@ class Learner:
             store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self._owns_group = join_group(store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s)
         torch.manual_seed(recipe.run.seed + rank)
-        self.model = ShardedPolicy(
-            recipe.model,
-            path=model_path,
-            device=self.device,
-            world_size=world_size,
-            chunk_tokens=recipe.learner.logprob_chunk_tokens,
-        )
+        self.model = self._load(model_path)
+        self.reference = self._reference() if recipe.stage == "rl" and recipe.algo.kl_coef > 0 else None
         self.optimizer = self._adamw()
         self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
         self.applied = 0  # those that changed the weights: what Adam's bias correction counts
@@ -76,15 +71,22 @@ class Learner:
 
     # the algorithm ---------------------------------------------------------------------------------------------------
 
-    def log_probs(self, microbatch: MicroBatch) -> np.ndarray:
-        """log pi(label) at every position, float32 [R]; 0 where `loss_mask` is False. No gradient."""
+    def log_probs(self, microbatch: MicroBatch, *, reference: bool = False) -> TokenScores:
+        """log pi(label) and entropy at every position. No gradient. `reference`: of the KL penalty's frozen model."""
+        model = self.model
+        if reference:
+            if self.reference is None:
+                raise ConfigError(f"algo.kl_coef={self.recipe.algo.kl_coef:g} loads no reference model: set it above 0")
+            model = self.reference
         with torch.no_grad():
-            logprobs, _ = self._forward(microbatch)
-        self.model.reshard()
-        out = np.zeros(len(microbatch.labels), np.float32)
-        if microbatch.loss_mask.any():
-            out[microbatch.loss_mask] = logprobs.cpu().numpy()
-        return out
+            scores = self._forward(microbatch, model)
+        model.reshard()
+        mask = microbatch.loss_mask
+        out = [np.zeros(len(mask), np.float32) for _ in scores]
+        if mask.any():
+            for values, score in zip(out, scores, strict=True):
+                values[mask] = score.cpu().numpy()
+        return TokenScores(*out)
 
     def forward_backward(self, microbatch: MicroBatch, *, num_loss_tokens: int, num_groups: int) -> StepStats:
         """Add this row's share of the mini-batch gradient. Returns this rank's sums; the gang's are their total.
@@ -103,14 +105,14 @@ class Learner:
                 constant=self.recipe.algo.aggregation_constant or self.recipe.budget.max_response_tokens,
             )[mask].astype(np.float32)
         )
-        logprobs, entropy = self._forward(microbatch)
+        logprobs, entropy = self._forward(microbatch, self.model)
         if mask.any():
             losses, extra = self._token_losses(logprobs, microbatch)
             loss = aggregate(losses, weights)
             counted = torch.stack([loss.detach(), entropy.sum(), *extra])
         else:
             loss = logprobs.sum() * 0.0  # nothing to learn here, but the peers wait for the gradient's collectives
-            counted = torch.zeros(7)
+            counted = torch.zeros(8)
         (loss * self.world_size).backward()
         sums = counted.double().tolist()  # waits for the device, so only now that the backward pass is queued
         return StepStats(
@@ -123,6 +125,7 @@ class Learner:
             kl_sum=sums[4],
             tis_sum=sums[5],
             tis_capped_sum=sums[6],
+            reference_kl_sum=sums[7],
             seconds=time.monotonic() - began,
         )
 
@@ -213,13 +216,13 @@ class Learner:
 
     # pieces ----------------------------------------------------------------------------------------------------------
 
-    def _forward(self, microbatch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, microbatch: MicroBatch, model: ShardedPolicy) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the labels under the mask, [N]; of position 0 where nothing is masked in."""
         at = np.flatnonzero(microbatch.loss_mask)
         if len(at) == 0:
             at = np.zeros(1, np.int64)  # every parameter must get a gradient, else FSDP's reductions differ in size
         boundaries = microbatch.cu_seqlens
-        return self.model.policy(
+        return model.policy(
             self._tensor(microbatch.input_ids),
             self._tensor(microbatch.position_ids),
             self._tensor(at),
@@ -232,24 +235,45 @@ class Learner:
     def _token_losses(
         self, logprobs: torch.Tensor, microbatch: MicroBatch
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Losses [N] and the five sums of `TokenSums`."""
+        """Losses [N], the five sums of `TokenSums`, and that of the KL estimate."""
         mask = microbatch.loss_mask
         on = torch.ones_like(logprobs, dtype=torch.bool)
         if self.recipe.stage == "sft":
-            return sft_loss(logprobs, mask_R=on), (torch.zeros((), device=self.device),) * 5
+            return sft_loss(logprobs, mask_R=on), (torch.zeros((), device=self.device),) * 6
         algo = self.recipe.algo
         old, behaviour = _reference_log_probs(microbatch, proximal=algo.proximal_pass, tis=algo.tis_cap is not None)
-        return policy_loss(
+        losses, sums = policy_loss(
             logprobs,
             old_R=self._tensor(old),
             behaviour_R=self._tensor(behaviour),
             advantages_R=self._tensor(microbatch.advantages[mask]),
             mask_R=on,
-            clip_low=algo.clip_low,
-            clip_high=algo.clip_high,
-            dual_clip=algo.dual_clip,
-            tis_cap=algo.tis_cap,
+            segments_R=self._tensor(microbatch.segment_ids[mask].astype(np.int64)),
+            algo=algo,
         )
+        if algo.kl_coef == 0.0:
+            return losses, (*sums, torch.zeros((), device=self.device))
+        reference = microbatch.reference_logprobs[mask]
+        if not np.isfinite(reference).all():
+            raise ValueError("loss tokens have no reference log-probs: run log_probs(reference=True) over the batch")
+        kl = kl_penalty(logprobs, self._tensor(reference), estimator=algo.kl_estimator)
+        return losses + algo.kl_coef * kl, (*sums, kl.detach().sum())
+
+    def _load(self, path: str) -> ShardedPolicy:
+        return ShardedPolicy(
+            self.recipe.model,
+            path=path,
+            device=self.device,
+            world_size=self.world_size,
+            chunk_tokens=self.recipe.learner.logprob_chunk_tokens,
+        )
+
+    def _reference(self) -> ShardedPolicy:
+        """A frozen copy of the model that the run began with (a resumed run's too), sharded like the policy."""
+        reference = self._load(str(self.model.path))
+        for parameter in reference.parameters().values():
+            parameter.requires_grad_(False)
+        return reference
 
     def _adamw(self) -> torch.optim.AdamW:
         """AdamW on the fp32 shards, its state made now: memory is honest from the start and loading has a target."""

@@ -30,8 +30,9 @@ from ray.exceptions import RayActorError, RayError
 from actors.rollout import RayEngine
 from actors.weight_sender import WeightSender
 from actors.wire import dtype_of
+from aster.algo.packing import pack
 from aster.errors import EngineLost, GangFailure, WeightSyncError
-from aster.types import MicroBatch, PublishReport, TensorMeta
+from aster.types import PublishReport, Sample, TensorMeta, TokenScores
 
 __all__ = ["RayWeightSource", "WeightSender", "WeightSync"]
 
@@ -83,7 +84,9 @@ class RayWeightSource:
 
     async def log_probs(self, ids: np.ndarray) -> np.ndarray:
         """log p(ids[t] | ids[:t]) for t >= 1 at the training temperature, float32 [len(ids) - 1]."""
-        return np.asarray((await self._all("log_probs", _row(ids)))[0][: len(ids) - 1], dtype=np.float32)
+        row = pack([Sample(ids=ids, mask=np.ones(len(ids), bool))], row_tokens=len(ids), dp_size=1)[0][0]
+        scores: list[TokenScores] = await self._all("log_probs", row)
+        return scores[0].logprobs[:-1]
 
     async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return list(await asyncio.gather(*(self._call(r, method, *args, **kwargs) for r in range(len(self.ranks)))))
@@ -100,25 +103,6 @@ class RayWeightSource:
             if isinstance(cause, WeightSyncError):
                 raise cause from None
             raise WeightSyncError(f"learner rank {rank}: {method} failed: {cause or error}") from error
-
-
-def _row(ids: np.ndarray) -> MicroBatch:
-    """The canary as a packed row of one sample, with every prediction asked for."""
-    n = len(ids)
-    mask = np.ones(n, dtype=bool)
-    mask[-1] = False
-    return MicroBatch(
-        input_ids=ids.astype(np.int64),
-        position_ids=np.arange(n, dtype=np.int64),
-        labels=np.append(ids[1:], 0).astype(np.int64),
-        loss_mask=mask,
-        advantages=np.zeros(n, np.float32),
-        behaviour_logprobs=np.zeros(n, np.float32),
-        old_logprobs=np.full(n, np.nan, np.float32),
-        segment_ids=np.zeros(n, np.int32),
-        sample_index=(0,),
-        sample_group=(0,),
-    )
 
 
 class WeightSync:

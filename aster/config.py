@@ -152,8 +152,27 @@ class AlgoConfig(_Section):
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     dual_clip: float = Field(default=10.0, gt=1)
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """ppo = spec 1.1; gspo = one ratio per sequence (use `aggregation: seq-mean` and clips near 3e-4); cispo = capped
+    ratio as a weight on log pi (`clip_high` is its cap - 1; it has no lower clip)."""
     tis_cap: float | None = Field(default=2.0, gt=0)
-    """Upper cap of the truncated importance weight exp(old - behaviour); null = off."""
+    """Upper bound of the importance weight exp(old - behaviour); null = no weight."""
+    tis_floor: float = Field(default=0.0, ge=0)
+    """Lower bound of the importance weight."""
+    tis_outside: Literal["truncate", "mask"] = "truncate"
+    """What a token beyond a bound gets: the bound, or no gradient (masked importance sampling)."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL penalty to the reference model in the loss; 0 = no reference model is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    overlong: Literal["keep", "mask"] = "keep"
+    """mask: trajectories that ran out of tokens count in their group's statistics and are not trained on."""
+    overlong_buffer_tokens: int | None = Field(default=None, ge=1)
+    """Soft penalty (DAPO): within so many tokens of the response budget the reward falls linearly to `-penalty`."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    dynamic_sampling: bool = False
+    """Replace groups without variance by further prompts (DAPO)."""
+    dynamic_sampling_limit: int = Field(default=3, ge=2)
+    """At most so many times `prompts_per_step` prompts are sampled for a step; then it goes on with what it has."""
     aggregation: Literal["token", "group", "seq-mean", "constant"] = "token"
     aggregation_constant: int | None = Field(default=None, ge=1)
     """Denominator per sequence for `constant` (Dr.GRPO); null = max_response_tokens."""

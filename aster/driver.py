@@ -25,6 +25,7 @@ import numpy as np
 from aster import metrics
 from aster.algo.advantages import group_advantages
 from aster.algo.packing import denominators, pack, unpack
+from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.config import Recipe
 from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError
@@ -82,6 +83,7 @@ class GrpoLoop:
         self.total_steps = self.recipe.run.steps or self.prompts.total_steps
         self.step = 0
         self.stale_groups = 0
+        self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._outstanding = 0
         self._rows: deque[PromptRow] = deque()
         self._inbox = Inbox(self.pool.groups())
@@ -100,7 +102,7 @@ class GrpoLoop:
             values |= await self.publish()
             values |= metrics.rollout_metrics(groups, scale_by_std=self.recipe.algo.scale_by_std, decode=self.decode)
             values |= self._timing(groups, began=began, sampled=sampled)
-            self._write(groups)
+            self._write([*groups, *self._replaced])  # the filter counts all that was sampled
             self.log.log(self.step, values)
             if self._due(self.recipe.run.val_every):
                 await self.validate()
@@ -110,15 +112,23 @@ class GrpoLoop:
     # the steps of the algorithm --------------------------------------------------------------------------------------
 
     async def sample(self) -> list[TrajectoryGroup]:
-        """P scored groups, in order of completion. Groups older than k versions are dropped and replaced."""
-        r = self.recipe.rollout
+        """P scored groups, in order of completion. Groups older than k versions are dropped and replaced.
+
+        With dynamic sampling so are groups without variance, until `dynamic_sampling_limit` * P groups were seen.
+        """
+        r, algo = self.recipe.rollout, self.recipe.algo
         groups: list[TrajectoryGroup] = []
+        self._replaced = []
+        most = (algo.dynamic_sampling_limit - 1) * r.prompts_per_step if algo.dynamic_sampling else 0
         while len(groups) < r.prompts_per_step:
             self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
             group = await self._inbox.next("train")
             self._outstanding -= 1
             if self._oldest_version(group) < self.step - 1 - r.max_staleness:
                 self.stale_groups += 1
+                continue
+            if len(self._replaced) < most and not has_signal(group.scored, algo, budget=self._response_tokens):
+                self._replaced.append(group)
                 continue
             groups.append(group)
         return groups
@@ -136,14 +146,20 @@ class GrpoLoop:
             )
         values: dict[str, float] = {}
         if algo.proximal_pass:
-            old = await self._proximal_pass(samples)
+            old, entropies = await self._log_probs(samples)
+            masks = [s.mask for s in samples]
             values |= metrics.mismatch_metrics(
-                [_behaviour(s)[s.mask] for s in samples], [o[s.mask] for o, s in zip(old, samples, strict=True)]
+                [_behaviour(s)[s.mask] for s in samples], [o[m] for o, m in zip(old, masks, strict=True)]
             )
+            values["actor/entropy"] = metrics.token_mean(entropies, masks)
         else:
             old = [_behaviour(s) for s in samples]
+        samples = [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)]
+        if algo.kl_coef > 0:
+            reference, _ = await self._log_probs(samples, reference=True)
+            samples = [replace(s, reference_logprobs=r) for s, r in zip(samples, reference, strict=True)]
         proximal_done = time.monotonic()
-        refreshed = iter([replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)])
+        refreshed = iter(samples)
         per_group = [[next(refreshed) for _ in group] for group in per_group]
 
         stats: list[StepStats] = []
@@ -154,7 +170,7 @@ class GrpoLoop:
                 step_stats, optim = await self.update(mini)
                 stats.append(step_stats)
                 optims.append(optim)
-        values |= metrics.update_metrics(stats, optims)
+        values = metrics.update_metrics(stats, optims) | values  # the entropy under pi_old stands
         values["timing_s/old_log_prob"] = proximal_done - began
         values["timing_s/update_actor"] = time.monotonic() - proximal_done
         return values
@@ -164,9 +180,10 @@ class GrpoLoop:
         scored = group.scored
         if not scored or (len(scored) < 2 <= self.recipe.rollout.group_size):
             return []  # nothing left to compare with: the whole group is masked
-        rewards_G = np.array([t.reward for t in scored], dtype=np.float64)
-        advantages_G = group_advantages(rewards_G, scale_by_std=self.recipe.algo.scale_by_std)
-        if self.recipe.algo.drop_zero_variance and not advantages_G.any():
+        algo = self.recipe.algo
+        rewards_G = np.array([shaped_reward(t, algo, budget=self._response_tokens) for t in scored], dtype=np.float64)
+        advantages_G = group_advantages(rewards_G, scale_by_std=algo.scale_by_std)
+        if algo.drop_zero_variance and not advantages_G.any():
             return []
         return [
             Sample(
@@ -177,7 +194,7 @@ class GrpoLoop:
                 behaviour_logprobs=np.concatenate([np.zeros(len(t.prompt_ids), np.float32), t.behaviour_logprobs]),
             )
             for t, advantage in zip(scored, advantages_G, strict=True)
-            if t.mask.any()
+            if is_trained(t, algo)
         ]
 
     async def update(self, mini: Sequence[Sample]) -> tuple[StepStats, OptimStats]:
@@ -253,11 +270,24 @@ class GrpoLoop:
                 )
             )
 
-    async def _proximal_pass(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """log pi_old of every sample under the learner's weights before the first update, aligned with its ids."""
+    async def _log_probs(
+        self, samples: Sequence[Sample], *, reference: bool = False
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Log-probs and entropies of every sample under the weights as they are now, aligned with its ids.
+
+        Before the first update that is pi_old; `reference` asks the frozen model instead.
+        """
         micro = pack(samples, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
-        rows = [await self.learners.log_probs(per_rank) for per_rank in micro]
-        return unpack(rows, micro, [len(s) for s in samples])
+        scores = [await self.learners.log_probs(per_rank, reference=reference) for per_rank in micro]
+        lengths = [len(s) for s in samples]
+        return (
+            unpack([[s.logprobs for s in ranks] for ranks in scores], micro, lengths),
+            unpack([[s.entropies for s in ranks] for ranks in scores], micro, lengths),
+        )
+
+    @property
+    def _response_tokens(self) -> int:
+        return self.recipe.budget.max_response_tokens
 
     def _oldest_version(self, group: TrajectoryGroup) -> int:
         versions = [int(t.versions[t.mask].min()) for t in group.scored if t.mask.any()]
@@ -273,6 +303,7 @@ class GrpoLoop:
             "training/global_step": float(self.step),
             "training/epoch": float(self.prompts.epoch),
             "training/stale_groups": float(self.stale_groups),
+            "training/replaced_groups": float(len(self._replaced)),
             **metrics.timing_metrics(
                 seconds,
                 total_tokens=sum(t.num_tokens for t in trajectories),

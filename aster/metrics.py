@@ -223,6 +223,8 @@ def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> 
         "actor/loss_tokens": float(total.tokens),
         "perf/loss_token_ratio": total.tokens / max(total.padded_tokens, 1),  # of the tokens fed to the model
     }
+    if total.reference_kl_sum:
+        out["actor/kl_loss"] = total.per_token(total.reference_kl_sum)
     if total.entropy_sum:  # measured only where the learner was asked to
         out["actor/entropy"] = total.per_token(total.entropy_sum)
     if total.tis_sum:  # no importance weights in SFT, or with algo.tis_cap=null
@@ -235,6 +237,12 @@ def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> 
         out["actor/lr"] = optims[-1].lr
         out["actor/skipped_steps"] = float(sum(o.skipped for o in optims))
     return out
+
+
+def token_mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
+    """Mean over all tokens under the masks; 0.0 where there is none."""
+    kept = np.concatenate([v[m] for v, m in zip(values, masks, strict=True)]).astype(np.float64)
+    return float(kept.mean()) if len(kept) else 0.0
 
 
 def mismatch_metrics(behaviour: Sequence[np.ndarray], old: Sequence[np.ndarray]) -> dict[str, float]:

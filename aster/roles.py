@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from aster.types import (
     MicroBatch,
     OptimStats,
@@ -17,6 +15,7 @@ from aster.types import (
     RolloutWork,
     StepStats,
     TensorMeta,
+    TokenScores,
     Trajectory,
     TrajectoryGroup,
 )
@@ -85,8 +84,13 @@ class LearnerGroup(Protocol):
 
     dp_size: int
 
-    async def log_probs(self, microbatch_per_rank: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """Per rank: log pi(label) at every position, [R] float32; 0 where loss_mask is False. No gradient."""
+    async def log_probs(
+        self, microbatch_per_rank: Sequence[MicroBatch], *, reference: bool = False
+    ) -> list[TokenScores]:
+        """Per rank: log pi(label) and entropy at every position. No gradient.
+
+        `reference`: of the frozen model that the run began with, which is loaded when `algo.kl_coef` is above 0.
+        """
         ...
 
     async def forward_backward(

@@ -229,7 +229,7 @@ class TrajectoryGroup:
 class Sample:
     """One training sequence, before packing: a trajectory with its advantage, or an SFT conversation.
 
-    `behaviour_logprobs` and `old_logprobs` may be None (SFT; before the proximal pass).
+    The three log-prob arrays may be None (SFT; before the proximal pass; without a KL penalty).
     """
 
     ids: np.ndarray  # [S] int32, prompt and response
@@ -238,6 +238,7 @@ class Sample:
     group: int = 0  # which group of the mini-batch, for `group` aggregation
     behaviour_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
     old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
+    reference_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -265,6 +266,7 @@ class MicroBatch:
     advantages: np.ndarray  # [R] float32
     behaviour_logprobs: np.ndarray  # [R] float32
     old_logprobs: np.ndarray  # [R] float32; NaN where no proximal pass was made
+    reference_logprobs: np.ndarray  # [R] float32; NaN where no reference model was asked
     segment_ids: np.ndarray  # [R] int32
     sample_index: tuple[int, ...]  # which samples of the packed list, in order of segment; () = padding row
     sample_group: tuple[int, ...]  # the group of each segment
@@ -276,6 +278,14 @@ class MicroBatch:
         """Boundaries of the segments, int32 [segments + 1], as varlen attention wants them."""
         counts = np.bincount(self.segment_ids)
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the learner says of a row's labels, [R] float32 each; 0 where `loss_mask` is False."""
+
+    logprobs: np.ndarray  # log pi(label)
+    entropies: np.ndarray  # of the distribution that was sampled from, in nats
 
 
 @dataclass(frozen=True)
@@ -291,6 +301,7 @@ class StepStats:
     kl_sum: float = 0.0  # sum of old - current
     tis_sum: float = 0.0  # sum of the (capped) TIS weights
     tis_capped_sum: float = 0.0
+    reference_kl_sum: float = 0.0  # the estimate of `algo.kl_estimator`
     seconds: float = 0.0
 
     def __add__(self, other: StepStats) -> StepStats:

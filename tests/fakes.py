@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from aster.types import (
+    Budget,
     Cause,
     MicroBatch,
     OptimStats,
@@ -17,6 +18,7 @@ from aster.types import (
     RolloutWork,
     Sampling,
     StepStats,
+    TokenScores,
     Trajectory,
     TrajectoryGroup,
     Turn,
@@ -28,6 +30,11 @@ REWARDS = (1.0, 0.0)
 
 def row(index: int, source: str = "fake") -> PromptRow:
     return PromptRow(f"row-{index}", ({"role": "user", "content": f"problem {index}"},), str(index), source)
+
+
+def work(of: PromptRow) -> RolloutWork:
+    """Two samples of one row, as step 1 would ask for them."""
+    return RolloutWork(row=of, group_size=2, budget=Budget(8, 8, 1), sampling=Sampling(), step=1, seed=0)
 
 
 def trajectory(
@@ -98,10 +105,15 @@ class FakeLearners:
         self.denominators: list[tuple[int, int]] = []
         self.advantages: list[np.ndarray] = []
 
-    async def log_probs(self, microbatch_per_rank: Sequence[MicroBatch]) -> list[np.ndarray]:
+    async def log_probs(
+        self, microbatch_per_rank: Sequence[MicroBatch], *, reference: bool = False
+    ) -> list[TokenScores]:
         assert len(microbatch_per_rank) == self.dp_size
-        self.events.append("log_probs")
-        return [np.where(m.loss_mask, m.behaviour_logprobs, 0.0).astype(np.float32) for m in microbatch_per_rank]
+        self.events.append("reference" if reference else "log_probs")
+        return [
+            TokenScores(np.where(m.loss_mask, m.behaviour_logprobs, 0).astype(np.float32), np.ones(len(m.labels)))
+            for m in microbatch_per_rank
+        ]
 
     async def forward_backward(
         self, microbatch_per_rank: Sequence[MicroBatch], *, num_loss_tokens: int, num_groups: int
@@ -136,4 +148,4 @@ class MemoryLog:
         self.lines.append((step, dict(values)))
 
 
-__all__ = ["FakeLearners", "FakePool", "MemoryLog", "Sampling", "row", "trajectory"]
+__all__ = ["FakeLearners", "FakePool", "MemoryLog", "Sampling", "row", "trajectory", "work"]

@@ -1,4 +1,4 @@
-"""Token losses and their aggregation. Pure torch: no model, no config, no process group.
+"""Token losses and their aggregation. Pure torch: no model, no process group.
 
 Shape legend: R positions of a packed row, or any selection of them.
 
@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from aster.config import AlgoConfig
 from aster.types import MicroBatch
 
 MAX_LOG_RATIO = 20.0  # exp() of a token that drifted far must not overflow; the reference's clamp
@@ -45,48 +46,125 @@ def policy_loss(
     behaviour_R: torch.Tensor,
     advantages_R: torch.Tensor,
     mask_R: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    tis_cap: float | None,
+    algo: AlgoConfig,
+    segments_R: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenSums]:
-    """Per-token loss of spec 1.1, 0 where the mask is off, and the token sums of its statistics.
+    """Per-token loss, 0 where the mask is off, and the token sums of its statistics.
 
         r = exp(clamp(logprobs - old, +-20))
-        L = max(-A r, -A clip(r, 1 - low, 1 + high)),  then  min(L, -A dual_clip)  where A < 0
-        loss = min(exp(old - behaviour), tis_cap) * L
+        loss = importance(old - behaviour) * objective(r, advantage)
 
-    The importance weight corrects for the engine that sampled (other kernels, an older version); it carries no
-    gradient, has no lower bound, and multiplies the already clipped loss. `tis_cap=None` leaves it out, and
-    `behaviour_R` is then not read. Nothing is divided here: see `token_weights`.
+    The importance weight corrects for the engine that sampled (other kernels, an older version): it carries no
+    gradient and multiplies the finished objective. `algo.tis_cap=None` leaves it out, and `behaviour_R` is then not
+    read. `segments_R` (the sequence of each token) is read by GSPO only. Nothing is divided: see `token_weights`.
     """
     mask = mask_R.to(torch.bool)
-    zero = torch.zeros((), dtype=logprobs_R.dtype, device=logprobs_R.device)
-    log_ratio = torch.where(mask, logprobs_R - old_R, zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    log_ratio = _log_ratio(logprobs_R, old_R, mask)
+    if algo.objective == "cispo":
+        loss, clipped, lower = cispo(logprobs_R, log_ratio, advantages_R, clip_high=algo.clip_high)
+    else:
+        if algo.objective == "gspo":
+            if segments_R is None:
+                raise ValueError("algo.objective=gspo needs segments_R, the sequence of each token")
+            log_ratio = sequence_log_ratio(log_ratio, mask, segments_R)
+        loss, clipped, lower = clipped_surrogate(
+            log_ratio, advantages_R, clip_low=algo.clip_low, clip_high=algo.clip_high, dual_clip=algo.dual_clip
+        )
+    weight, capped = torch.ones_like(loss), torch.zeros_like(mask)
+    if algo.tis_cap is not None:
+        gap = _log_ratio(old_R, behaviour_R, mask).detach().exp()
+        weight, capped = importance_weight(gap, cap=algo.tis_cap, floor=algo.tis_floor, outside=algo.tis_outside)
+    with torch.no_grad():
+        sums = TokenSums(
+            clipped=(clipped & mask).sum(),
+            clipped_lower=(lower & mask).sum(),
+            kl=-_log_ratio(logprobs_R, old_R, mask).sum(),
+            tis=(weight * mask).sum(),
+            tis_capped=(capped & mask).sum(),
+        )
+    return torch.where(mask, weight * loss, torch.zeros_like(loss)), sums
+
+
+# objectives: (loss [R], where the clip binds [R], where the dual clip binds [R]) -------------------------------------
+
+
+def clipped_surrogate(
+    log_ratio_R: torch.Tensor, advantages_R: torch.Tensor, *, clip_low: float, clip_high: float, dual_clip: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), then min(., -A dual_clip) where A < 0 (spec 1.1; PPO, arXiv 1707.06347;
+    clip-higher, DAPO, arXiv 2503.14476; dual clip, arXiv 1912.09729)."""
+    ratio = log_ratio_R.exp()
     unclipped = -advantages_R * ratio
     clipped = -advantages_R * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     upper = torch.maximum(unclipped, clipped)
     ceiling = -advantages_R * dual_clip
     negative = advantages_R < 0
     loss = torch.where(negative, torch.minimum(upper, ceiling), upper)
-    if tis_cap is None:
-        weight = torch.ones_like(loss)
-        capped = torch.zeros_like(mask)
-    else:
-        gap = torch.where(mask, old_R - behaviour_R, zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
-        weight = gap.exp().clamp(max=tis_cap)
-        capped = gap.exp() > tis_cap
-    loss = torch.where(mask, weight * loss, zero)
-    with torch.no_grad():
-        sums = TokenSums(
-            clipped=((clipped > unclipped) & mask).sum(),
-            clipped_lower=((upper > ceiling) & negative & mask).sum(),
-            kl=-log_ratio.sum(),
-            tis=(weight * mask).sum(),
-            tis_capped=(capped & mask).sum(),
-        )
-    return loss, sums
+    return loss, clipped > unclipped, (upper > ceiling) & negative
+
+
+def cispo(
+    logprobs_R: torch.Tensor, log_ratio_R: torch.Tensor, advantages_R: torch.Tensor, *, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-sg(min(r, 1 + high)) A log pi (CISPO, MiniMax-M1, arXiv 2506.13585): the ratio is capped, and no token loses
+    its gradient. Cap it well above 1, at several units: `clip_high` of PPO is too tight for it."""
+    ratio = log_ratio_R.detach().exp()
+    capped = ratio > 1.0 + clip_high
+    loss = -ratio.clamp(max=1.0 + clip_high) * advantages_R * logprobs_R
+    return loss, capped, torch.zeros_like(capped)
+
+
+def sequence_log_ratio(log_ratio_R: torch.Tensor, mask_R: torch.Tensor, segments_R: torch.Tensor) -> torch.Tensor:
+    """The mean log ratio of each token's sequence, with the token's own gradient (GSPO, arXiv 2507.18071, eq. 14).
+
+    In value it is GSPO's sequence ratio; with aggregation `seq-mean` the gradient is GSPO's too. Its clip ranges are
+    two orders below PPO's (3e-4, 4e-4), since a mean over a sequence moves little.
+    """
+    count = int(segments_R.max()) + 1 if len(segments_R) else 0
+    value = torch.where(mask_R, log_ratio_R.detach(), torch.zeros_like(log_ratio_R))
+    zeros = torch.zeros(count, dtype=value.dtype, device=value.device)
+    total = zeros.index_add(0, segments_R, value)
+    tokens = zeros.index_add(0, segments_R, mask_R.to(value.dtype)).clamp(min=1.0)
+    return (total / tokens)[segments_R] + log_ratio_R - log_ratio_R.detach()
+
+
+# weights and penalties ------------------------------------------------------------------------------------------------
+
+
+def importance_weight(
+    ratio_R: torch.Tensor, *, cap: float, floor: float, outside: Literal["truncate", "mask"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """pi_old / pi_behaviour brought into [floor, cap], and where it was outside.
+
+    `truncate` takes the nearest bound (TIS with floor 0: the reference's); `mask` takes the token out of the gradient
+    but leaves it in the denominator (masked importance sampling, IcePop, arXiv 2510.18855).
+    """
+    beyond = (ratio_R > cap) | (ratio_R < floor)
+    if outside == "mask":
+        return torch.where(beyond, torch.zeros_like(ratio_R), ratio_R), beyond
+    return ratio_R.clamp(min=floor, max=cap), beyond
+
+
+def kl_penalty(
+    logprobs_R: torch.Tensor, reference_R: torch.Tensor, *, estimator: Literal["k1", "k2", "k3"]
+) -> torch.Tensor:
+    """An estimate of KL(pi || reference) per token, with gradient (Schulman, "Approximating KL divergence", 2020).
+
+    d = reference - logprobs:  k1 = -d  ·  k2 = d^2 / 2  ·  k3 = exp(d) - 1 - d. As a loss, the gradient of k1 has mean
+    zero whatever the distance: it is there for measuring. k2's is the gradient of the reverse KL.
+    """
+    gap = (reference_R - logprobs_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if estimator == "k1":
+        return -gap
+    if estimator == "k2":
+        return gap.square() / 2
+    return torch.expm1(gap) - gap
+
+
+def _log_ratio(new_R: torch.Tensor, old_R: torch.Tensor, mask_R: torch.Tensor) -> torch.Tensor:
+    """new - old, clamped; 0 where the mask is off, whatever stands there."""
+    zero = torch.zeros((), dtype=new_R.dtype, device=new_R.device)
+    return torch.where(mask_R, new_R - old_R, zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def sft_loss(logprobs_R: torch.Tensor, *, mask_R: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ def padding_row(*, num_sequences: int = 0) -> MicroBatch:
         advantages=np.zeros(1, np.float32),
         behaviour_logprobs=np.zeros(1, np.float32),
         old_logprobs=np.zeros(1, np.float32),
+        reference_logprobs=np.zeros(1, np.float32),
         segment_ids=np.zeros(1, np.int32),
         sample_index=(),
         sample_group=(),
@@ -103,7 +104,7 @@ def _check(index: int, sample: Sample) -> None:
     length = len(sample.ids)
     if length == 0:
         raise ValueError(f"sample {index} has no tokens: drop it before packing")
-    for name in ("mask", "behaviour_logprobs", "old_logprobs"):
+    for name in ("mask", "behaviour_logprobs", "old_logprobs", "reference_logprobs"):
         array = getattr(sample, name)
         if array is not None and len(array) != length:
             raise ValueError(f"sample {index}: {name} has length {len(array)}, its ids have {length}")
@@ -171,6 +172,7 @@ def _row(
         advantages=np.repeat(np.array([s.advantage for s in samples], np.float32), lengths),
         behaviour_logprobs=_shifted([_or_nan(s.behaviour_logprobs, len(s)) for s in samples], 0).astype(np.float32),
         old_logprobs=_shifted([_or_nan(s.old_logprobs, len(s)) for s in samples], 0).astype(np.float32),
+        reference_logprobs=_shifted([_or_nan(s.reference_logprobs, len(s)) for s in samples], 0).astype(np.float32),
         segment_ids=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
         sample_index=tuple(index),
         sample_group=tuple(s.group for s in samples),

@@ -72,7 +72,7 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
     one, two = recipe(), recipe(**TWO)
     with learner_on(model_dir, one) as alone:
         row = one_row(batches[0])
-        expected_log_probs = alone.log_probs(row)
+        expected_log_probs = alone.log_probs(row).logprobs
         stats, optim = train(alone, batches[0])
         alone.save(str(tmp_path / "one_after_1"))
         masters = weights(alone)
@@ -82,7 +82,7 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
     group = await RayLearnerGroup.spawn(two, model_path=str(model_dir), total_steps=100)
     try:
         for ours in await group.log_probs([row, row]):
-            np.testing.assert_allclose(ours, expected_log_probs, atol=5e-6)
+            np.testing.assert_allclose(ours.logprobs, expected_log_probs, atol=5e-6)
         stats_two, optim_two = await _train(group, batches[0])
         assert stats_two.loss == pytest.approx(stats.loss, rel=1e-5)
         assert stats_two.tokens == stats.tokens

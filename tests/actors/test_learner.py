@@ -31,6 +31,7 @@ from actors.fsdp import label_log_probs
 from actors.persist import merge_checkpoint
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, pack, padding_row, unpack
+from aster.config import AlgoConfig
 from aster.errors import AsterError, ConfigError, DataError
 from aster.types import Sample
 
@@ -74,7 +75,7 @@ def test_packed_log_probs_equal_each_sequence_alone(model_dir, temperature):
     with learner_on(model_dir, recipe(sampling={"temperature": temperature})) as learner:
         rows = pack(samples, row_tokens=90, dp_size=1)
         assert max(len(r[0].sample_index) for r in rows) > 2
-        packed = unpack([[learner.log_probs(r[0])] for r in rows], rows, [len(s) for s in samples])
+        packed = unpack([[learner.log_probs(r[0]).logprobs] for r in rows], rows, [len(s) for s in samples])
     with torch.no_grad():
         for sample, ours in zip(samples, packed, strict=True):
             alone = hf_log_probs(hf, sample, temperature=temperature).numpy()
@@ -135,9 +136,9 @@ def test_bf16_compute_keeps_fp32_masters_and_moments(model_dir):
     samples = some_samples()
     row = one_row(samples)
     with learner_on(model_dir, recipe()) as exact:
-        reference = exact.log_probs(row)
+        reference = exact.log_probs(row).logprobs
     with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"})) as learner:
-        rough = learner.log_probs(row)
+        rough = learner.log_probs(row).logprobs
         train(learner, samples)
         assert {p.dtype for p in learner.model.parameters().values()} == {torch.float32}
         assert {t.dtype for t in learner._tensors().values()} == {torch.float32}
@@ -160,10 +161,7 @@ def test_rl_gradient_equals_autograd_through_plain_transformers(model_dir):
             behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
             advantages_R=torch.full((len(s) - 1,), s.advantage),
             mask_R=torch.tensor(s.mask[1:]),
-            clip_low=0.2,
-            clip_high=0.28,
-            dual_clip=10.0,
-            tis_cap=2.0,
+            algo=AlgoConfig(),
         )
         parts.append(losses.sum())
     expected = torch.stack(parts).sum() / denominators(samples)[0]
@@ -196,7 +194,7 @@ def test_the_first_update_has_ratio_one_and_clips_nothing(model_dir):
     samples = some_samples()
     rows = pack(samples, row_tokens=64, dp_size=1)
     with learner_on(model_dir, recipe()) as learner:
-        old = unpack([[learner.log_probs(r[0])] for r in rows], rows, [len(s) for s in samples])
+        old = unpack([[learner.log_probs(r[0]).logprobs] for r in rows], rows, [len(s) for s in samples])
         stats = accumulate(learner, [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)])
         assert stats.tokens == denominators(samples)[0]
         assert stats.padded_tokens == sum(len(s) for s in samples)
@@ -216,6 +214,39 @@ def test_without_a_proximal_pass_the_behaviour_policy_is_old(model_dir):
         assert relative_gap(ours, gradients(learner)) == 0.0
 
 
+@pytest.mark.parametrize("algo", [{"objective": "gspo", "aggregation": "seq-mean"}, {"kl_coef": 0.5}])
+def test_options_do_not_depend_on_packing_either(model_dir, algo):
+    samples = [replace(s, reference_logprobs=s.behaviour_logprobs) for s in some_samples(7)]
+    results = []
+    for row_tokens in (1000, 1):
+        with learner_on(model_dir, recipe(algo=algo)) as learner:
+            stats = accumulate(learner, samples, row_tokens=row_tokens)
+            results.append((stats.loss, gradients(learner)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert relative_gap(results[1][1], results[0][1]) < 1e-5
+
+
+def test_the_reference_model_stays_what_the_run_began_with(model_dir):
+    samples = some_samples()
+    row = one_row(samples)
+    with learner_on(model_dir, recipe(algo={"kl_coef": 0.1}, optim={"lr": 1e-2})) as learner:
+        start = learner.log_probs(row)
+        train(learner, [replace(s, reference_logprobs=s.behaviour_logprobs) for s in samples])
+        np.testing.assert_array_equal(learner.log_probs(row, reference=True).logprobs, start.logprobs)
+        assert np.abs(learner.log_probs(row).logprobs - start.logprobs).max() > 1e-3
+    with learner_on(model_dir, recipe()) as learner, pytest.raises(ConfigError, match=r"algo\.kl_coef=0"):
+        learner.log_probs(row, reference=True)
+
+
+def test_the_scores_carry_the_entropy_of_the_sampled_distribution(model_dir):
+    samples = some_samples()
+    row = one_row(samples)
+    with learner_on(model_dir, recipe()) as learner:
+        scores = learner.log_probs(row)
+        assert accumulate(learner, samples).entropy_sum == pytest.approx(scores.entropies.sum(), rel=1e-5)
+        assert (scores.entropies[~row.loss_mask] == 0).all()
+
+
 def test_log_probs_that_are_absent_are_an_error_not_zeros(model_dir):
     with learner_on(model_dir, recipe()) as learner:
         with pytest.raises(ValueError, match=r"no old_logprobs.*proximal_pass"):
@@ -231,7 +262,7 @@ def test_a_padding_row_adds_a_gradient_of_exactly_zero(model_dir):
         grads = gradients(learner)
         assert grads.keys() == learner.model.parameters().keys()  # all of them: peers reduce equal sizes
         assert all((g == 0).all() for g in grads.values())
-        assert learner.log_probs(padding_row()).tolist() == [0.0]
+        assert learner.log_probs(padding_row()).logprobs.tolist() == [0.0]
 
 
 def test_sft_learns_the_masked_tokens_at_temperature_one(model_dir):
@@ -340,25 +371,25 @@ def test_saving_does_not_disturb_the_run(model_dir, tmp_path):
 def test_log_probs_see_loaded_weights_at_once(model_dir, tmp_path):
     row = one_row(some_samples())
     with learner_on(model_dir, recipe()) as learner:
-        before = learner.log_probs(row)
+        before = learner.log_probs(row).logprobs
         learner.save(str(tmp_path / "ck"))
         train(learner, some_samples())
-        after = learner.log_probs(row)
+        after = learner.log_probs(row).logprobs
         assert not np.array_equal(before, after)
         learner.load(str(tmp_path / "ck"))
-        np.testing.assert_array_equal(learner.log_probs(row), before)
+        np.testing.assert_array_equal(learner.log_probs(row).logprobs, before)
 
 
 def test_loading_after_a_forward_that_failed_reaches_the_next_one(model_dir, tmp_path):
     samples = some_samples()
     with learner_on(model_dir, recipe()) as learner:
         learner.save(str(tmp_path / "ck"))
-        before = learner.log_probs(one_row(samples))
+        before = learner.log_probs(one_row(samples)).logprobs
         train(learner, samples)
         with pytest.raises(ValueError, match="no old_logprobs"):  # the full weights stay in memory without a backward
             accumulate(learner, [replace(s, old_logprobs=None) for s in samples])
         learner.load(str(tmp_path / "ck"))
-        np.testing.assert_array_equal(learner.log_probs(one_row(samples)), before)
+        np.testing.assert_array_equal(learner.log_probs(one_row(samples)).logprobs, before)
 
 
 def test_random_state_comes_back(model_dir, tmp_path):

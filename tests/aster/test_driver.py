@@ -1,16 +1,18 @@
 """The loop on fakes: order of events, denominators, failures that stay out of the statistics, resume, staleness."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import FakeLearners, FakePool, MemoryLog, row
+from fakes import FakeLearners, FakePool, MemoryLog, row, trajectory, work
 
 from aster.checkpoints import DirectoryCheckpointer
 from aster.config import Recipe
 from aster.data.prompts import PromptStream
 from aster.driver import GrpoLoop
 from aster.errors import AsterError
+from aster.types import Cause, TrajectoryGroup
 
 TINY = [
     "rollout.prompts_per_step=2",
@@ -116,6 +118,65 @@ async def test_zero_variance_groups_count_in_the_denominator_unless_dropped(tmp_
         r = recipe(tmp_path, "run.steps=1", f"algo.drop_zero_variance={str(drop).lower()}")
         await loop(r, events, pool=pool, learners=learners).run()
         assert learners.denominators == expected
+
+
+async def test_with_a_kl_penalty_the_reference_is_asked_before_the_first_update(tmp_path):
+    events = []
+    await loop(recipe(tmp_path, "run.steps=1", "algo.kl_coef=0.01"), events).run()
+    assert [e for e in events if e in ("log_probs", "reference", "forward_backward")] == [
+        "log_probs",
+        "reference",
+        "forward_backward",
+        "forward_backward",
+    ]
+
+
+async def test_dynamic_sampling_replaces_groups_without_variance_and_still_writes_them(tmp_path):
+    events, log = [], MemoryLog()
+    alike = {"row-0", "row-5", "row-6"}
+    pool = FakePool(events, reward=lambda r, i: 1.0 if r.row_id in alike else float(i % 2))
+    learners = FakeLearners(events)
+    r = recipe(tmp_path, "run.steps=1", "algo.dynamic_sampling=true", "rollout.prompts_per_step=4")
+    await loop(r, events, pool=pool, learners=learners, log=log).run()
+    shown = [w.row.row_id for w in pool.submitted]
+    replaced = [name for name in shown if name in alike]
+    assert len(shown) == 4 + len(replaced)
+    assert all(a.any() for a in learners.advantages)
+    assert log.lines[0][1]["training/replaced_groups"] == len(replaced) > 0
+    written = (r.run.path / "rollout_data" / "1.jsonl").read_text().splitlines()
+    assert len(written) == 2 * len(shown)
+
+
+async def test_dynamic_sampling_gives_up_at_its_limit(tmp_path):
+    events = []
+    pool = FakePool(events, reward=lambda _, i: 0.0)
+    await loop(recipe(tmp_path, "run.steps=1", "algo.dynamic_sampling=true"), events, pool=pool).run()
+    assert len(pool.submitted) == 3 * 2  # dynamic_sampling_limit times the prompts of a step
+    assert events[-1] == "publish v1"
+
+
+async def test_overlong_trajectories_can_count_without_being_trained_on(tmp_path):
+    events, learners = [], FakeLearners([])
+    group = TrajectoryGroup(
+        row(0),
+        1,
+        (
+            trajectory(work(row(0)), 0, version=0, reward=1.0),
+            trajectory(work(row(0)), 1, version=0, reward=0.0, cause=Cause.MAX_TOKENS),
+        ),
+    )
+    r = recipe(tmp_path, "algo.overlong=mask")
+    (sample,) = loop(r, events, learners=learners).samples_of(group, 0)
+    assert sample.advantage == pytest.approx(0.5 / (np.sqrt(0.5) + 1e-6))  # against the one that is not trained on
+
+
+async def test_the_soft_overlong_penalty_enters_the_advantages(tmp_path):
+    members = tuple(trajectory(work(row(0)), i, version=0, reward=1.0) for i in range(2))
+    long = replace(members[1], ids=np.zeros(16384, np.int32), mask=np.ones(16384, bool))
+    long = replace(long, behaviour_logprobs=np.zeros(16384, np.float32))
+    r = recipe(tmp_path, "algo.overlong_buffer_tokens=512")
+    short, punished = loop(r, []).samples_of(TrajectoryGroup(row(0), 1, (members[0], long)), 0)
+    assert short.advantage > 0 > punished.advantage
 
 
 async def test_a_resumed_run_sees_the_prompts_of_an_uninterrupted_one(tmp_path):

@@ -30,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, padding_row
+from aster.config import AlgoConfig
 from aster.types import Sample
 
 pytestmark = [
@@ -70,10 +71,7 @@ def reference(model_dir):
             behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
             advantages_R=torch.full((len(s) - 1,), s.advantage),
             mask_R=torch.tensor(s.mask[1:]),
-            clip_low=0.2,
-            clip_high=0.28,
-            dual_clip=10.0,
-            tis_cap=2.0,
+            algo=AlgoConfig(),
         )
         parts.append(losses.sum())
     loss = torch.stack(parts).sum() / denominators(samples)[0]
@@ -87,7 +85,7 @@ def test_fp32_on_cuda_equals_the_cpu(model_dir, reference):
         assert learner.device.type == "cuda"
         assert all(p.device.type == "cuda" for p in learner.model.parameters().values())
         row = one_row(samples)
-        ours = learner.log_probs(row)
+        ours = learner.log_probs(row).logprobs
         assert row.sample_index == tuple(range(len(samples)))
         expected = np.concatenate([[*value, 0.0] for value in log_probs])
         np.testing.assert_allclose(ours, expected, atol=2e-4)
@@ -102,7 +100,9 @@ def test_bf16_stays_near_the_fp32_reference(model_dir, reference, attention, che
     samples, log_probs, loss, grads = reference
     bf16 = {"compute_dtype": "bfloat16", "attention": attention, "gradient_checkpointing": checkpointing}
     with learner_on(model_dir, recipe(model=bf16, learner={"logprob_chunk_tokens": 64}, **CUDA)) as learner:
-        gap = np.abs(learner.log_probs(one_row(samples)) - np.concatenate([[*value, 0.0] for value in log_probs]))
+        gap = np.abs(
+            learner.log_probs(one_row(samples)).logprobs - np.concatenate([[*value, 0.0] for value in log_probs])
+        )
         assert gap.mean() < 0.05
         assert gap.max() < 0.6
         stats = accumulate(learner, samples, row_tokens=300)
@@ -126,7 +126,7 @@ def test_packing_does_not_leak_between_segments(model_dir, reference):
         other = copy.deepcopy(row)
         last = row.segment_ids == row.segment_ids.max()
         other.input_ids[~last] = (other.input_ids[~last] + 1) % 97
-        before, after = learner.log_probs(row), learner.log_probs(other)
+        before, after = learner.log_probs(row).logprobs, learner.log_probs(other).logprobs
         np.testing.assert_array_equal(before[last], after[last])
         assert not np.array_equal(before[~last], after[~last])
 

@@ -9,8 +9,9 @@ import torch
 
 from aster.algo.advantages import group_advantages
 from aster.algo.importance import k1, k3
-from aster.algo.losses import aggregate, policy_loss, sft_loss, token_weights
+from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
 from aster.algo.packing import denominators, pack
+from aster.config import AlgoConfig
 from aster.types import Sample
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "grpo.json").read_text("utf-8"))
@@ -26,10 +27,7 @@ def _golden_loss(current, *, dual_clip, tis):
         behaviour_R=torch.tensor(INPUTS["rollout_logp"]),
         advantages_R=torch.tensor(INPUTS["advantages_used_in_loss"])[:, None].expand_as(current),
         mask_R=MASK,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=dual_clip,
-        tis_cap=tis if tis > 0 else None,
+        algo=AlgoConfig(dual_clip=dual_clip, tis_cap=tis if tis > 0 else None),
     )
 
 
@@ -96,10 +94,7 @@ def _one(ratio, advantage, *, gap=0.0, cap=2.0):
         behaviour_R=torch.full((1,), -gap, dtype=torch.float64),
         advantages_R=torch.tensor([advantage], dtype=torch.float64),
         mask_R=torch.ones(1, dtype=torch.bool),
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=10.0,
-        tis_cap=cap,
+        algo=AlgoConfig(tis_cap=cap),
     )
     losses.sum().backward()
     return losses.item(), current.grad.item(), sums
@@ -147,10 +142,7 @@ def test_the_importance_weight_carries_no_gradient():
         behaviour_R=torch.full((1,), -0.3),
         advantages_R=torch.ones(1),
         mask_R=torch.ones(1, dtype=torch.bool),
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=10.0,
-        tis_cap=2.0,
+        algo=AlgoConfig(),
     )
     losses.sum().backward()
     # through the ratio r = exp(0 - old) only: -A * w * dr/dold = A * w = exp(0.3); through w it would cancel to 0
@@ -170,13 +162,68 @@ def test_masked_tokens_may_hold_anything_and_give_nothing():
         behaviour_R=torch.tensor([0.0, float("nan")]),
         advantages_R=torch.ones(2),
         mask_R=torch.tensor([True, False]),
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=10.0,
-        tis_cap=2.0,
+        algo=AlgoConfig(),
     )
     assert losses.tolist() == [-1.0, 0.0]
     assert [s.item() for s in sums] == [0, 0, 0, 1, 0]
+
+
+# options ------------------------------------------------------------------------------------------------------------
+
+
+def _run(log_ratios, advantages, *, segments=None, gaps=None, **algo):
+    """Losses and gradients of tokens whose log ratio to the old policy is given, and the sums."""
+    current = torch.tensor(log_ratios, dtype=torch.float64, requires_grad=True)
+    losses, sums = policy_loss(
+        current,
+        old_R=torch.zeros_like(current),
+        behaviour_R=-torch.tensor(gaps or [0.0] * len(log_ratios), dtype=torch.float64),
+        advantages_R=torch.tensor(advantages, dtype=torch.float64),
+        mask_R=torch.ones(len(log_ratios), dtype=torch.bool),
+        segments_R=None if segments is None else torch.tensor(segments),
+        algo=AlgoConfig(**algo),
+    )
+    losses.sum().backward()
+    return losses.tolist(), current.grad.tolist(), sums
+
+
+def test_cispo_caps_the_weight_and_keeps_every_gradient():
+    at = np.log([1.5, 9.0])
+    losses, grads, sums = _run(at.tolist(), [2.0, 2.0], objective="cispo", clip_high=4.0, dual_clip=10.0)
+    assert grads == pytest.approx([-1.5 * 2.0, -5.0 * 2.0])  # -min(r, 5) A, the second capped but not cut off
+    assert losses == pytest.approx([-1.5 * 2 * at[0], -5 * 2 * at[1]])
+    assert sums.clipped.item() == 1
+
+
+def test_gspo_gives_all_tokens_of_a_sequence_one_ratio():
+    # sequence 0: mean log ratio 0.1; sequence 1: mean -0.3, past the lower clip with a negative advantage
+    losses, grads, sums = _run([0.0, 0.2, -0.3, -0.3], [1.0, 1.0, -1.0, -1.0], segments=[0, 0, 1, 1], objective="gspo")
+    assert losses == pytest.approx([-np.exp(0.1)] * 2 + [0.8] * 2)
+    # d/d log pi_t of (sum over tokens) s_i A = s_i A for each token: |o_i| times GSPO's own mean
+    assert grads == pytest.approx([-np.exp(0.1)] * 2 + [0.0] * 2)
+    assert sums.clipped.item() == 2
+    with pytest.raises(ValueError, match="gspo needs segments_R"):
+        _run([0.0], [1.0], objective="gspo")
+
+
+def test_masked_importance_sampling_takes_the_token_out_and_truncation_its_bound():
+    gaps = np.log([1.0, 3.0, 0.1]).tolist()
+    bounds = {"tis_cap": 2.0, "tis_floor": 0.5}
+    assert _run([0.0] * 3, [1.0] * 3, gaps=gaps, **bounds)[1] == pytest.approx([-1.0, -2.0, -0.5])
+    _, grads, sums = _run([0.0] * 3, [1.0] * 3, gaps=gaps, tis_outside="mask", **bounds)
+    assert grads == pytest.approx([-1.0, 0.0, 0.0])
+    assert sums.tis_capped.item() == 2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"), [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", 0.1065, 0.3935)]
+)
+def test_kl_estimates_by_hand(estimator, value, slope):
+    """log pi - log ref = 0.5: k1 = 0.5; k2 = 0.5^2 / 2; k3 = exp(-0.5) - 1 + 0.5, its slope 1 - exp(-0.5)."""
+    logprobs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    kl = kl_penalty(logprobs, torch.tensor([-1.5], dtype=torch.float64), estimator=estimator)
+    kl.backward()
+    assert (kl.item(), logprobs.grad.item()) == pytest.approx((value, slope), abs=1e-4)
 
 
 def test_sft_loss_is_the_negative_log_likelihood_of_the_mask():
