@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from serve.errors import PoolFull, SessionGone, SessionUnknown
+from serve.errors import PoolFull, SessionGone, SessionLost, SessionUnknown
 
 _RANDOM_BYTES = 16
 _SEAL_HEX = 8
@@ -62,9 +62,11 @@ class Tombstones:
     def explain(self, session_id: str) -> SessionUnknown | SessionGone:
         """The exception for an id that no session has now."""
         reason = self._reasons.get(session_id)
-        if reason is None and not self._mint.is_ours(session_id):
-            return SessionUnknown(session_id)
-        return SessionGone(session_id, reason or "its owner was restarted or its node was lost")
+        if reason is not None:
+            return SessionGone(session_id, reason)
+        if self._mint.is_ours(session_id):
+            return SessionLost(session_id, "its owner was restarted or its node was lost")
+        return SessionUnknown(session_id)
 
 
 class Turnstile:
@@ -120,6 +122,12 @@ class Lease:
     def new(cls, *, ttl_s: float, idle_ttl_s: float) -> Lease:
         now = time.monotonic()
         return cls(ttl_s, idle_ttl_s, now, now)
+
+    @classmethod
+    def restored(cls, *, ttl_s: float, idle_ttl_s: float, began: float, used: float) -> Lease:
+        """One that another process began; `began` and `used` in unix time."""
+        ahead = time.monotonic() - time.time()
+        return cls(ttl_s, idle_ttl_s, began + ahead, used + ahead)
 
     def touch(self) -> None:
         self.used = time.monotonic()

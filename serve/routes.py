@@ -57,7 +57,12 @@ class ServedPool(SandboxService, Protocol):
 
 def build_api(pool: ServedPool, *, token: str, nodes: int, compat: APIRouter | None = None) -> FastAPI:
     """`nodes`: how many a healthy service has. `compat`: the routes of `serve.compat`."""
-    api = FastAPI(title="Aster sandbox", description="Stateful Python sessions in isolated cells.", version="1")
+    api = FastAPI(
+        title="Aster sandbox",
+        description="Stateful Python sessions in isolated cells.",
+        version="1",
+        redirect_slashes=False,  # a client would repeat a POST as told, and without its body or token
+    )
     api.add_middleware(BodyLimit, limit=MAX_BODY_BYTES)
     api.add_exception_handler(SandboxServiceError, _refuse)
     api.add_exception_handler(RequestValidationError, _refuse_body)

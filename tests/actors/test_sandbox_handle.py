@@ -152,18 +152,36 @@ async def test_a_cell_s_failure_is_data_and_a_repeated_call_runs_once(service: s
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("path", ["handle", "http"])
-async def test_a_session_of_a_lost_owner_is_gone_not_replaced(service: str, path: str) -> None:
+async def test_a_session_of_a_lost_owner_is_replayed_or_gone_as_its_user_wants(service: str, path: str) -> None:
     from actors.sandbox import HandleSandboxFactory
 
-    factory = HandleSandboxFactory() if path == "handle" else HttpSandboxFactory(service, token=TOKEN)
-    sandbox = await factory.open("t")
-    mine = sandbox.session_id
-    owner, random, seal = mine.split(".")
-    sandbox._session.session_id = f"{owner}x.{random}.{seal}"  # minted by nobody who lives
-    with pytest.raises(SandboxLost):
-        await asyncio.wait_for(sandbox.execute("1", timeout_s=5, call_id="a"), 30)
-    sandbox._session.session_id = mine
-    await sandbox.close()
+    for rebuild in (True, False):
+        if path == "handle":
+            factory = HandleSandboxFactory(rebuild=rebuild)
+        else:
+            factory = HttpSandboxFactory(service, token=TOKEN, rebuild=rebuild)
+        sandbox = await factory.open("t")
+        await sandbox.execute("x = 41", timeout_s=20, call_id="a")
+        mine = sandbox.session_id
+        sandbox._session.session_id = minted_by_nobody_who_lives()
+        if rebuild:
+            answer = await sandbox.execute("x + 1", timeout_s=20, call_id="b")
+            assert (answer.result, answer.state) == ("42", State.REPLAYED)
+            assert sandbox.session_id != mine
+        else:
+            with pytest.raises(SandboxLost, match="its node was lost"):
+                await sandbox.execute("x + 1", timeout_s=20, call_id="b")
+        await sandbox.close()
+        sandbox._session.session_id, sandbox._session._closed = mine, False
+        await sandbox.close()
+
+
+def minted_by_nobody_who_lives() -> str:
+    """An id of the service's own minting, as a node that was lost would have made it."""
+    from actors.sandbox import app_args
+    from serve.policy import Mint
+
+    return Mint(app_args(SandboxConfig(), token=TOKEN).pool_settings().mint_key.encode()).new("node-0")
 
 
 async def test_a_wrong_token_is_our_error_not_a_lost_session() -> None:
