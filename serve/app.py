@@ -19,8 +19,8 @@ from ray.serve.config import RequestRouterConfig
 
 from serve.ingress import Ingress, NamesReplica
 from serve.metrics import MeteredReplica
-from serve.pool import PoolSettings
 from serve.router import SessionRouter
+from serve.settings import PoolSettings
 
 APP_NAME = "sandbox"
 POOL = "SandboxPool"

@@ -11,8 +11,9 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from serve.pool import PoolSettings, SandboxReplica
+from serve.replica import SandboxReplica
 from serve.schema import ExecuteRequest, ExecuteResponse, OutputChunk
+from serve.settings import PoolSettings
 
 _SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 _GAUGES = {"sessions": "open sessions", "cells": "cells", "running": "calls that run", "waiting": "calls that wait"}

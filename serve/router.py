@@ -1,10 +1,12 @@
 """Strict affinity: a call goes to the replica that its session id names, or to nobody who could pretend to be it.
 
-A missing owner is answered by any replica, with "gone"; never by waiting: Serve would retry an empty choice for ever.
+An owner that was just lost is waited for, as long as its successor may still take the name and adopt its sessions. One
+that does not come back, or was never known, is answered for by any replica, with "gone".
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -15,6 +17,7 @@ from serve.errors import PoolFull
 from serve.policy import owner_of
 
 _TRIES = 4
+_RETURN_S = 40.0  # Serve starts a dead replica again within seconds; after this, the janitor has what it left
 
 
 class SessionRouter(RequestRouter):
@@ -22,11 +25,18 @@ class SessionRouter(RequestRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._owners: dict[str, RunningReplica] = {}
+        self._missing: dict[str, float] = {}  # owner -> when it was first seen to be gone
         self._sent: Counter[ReplicaID] = Counter()  # new sessions sent since the replica last told its number
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
+        gone = self._owners
         self._owners = {str(replica.replica_metadata.get("owner", "")): replica for replica in replicas}
+        now = time.monotonic()
+        missing = {**dict.fromkeys(gone, now), **self._missing}
+        self._missing = {
+            owner: since for owner, since in missing.items() if owner not in self._owners and now - since < _RETURN_S
+        }
         self._sent.clear()
 
     async def choose_replicas(
@@ -36,9 +46,13 @@ class SessionRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # a full owner is asked again later, not in a spin
             session_id = pending_request.metadata.session_id
-        owner = self._owners.get(owner_of(session_id))
+        name = owner_of(session_id)
+        owner = self._owners.get(name)
         if owner is not None:
-            return [[owner]]
+            alive = any(replica.replica_id == owner.replica_id for replica in candidate_replicas)
+            return [[owner]] if alive else []  # it died, and the list without it has not come yet
+        if time.monotonic() - self._missing.get(name, -_RETURN_S) < _RETURN_S:
+            return []
         ranked = sorted(candidate_replicas, key=self._load)
         if not session_id and ranked:
             self._sent[ranked[0].replica_id] += 1

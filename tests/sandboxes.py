@@ -1,11 +1,13 @@
 """A pool and its sessions as the sandbox tests use them; a backend that this machine lacks skips with its own words."""
 
 import asyncio
+import os
+import signal
 from itertools import count
 
 import pytest
 
-from serve.cells import BackendUnavailable
+from serve.cells import BackendUnavailable, Cell
 from serve.pool import PoolSettings, SandboxPool
 from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Limits
 
@@ -34,9 +36,35 @@ async def open_session(pool: SandboxPool, **limits: int) -> Session:
     return Session(pool, (await pool.create(CreateSession(limits=Limits(**limits)))).session_id)
 
 
-async def start_pool(backend: str, **settings: object) -> SandboxPool:
+def new_node() -> str:
+    """A node that no other test's pool has: on the same node a pool would adopt what another one left."""
+    return f"t{os.getpid()}n{next(_ids)}"
+
+
+def cells(pool: SandboxPool) -> list[Cell]:
+    return [cell.link.cell for cell in pool.fleet.cells]
+
+
+def kill_supervisor(pool: SandboxPool, cell: Cell) -> None:
+    """SIGKILL to PID 1 of a cell, from outside, as the kernel does when memory is short."""
+    if pool.fleet.backend.name == "docker":
+        import docker
+
+        docker.from_env().api.kill(cell.handle)
+    elif pool.fleet.backend.name == "bwrap":
+        for pid in cell.handle.children():
+            os.kill(pid, signal.SIGKILL)
+    else:
+        cell.handle.kill()
+
+
+def pool_settings(backend: str, **settings: object) -> PoolSettings:
     defaults = {"sessions_per_cell": 8, "max_sessions": 64, "max_running": 8, "mint_key": "test"}
-    pool = SandboxPool(PoolSettings(backend=backend, **{**defaults, **settings}), node=f"test{next(_ids)}")
+    return PoolSettings(backend=backend, **{**defaults, **settings})
+
+
+async def start_pool(backend: str, *, node: str = "", **settings: object) -> SandboxPool:
+    pool = SandboxPool(pool_settings(backend, **settings), node=node or new_node())
     try:
         await pool.start()
     except BackendUnavailable as error:

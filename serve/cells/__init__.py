@@ -9,18 +9,21 @@ A backend starts and removes cells; everything else (sessions, calls) goes over 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
 import stat
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 BackendName = Literal["auto", "docker", "bwrap", "process"]
 
-_SOCKET_ROOM = 60  # an AF_UNIX path has 107 bytes; "aster-cells-1000/" + cell id + "/cell.sock.new" need 47
+_SOCKET_ROOM = 40  # an AF_UNIX path has 107 bytes; "/aster-cells-1000/" + owner + cell id + "/cell.sock.new" need 65
+_FINGERPRINT = 4
+_LAST_WORDS = 2000
 _UID_FLOOR, _UIDS_PER_CELL = 1 << 18, 1 << 16
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,8 @@ class BackendUnavailable(RuntimeError):
 class CellSettings:
     """What every cell of a pool has in common."""
 
+    owner: str = ""
+    """Name of the pool; its cells are in the directory of that name."""
     sessions_per_cell: int = 8
     warm_sessions: int = 2
     """Sessions forked ahead in each cell."""
@@ -41,13 +46,23 @@ class CellSettings:
     """Of one session; a Docker cell gets the sum, and all of its sessions share it."""
     disk_bytes: int = 64 << 20
     """tmpfs of one slot, and of the shared /tmp."""
-    idle_ttl_s: float = 300.0
+    idle_ttl_s: float = 40.0
     """A supervisor that hears nothing for so long ends by itself."""
     image: str = "aster-sandbox:latest"
     runtime: str = "runc"
     socket_root: str | None = None
     """Directory for the sockets; null = under the temporary directory. Docker must see it under the same path."""
-    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        """Of the owner: there is one subdirectory for each cell."""
+        assert self.owner, "only an owner has cells"
+        return private_root(self) / self.owner
+
+    @property
+    def fingerprint(self) -> str:
+        """Alike for cells that were made alike, whoever owns them."""
+        return hashlib.sha256(repr(replace(self, owner="")).encode()).hexdigest()[:_FINGERPRINT]
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,21 @@ class Cell:
     def socket(self) -> Path:
         return self.directory / "cell.sock"
 
+    def is_made_for(self, settings: CellSettings) -> bool:
+        """False: a predecessor made it under other settings."""
+        return self.cell_id.startswith(settings.fingerprint)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a cell ended."""
+
+    reason: str
+    out_of_memory: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
 
 class CellBackend(Protocol):
     name: str
@@ -71,16 +101,20 @@ class CellBackend(Protocol):
         """A new cell; its socket appears when it is ready. Raises `BackendUnavailable`."""
         ...
 
-    async def ending(self, cell: Cell) -> str:
-        """Why the cell ended; empty while it runs."""
+    async def ending(self, cell: Cell) -> Ending | None:
+        """Why the cell ended; None while it runs."""
         ...
 
     async def remove(self, cell: Cell) -> None:
         """Nothing of it is left afterwards. Idempotent."""
         ...
 
+    async def found(self) -> list[Cell]:
+        """Cells of this owner that an earlier process started, alive or not."""
+        ...
+
     async def sweep(self) -> int:
-        """Remove what dead owners left behind; how many cells that were."""
+        """Remove cells of ours that have ended and that no owner's directory tells of; how many those were."""
         ...
 
     async def close(self) -> None: ...
@@ -88,11 +122,19 @@ class CellBackend(Protocol):
 
 def new_directory(settings: CellSettings) -> tuple[str, Path]:
     """A fresh cell id, and its private directory."""
-    root = private_root(settings)
-    cell_id = secrets.token_hex(6)
-    directory = root / cell_id
+    cell_id = settings.fingerprint + secrets.token_hex(4)
+    directory = settings.directory / cell_id
     directory.mkdir(mode=0o700)
     return cell_id, directory
+
+
+def last_words(log: Path) -> str:
+    """The end of a cell's log, as the end of a sentence about it."""
+    try:
+        words = log.read_text("utf-8", "replace").strip()
+    except OSError:
+        words = ""
+    return f": {words[-_LAST_WORDS:]}" if words else ""
 
 
 def socket_root(settings: CellSettings) -> Path:

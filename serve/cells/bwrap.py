@@ -3,15 +3,17 @@
 As root the cell holds K sessions, each under a uid of its own. A user has one uid only, so nothing would separate two
 sessions from each other: then every session gets a cell of its own, in which the supervisor is PID 1 (which the kernel
 protects from its own namespace) and not traceable.
+
+A cell is nobody's child and outlives the pool that started it; the next owner of the directory finds it by its record.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from serve.cells import (
     BackendUnavailable,
     Cell,
     CellSettings,
+    Ending,
+    last_words,
     new_directory,
     new_uid_base,
     supervisor_arguments,
 )
+from serve.cells.detached import Detached, launch
 from serve.cells.host import CELL_ENVIRONMENT, HostPython, compiled_packages, host_python
-from serve.cells.process import ending, spawn, stop, sweep_directories
 
 _PACKAGE = "/aster/sandbox_image"
 _BYTECODE = "/aster/bytecode"
@@ -35,6 +39,7 @@ _CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
 _PROBE_S = 10.0
+_END_S = 10.0
 _SHM_BYTES = 1 << 20
 
 logger = logging.getLogger("ray.serve")
@@ -77,7 +82,7 @@ class BwrapBackend:
             )
 
     def _namespaces(self) -> list[str]:
-        out = ["--die-with-parent", "--new-session", "--as-pid-1", "--hostname", "cell", "--cap-drop", "ALL"]
+        out = ["--new-session", "--as-pid-1", "--hostname", "cell", "--cap-drop", "ALL"]
         out += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         if self._root:
             for capability in _CAPABILITIES:
@@ -86,9 +91,16 @@ class BwrapBackend:
             out += ["--unshare-user", "--disable-userns"]
         return out
 
-    def command(self, directory: Path) -> list[str]:
-        """The whole command line of one cell whose socket directory is `directory`."""
-        out = [self._bwrap, *self._namespaces(), *_system_binds(), *_python_binds(self._python, self._packages)]
+    def command(self, directory: Path, *, status_fd: int) -> list[str]:
+        """The whole command line of one cell whose socket directory is `directory`; its end is told to `status_fd`."""
+        out = [
+            self._bwrap,
+            "--json-status-fd",
+            str(status_fd),
+            *self._namespaces(),
+            *_system_binds(),
+            *_python_binds(self._python, self._packages),
+        ]
         if self._bytecode is not None:
             out += ["--ro-bind", str(self._bytecode), _BYTECODE]
         out += ["--proc", "/proc", "--dev", "/dev", "--bind", str(directory), "/run/cell"]
@@ -111,36 +123,90 @@ class BwrapBackend:
             uid_base=new_uid_base() if self._root else None,
             shared=_SHARED,
         )
-        return [*out, self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments, "--seccomp"]
+        # its parent is bubblewrap: if that alone is killed, the supervisor, and with it the namespace, does not stay
+        arguments += ["--die-with-parent", "--seccomp"]
+        return [*out, self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments]
 
     async def start(self) -> Cell:
         cell_id, directory = new_directory(self.settings)
-        process = spawn(self.command(directory), environment={"PATH": os.defpath}, directory=directory)
-        return Cell(cell_id, directory, process)
 
-    async def ending(self, cell: Cell) -> str:
-        return ending(cell)
+        def make() -> Detached:
+            status = os.open(directory.with_suffix(".status"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                return launch(
+                    self.command(directory, status_fd=status),
+                    environment={"PATH": os.defpath},
+                    record=directory.with_suffix(".process"),
+                    log=directory.with_suffix(".log"),
+                    fds=(status,),
+                )
+            finally:
+                os.close(status)
+
+        making = asyncio.ensure_future(asyncio.to_thread(make))
+        try:
+            return Cell(cell_id, directory, await asyncio.shield(making))
+        except asyncio.CancelledError:  # the thread goes on: wait for what it makes, and take it away
+            await asyncio.wait({making})
+            await asyncio.to_thread(_remove, directory)
+            raise
+        except (OSError, subprocess.SubprocessError) as error:
+            await asyncio.to_thread(_remove, directory)
+            raise BackendUnavailable(f"bwrap: cannot start a cell: {error}") from error
+
+    async def ending(self, cell: Cell) -> Ending | None:
+        if cell.handle.alive:
+            return None
+        status = cell.directory.with_suffix(".status")
+        return Ending(f"its supervisor ended with {_exit_code(status)}{last_words(cell.directory.with_suffix('.log'))}")
 
     async def remove(self, cell: Cell) -> None:
-        # the whole namespace dies with its PID 1, which is bubblewrap's own child: bubblewrap reaps it and ends
-        for pid in _children(cell.handle.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        await stop(cell.handle, first=0)
-        shutil.rmtree(cell.directory, ignore_errors=True)
+        await asyncio.to_thread(_remove, cell.directory)
+
+    async def found(self) -> list[Cell]:
+        cells = []
+        for record in self.settings.directory.glob("*.process"):
+            try:
+                cells.append(Cell(record.stem, record.with_suffix(""), Detached.recorded(record)))
+            except (OSError, ValueError):  # removed meanwhile; it is written whole or not at all
+                continue
+        return cells
 
     async def sweep(self) -> int:
-        return sweep_directories(self.settings)
+        return 0
 
     async def close(self) -> None:
         pass
 
 
-def _children(pid: int) -> list[int]:
+def remove_cells(owner: Path) -> int:
+    """End every cell of a dead owner; how many those were."""
+    records = list(owner.glob("*.process"))
+    for record in records:
+        _remove(record.with_suffix(""))
+    return len(records)
+
+
+def _remove(directory: Path) -> None:
+    record = directory.with_suffix(".process")
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+        Detached.recorded(record).kill_namespace(timeout_s=_END_S)
+    except FileNotFoundError:  # it was removed already, or never started
+        pass
+    for path in (directory.with_suffix(".log"), directory.with_suffix(".status"), record):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _exit_code(status: Path) -> str:
+    """From bubblewrap's JSON documents, one a line; it writes none when it was killed itself."""
+    try:
+        for line in status.read_text().splitlines():
+            if "exit-code" in (told := json.loads(line)):
+                return str(told["exit-code"])
+    except (OSError, ValueError):
+        pass
+    return "an unknown status"
 
 
 def _system_binds() -> list[str]:

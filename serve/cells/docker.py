@@ -1,7 +1,7 @@
 """Cells as Docker containers. The only file of the project that talks to Docker.
 
 The SDK is control (create, inspect, remove), called in threads because it blocks; data goes over the Unix socket in a
-bind-mounted directory. Containers carry labels that say whose they are, so that orphans can be told from a neighbour's.
+bind-mounted directory. Containers outlive the pool; their labels say whose they are, to a successor and to the janitor.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +23,9 @@ from serve.cells import (
     BackendUnavailable,
     Cell,
     CellSettings,
+    Ending,
     new_directory,
     new_uid_base,
-    socket_root,
     supervisor_arguments,
 )
 from serve.cells.host import CELL_ENVIRONMENT
@@ -34,7 +33,8 @@ from serve.cells.host import CELL_ENVIRONMENT
 T = TypeVar("T")
 
 LABEL = "aster.sandbox"  # its value is the label format
-_FORMAT = "1"
+_FORMAT = "2"
+_DIRECTORY, _CELL = "aster.directory", "aster.cell"  # the owner's directory, and a cell's id in it
 _API_S = 60
 _THREADS = 8
 _OVERHEAD_BYTES = 256 << 20  # supervisor and zygote of a cell
@@ -48,18 +48,13 @@ class DockerBackend:
     def __init__(self, settings: CellSettings) -> None:
         self.settings = settings
         self.slots = settings.sessions_per_cell
-        try:
-            self._client = docker.from_env(timeout=_API_S, max_pool_size=2 * _THREADS)
-            self._client.ping()
-        except (docker.errors.DockerException, requests.RequestException) as error:
-            raise BackendUnavailable(f"docker: no daemon answers ({error}); start dockerd or set DOCKER_HOST") from None
+        self._client = _connect()
         try:
             self._client.images.get(settings.image)
         except docker.errors.ImageNotFound:
             raise BackendUnavailable(f"docker: no image {settings.image!r}; build it with `make image`") from None
         self._seccomp = (Path(sandbox_image.__file__).parent / "seccomp.json").read_text("utf-8")
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
-        self._owner = _owner_labels()
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -103,9 +98,11 @@ class DockerBackend:
             "detach": True,
             "labels": {
                 LABEL: _FORMAT,
-                "aster.directory": str(directory),
-                **self._owner,
-                **{f"aster.{key}": value for key, value in self.settings.labels.items()},
+                _DIRECTORY: str(directory.parent),
+                _CELL: directory.name,
+                "aster.owner": self.settings.owner,
+                "aster.node": self.settings.owner.rpartition("-")[0],
+                "aster.pid": str(os.getpid()),  # for people: an adopted cell keeps the one of its first owner
             },
         }
 
@@ -130,17 +127,20 @@ class DockerBackend:
             raise BackendUnavailable(f"docker: cannot start a cell: {error}") from error
         return Cell(cell_id, directory, container.id)
 
-    async def ending(self, cell: Cell) -> str:
-        def look() -> str:
+    async def ending(self, cell: Cell) -> Ending | None:
+        def look() -> Ending | None:
             try:
                 state = self._client.api.inspect_container(cell.handle)["State"]
                 if state["Running"]:
-                    return ""
+                    return None
                 log = self._client.api.logs(cell.handle, tail=20).decode("utf-8", "replace").strip()
             except docker.errors.NotFound:
-                return "its container was removed by somebody else"
-            why = "its container ran out of memory" if state.get("OOMKilled") else "its container ended"
-            return f"{why} with {state['ExitCode']}" + (f": {log[-2000:]}" if log else "")
+                return Ending("its container was removed by somebody else")
+            except (docker.errors.DockerException, requests.RequestException) as error:
+                return Ending(f"the Docker daemon cannot say ({error})")
+            starved = bool(state.get("OOMKilled"))
+            why = "its container ran out of memory" if starved else "its container ended"
+            return Ending(f"{why} with {state['ExitCode']}" + (f": {log[-2000:]}" if log else ""), starved)
 
         return await self._call(look)
 
@@ -148,29 +148,30 @@ class DockerBackend:
         await self._call(lambda: self._remove(cell.handle, cell.directory))
 
     def _remove(self, container: str, directory: Path) -> None:
-        try:
-            self._client.api.remove_container(container, force=True, v=True)
-        except docker.errors.NotFound:
-            pass
-        except docker.errors.APIError as error:
-            if error.status_code != 409:  # 409: its removal is under way already
-                raise
+        _remove_container(self._client, container)
         shutil.rmtree(directory, ignore_errors=True)
 
+    async def found(self) -> list[Cell]:
+        def look() -> list[Cell]:
+            containers = _containers(self._client, f"{_DIRECTORY}={self.settings.directory}")
+            ids = [(c["Labels"][_CELL], c["Id"]) for c in containers]
+            return [Cell(cell_id, self.settings.directory / cell_id, container) for cell_id, container in ids]
+
+        return await self._call(look)
+
     async def sweep(self) -> int:
-        """Remove containers that have ended or whose owner is dead; one that cannot be judged from here (another PID
-        namespace) is left to its own idle time."""
+        """Containers that have ended and whose owner has no directory any more: somebody emptied the temporary
+        directory. One that runs may belong to a pool whose files we cannot see; it is left to its idle end."""
 
         def work() -> int:
-            swept = 0
-            root = socket_root(self.settings)
-            for container in self._client.containers.list(all=True, filters={"label": f"{LABEL}={_FORMAT}"}):
-                if not _is_orphan(container.labels, container.status):
-                    continue
-                directory = Path(container.labels.get("aster.directory", ""))
-                self._remove(container.id, directory if directory.parent == root else root / "none")
-                swept += 1
-            return swept
+            ended = [
+                container["Id"]
+                for container in _containers(self._client, f"{LABEL}={_FORMAT}")
+                if container["State"] in ("exited", "dead") and not Path(container["Labels"][_DIRECTORY]).exists()
+            ]
+            for container in ended:
+                _remove_container(self._client, container)
+            return len(ended)
 
         return await self._call(work)
 
@@ -179,34 +180,37 @@ class DockerBackend:
         self._client.close()
 
 
-def _owner_labels() -> dict[str, str]:
-    """Who owns a cell, so that any later process on this machine can tell whether the owner still lives."""
-    pid = os.getpid()
-    return {
-        "aster.host": socket.gethostname(),
-        "aster.boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "aster.pidns": os.readlink("/proc/self/ns/pid"),
-        "aster.pid": str(pid),
-        "aster.pid_start": _start_time(pid),
-    }
-
-
-def _start_time(pid: int) -> str:
-    """Field 22 of /proc/PID/stat; "" for a process that does not exist."""
+def remove_cells(owner: Path) -> int:
+    """Remove every container of a dead owner; how many those were. Raises `BackendUnavailable`, docker's errors."""
+    client = _connect()
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+        containers = _containers(client, f"{_DIRECTORY}={owner}")
+        for container in containers:
+            _remove_container(client, container["Id"])
+        return len(containers)
+    finally:
+        client.close()
 
 
-def _is_orphan(labels: dict[str, str], status: str) -> bool:
-    mine = _owner_labels()
-    if labels.get("aster.pidns") != mine["aster.pidns"] or labels.get("aster.host") != mine["aster.host"]:
-        return status in ("exited", "dead")
-    if labels.get("aster.boot") != mine["aster.boot"]:
-        return True
+def _connect() -> Any:
     try:
-        pid = int(labels["aster.pid"])
-    except (KeyError, ValueError):
-        return True
-    return _start_time(pid) != labels.get("aster.pid_start")
+        client = docker.from_env(timeout=_API_S, max_pool_size=2 * _THREADS)
+        client.ping()
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        raise BackendUnavailable(f"docker: no daemon answers ({error}); start dockerd or set DOCKER_HOST") from None
+    return client
+
+
+def _containers(client: Any, label: str) -> list[dict[str, Any]]:
+    """One request, unlike `containers.list`, which inspects each and fails when one goes meanwhile."""
+    return list(client.api.containers(all=True, filters={"label": label}))
+
+
+def _remove_container(client: Any, container: str) -> None:
+    try:
+        client.api.remove_container(container, force=True, v=True)
+    except docker.errors.NotFound:
+        pass
+    except docker.errors.APIError as error:
+        if error.status_code != 409:  # 409: its removal is under way already
+            raise

@@ -170,8 +170,9 @@ class CellLink:
     def _lost(self, error: grpc.aio.AioRpcError) -> CellLost:
         return CellLost(f"cell {self.cell.cell_id}: {error.code().name.lower()}: {error.details()}")
 
-    async def disconnect(self) -> None:
-        await self._channel.close(grace=None)
+    async def disconnect(self, *, grace_s: float | None = None) -> None:
+        """Calls under way get so long to end by themselves, and are cancelled then."""
+        await self._channel.close(grace=grace_s)
 
 
 async def start_cell(backend: CellBackend, *, timeout_s: float) -> CellLink:

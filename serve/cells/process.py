@@ -1,4 +1,7 @@
-"""Cells without isolation: the supervisor is a plain child process. Never chosen by `auto`."""
+"""Cells without isolation: the supervisor is a plain child process. Never chosen by `auto`.
+
+It dies with the pool that started it, so that a successor finds none alive; sessions are rebuilt from their journals.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,15 @@ import signal
 import subprocess
 from pathlib import Path
 
-from serve.cells import BackendUnavailable, Cell, CellSettings, new_directory, socket_root, supervisor_arguments
+from serve.cells import (
+    BackendUnavailable,
+    Cell,
+    CellSettings,
+    Ending,
+    last_words,
+    new_directory,
+    supervisor_arguments,
+)
 from serve.cells.host import CELL_ENVIRONMENT, host_python
 
 _STOP_S = 10.0
@@ -39,76 +50,51 @@ class ProcessBackend:
             uid_base=None,
             shared=(),
         )
-        process = spawn(
-            [self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments, "--die-with-parent"],
-            environment={**CELL_ENVIRONMENT, "PATH": os.defpath, "PYTHONPATH": ":".join(paths)},
-            directory=directory,
-        )
-        return Cell(cell_id, directory, process)
+        command = [self._python.executable, "-s", "-m", "sandbox_image.supervisor", *arguments, "--die-with-parent"]
+        environment = {**CELL_ENVIRONMENT, "PATH": os.defpath, "PYTHONPATH": ":".join(paths)}
+        return Cell(cell_id, directory, _spawn(command, environment, directory.with_suffix(".log")))
 
-    async def ending(self, cell: Cell) -> str:
-        return ending(cell)
+    async def ending(self, cell: Cell) -> Ending | None:
+        code = cell.handle.poll()
+        if code is None:
+            return None
+        return Ending(f"its supervisor ended with {code}{last_words(cell.directory.with_suffix('.log'))}")
 
     async def remove(self, cell: Cell) -> None:
-        await stop(cell.handle)
+        await _stop(cell.handle)
+        cell.directory.with_suffix(".log").unlink(missing_ok=True)
         shutil.rmtree(cell.directory, ignore_errors=True)
 
+    async def found(self) -> list[Cell]:
+        return []
+
     async def sweep(self) -> int:
-        """A supervisor dies with its owner; only its directory can be left."""
-        return sweep_directories(self.settings)
+        return 0
 
     async def close(self) -> None:
         pass
 
 
-def spawn(command: list[str], *, environment: dict[str, str], directory: Path) -> subprocess.Popen[bytes]:
-    """From the event loop's own thread: "die with parent" means the thread that forked. Its log is in `directory`."""
-    with open(directory / "log", "wb") as log:
-        process = subprocess.Popen(
+def _spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """From the event loop's own thread: "die with parent" means the thread that forked."""
+    with open(log, "wb") as output:
+        return subprocess.Popen(
             command,
             env=environment,
             cwd="/",
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    (directory / "pid").write_text(str(process.pid))
-    return process
 
 
-def ending(cell: Cell) -> str:
-    code = cell.handle.poll()
-    if code is None:
-        return ""
-    try:
-        log = (cell.directory / "log").read_text("utf-8", "replace").strip()
-    except OSError:
-        log = ""
-    return f"its supervisor ended with {code}" + (f": {log[-2000:]}" if log else "")
-
-
-async def stop(process: subprocess.Popen[bytes], *, first: int = signal.SIGTERM) -> None:
-    """SIGTERM, so that the supervisor ends its sessions (0: it is ending already); SIGKILL when that takes too long."""
-    for number, wait_s in ((first, _STOP_S), (signal.SIGKILL, _STOP_S)):
+async def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, so that the supervisor ends its sessions; SIGKILL when that takes too long."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
         process.send_signal(number)
-        deadline = asyncio.get_running_loop().time() + wait_s
+        deadline = asyncio.get_running_loop().time() + _STOP_S
         while process.poll() is None and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - no event in Popen
             await asyncio.sleep(0.01)
-
-
-def sweep_directories(settings: CellSettings) -> int:
-    """Remove cell directories whose recorded process is gone."""
-    swept = 0
-    root = socket_root(settings)
-    for directory in root.iterdir() if root.is_dir() else ():
-        try:
-            pid = int((directory / "pid").read_text())
-        except (OSError, ValueError):
-            continue  # another backend's, or one that is just being made
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            swept += 1
-    return swept

@@ -1,23 +1,21 @@
-"""What only Docker cells have: a cgroup, labels, and containers that outlive a dead owner until they are swept."""
+"""What only Docker cells have: a cgroup and its memory, labels, and containers that outlive their owner."""
 
 import asyncio
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from sandboxes import open_session, start_pool
+from sandboxes import cells, open_session, start_pool
 
-from serve.errors import SessionGone
+from serve.pool import SandboxPool
 from serve.schema import Status
 
 docker = pytest.importorskip("docker")
 pytestmark = pytest.mark.docker
 
 
-def containers(owner_pid: int) -> list[object]:
-    with_label = docker.from_env().containers.list(all=True, filters={"label": f"aster.pid={owner_pid}"})
-    return list(with_label)
+def containers(pool: SandboxPool) -> list[str]:
+    found = docker.from_env().api.containers(all=True, filters={"label": f"aster.owner={pool.owner}"})
+    return [container["Id"] for container in found]
 
 
 async def test_want_of_memory_in_the_cell_kills_the_session_and_spares_the_supervisor() -> None:
@@ -36,56 +34,38 @@ async def test_want_of_memory_in_the_cell_kills_the_session_and_spares_the_super
         assert (await pool.stats())["lost"] == 0
     finally:
         await pool.stop()
-    assert containers(os.getpid()) == []
+    assert containers(pool) == []
 
 
-async def test_a_cell_that_is_killed_takes_its_sessions_with_a_reason_and_is_replaced() -> None:
-    pool = await start_pool("docker", sessions_per_cell=2)
+async def test_an_ended_container_whose_owner_has_no_files_any_more_is_swept_and_a_running_one_is_not() -> None:
+    mine, emptied = await start_pool("docker", sessions_per_cell=1), await start_pool("docker", sessions_per_cell=1)
     try:
-        lost = [await open_session(pool), await open_session(pool)]
-        for container in containers(os.getpid()):
-            container.kill()  # type: ignore[attr-defined]
-        for session in lost:
-            with pytest.raises(SessionGone, match="container"):
-                await session.run("1")
-        fresh = await open_session(pool)
-        assert (await fresh.run("1 + 1")).result == "2"
-        assert (await pool.stats())["lost"] == 2
+        await open_session(emptied)  # its only cell is taken: another one starts
+        async with asyncio.timeout(30):
+            while len(cells(emptied)) < 2:  # noqa: ASYNC110 - a background task of the pool
+                await asyncio.sleep(0.1)
+        ended, running = cells(emptied)
+        directory = ended.directory.parent
+        moved = directory.rename(directory.with_name("moved"))
+        docker.from_env().api.kill(ended.handle)
+        await mine.fleet.backend.sweep()
+        assert containers(emptied) == [running.handle]
+        moved.rename(directory)
     finally:
-        await pool.stop()
-
-
-async def test_containers_of_a_dead_owner_are_swept_and_those_of_a_live_one_are_not() -> None:
-    mine = await start_pool("docker", sessions_per_cell=1)
-    script = (
-        "import asyncio, os, sys; sys.path.insert(0, 'tests')\n"
-        "async def main():\n"
-        "    from sandboxes import start_pool\n"
-        "    await start_pool('docker', sessions_per_cell=1)\n"
-        "    print('ready', flush=True); os._exit(1)\n"
-        "asyncio.run(main())"
-    )
-    try:
-        dead = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        out, _ = await asyncio.to_thread(dead.communicate, timeout=60)
-        assert b"ready" in out
-        assert len(containers(dead.pid)) == 1
-        assert await mine.backend.sweep() >= 1
-        assert containers(dead.pid) == []
-        assert len(containers(os.getpid())) >= 1
-        assert (await (await open_session(mine)).run("1")).status is Status.OK
-    finally:
+        await emptied.stop()
         await mine.stop()
+    assert containers(emptied) == containers(mine) == []
+    assert not Path(directory).exists()
 
 
 async def test_a_supervisor_that_hears_nothing_ends_by_itself() -> None:
     pool = await start_pool("docker", sessions_per_cell=1, idle_ttl_s=0.5)
     try:
-        cell = pool._cells[0].link.cell
+        (cell,) = cells(pool)
         async with asyncio.timeout(20):
-            while not await pool.backend.ending(cell):  # noqa: ASYNC110 - a container has no event to wait for
+            while (ending := await pool.fleet.backend.ending(cell)) is None:  # noqa: ASYNC110 - a container has no event
                 await asyncio.sleep(0.2)
-        assert "ended with 0" in await pool.backend.ending(cell)
+        assert "ended with 0" in ending.reason
     finally:
         await pool.stop()
 
@@ -96,6 +76,6 @@ async def test_a_pool_that_stops_while_a_cell_is_starting_leaves_no_container() 
         await open_session(pool)  # the only slot is taken: the next cell starts in the background
         await asyncio.sleep(pause_s)
         await pool.stop()
-        assert containers(os.getpid()) == []
+        assert containers(pool) == []
     await asyncio.sleep(1)
-    assert containers(os.getpid()) == []
+    assert containers(pool) == []
