@@ -326,7 +326,7 @@ def validation_metrics(
         out[f"{aux}/problems_lost"] = float(len(mine) - len(alive))
         if not alive:
             continue
-        acc_PG = [np.array([_is_right(t) for t in g.scored], dtype=np.float64) for g in alive]
+        acc_PG = [np.array([is_right(t) for t in g.scored], dtype=np.float64) for g in alive]
         correct, samples = np.array([a.sum() for a in acc_PG]), np.array([len(a) for a in acc_PG])
         interval = bootstrap_mean(acc_PG, resamples=bootstrap, seed=seed)
         out[f"{core}/acc/mean@{n}"] = interval.mean
@@ -340,7 +340,7 @@ def validation_metrics(
                     [
                         majority_at_k(
                             [t.verdicts.pred for t in g.scored],
-                            [_is_right(t) for t in g.scored],
+                            [is_right(t) for t in g.scored],
                             k=min(k, len(g.scored)),
                             seed=seed + index,
                         )
@@ -371,7 +371,7 @@ def _validation_details(
     return out
 
 
-def _is_right(trajectory: Trajectory) -> bool:
+def is_right(trajectory: Trajectory) -> bool:
     verdicts = trajectory.verdicts
     for verdict in (verdicts.math_verify, verdicts.strict):
         if verdict is not None:

@@ -33,6 +33,7 @@ from aster.data.prompts import read_prompts
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import ConfigError
 from aster.eval import EvalResult
+from aster.metrics import is_right
 from aster.types import TrajectoryGroup
 
 MARKER = ".quickstart"
@@ -253,8 +254,8 @@ def _claims(
 
 
 def _scores(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
-    """Rewards per problem; a trajectory that we lost has none, and a problem that lost all of them counts as wrong."""
-    return [[float(t.reward or 0.0) for t in g.scored] or [0.0] for g in groups]
+    """Right or wrong per problem, as `aster eval` judges; a problem that lost all its samples counts as wrong."""
+    return [[float(is_right(t)) for t in g.scored] or [0.0] for g in groups]
 
 
 def _mean(result: EvalResult) -> float:
@@ -271,8 +272,8 @@ def _validation(recipe: Recipe, *, step: int) -> dict[str, list[float]]:
     """Scores by row of one validation of a training run."""
     scores: dict[str, list[float]] = {}
     for row in read_rows(recipe.run.path / "val_rollout_data" / f"{step}.jsonl"):
-        scores.setdefault(row["row_id"], []).append(float(row["score"]))
-    return scores
+        scores.setdefault(row["row_id"], []).extend([] if row["acc"] is None else [float(row["acc"])])
+    return {row_id: judged or [0.0] for row_id, judged in scores.items()}
 
 
 def _aligned(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[list[list[float]], list[list[float]]]:
