@@ -91,6 +91,11 @@ test-long: bootstrap qwen3-tokenizer  ## soak, chaos, seeds
 test-gpu: $(STAMP)  ## what needs a CUDA device (EXTRA=gpu make setup first)
 	$(PYTEST) tests -m gpu $(ARGS)
 
+.PHONY: test-sandbox-extra
+test-sandbox-extra:  ## the sandbox served from an environment of its own, without torch and vllm
+	@$(MAKE) --no-print-directory setup EXTRA=sandbox VENV=.cache/sandbox-venv
+	.cache/sandbox-venv/bin/python tests/deploy/sandbox_alone.py
+
 .PHONY: lint
 lint: $(STAMP)  ## ruff, formatting, and who may import whom
 	$(BIN)/ruff check .
