@@ -58,7 +58,11 @@ class PoolCalls:
 
     async def execute(self, session_id: str, request: ExecuteRequest) -> ExecuteResponse:
         answer: ExecuteResponse = await self._call(
-            "execute", session_id, request, deadline_s=request.timeout_s + self._queue_s
+            "execute",
+            session_id,
+            request,
+            deadline_s=request.timeout_s + self._queue_s,
+            repeatable=bool(request.call_id),
         )
         return answer
 
@@ -80,7 +84,7 @@ class PoolCalls:
             events.cancel()
 
     async def interrupt(self, session_id: str) -> Interrupted:
-        answer: Interrupted = await self._call("interrupt", session_id)
+        answer: Interrupted = await self._call("interrupt", session_id, repeatable=False)
         return answer
 
     async def reset(self, session_id: str) -> Session:
@@ -89,7 +93,7 @@ class PoolCalls:
 
     async def fork(self, session_id: str, request: ForkSession) -> Forked:
         """Waits for the session's turn: its last cell ends first."""
-        forked: Forked = await self._call("fork", session_id, request, deadline_s=self._queue_s)
+        forked: Forked = await self._call("fork", session_id, request, deadline_s=self._queue_s, repeatable=False)
         return forked
 
     async def journal(self, session_id: str) -> list[CellRecord]:
@@ -115,9 +119,23 @@ class PoolCalls:
         async with failures("", _STATS_S):
             return list(await self._pool.broadcast("stats").results_async(timeout_s=_STATS_S))
 
-    async def _call(self, method: str, session_id: str, *args: object, deadline_s: float = _CONTROL_S) -> Any:
+    async def _call(
+        self,
+        method: str,
+        session_id: str,
+        *args: object,
+        deadline_s: float = _CONTROL_S,
+        repeatable: bool = True,
+    ) -> Any:
+        handle = self._handle(method, session_id)
         async with failures(session_id, deadline_s):
-            return await self._handle(method, session_id).remote(session_id, *args)
+            try:
+                return await handle.remote(session_id, *args)
+            except ray.exceptions.RayActorError:
+                if not repeatable:
+                    raise
+            # The pool died, not its cells: its successor adopts them, and they remember what they have answered.
+            return await handle.remote(session_id, *args)
 
     def _handle(self, method: str, session_id: str) -> DeploymentHandle:
         """Kept for the sessions in use: `options()` costs more than a call's share of it should."""
