@@ -32,9 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 
-from actors.attention import SEGMENTED
+from actors.attention import PACKED, Packing, choose
 from aster.algo import naming
 from aster.config import ModelConfig
 from aster.errors import ConfigError
@@ -99,27 +98,16 @@ class Policy(nn.Module):
         at_N: torch.Tensor,
         labels_N: torch.Tensor,
         *,
-        segment_lengths: list[int],
-        cu_seqlens: torch.Tensor,
+        packing: Packing,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log pi(label) [N] fp32, entropy [N] fp32 without gradient) at the positions `at_N`.
 
-        The distribution is softmax(logits / temperature): that of the sampler, as long as it cuts no tail.
+        The distribution is softmax(logits / temperature): that of the sampler, as long as it cuts no tail. With
+        context parallelism R is this rank's part of the row, and the call is a collective of its group.
         """
-        longest = max(segment_lengths)
-        packing: dict[str, Any] = (
-            {"segment_lengths": segment_lengths}
-            if self.hf.config._attn_implementation == SEGMENTED
-            else {
-                "cu_seq_lens_q": cu_seqlens,
-                "cu_seq_lens_k": cu_seqlens,
-                "max_length_q": longest,
-                "max_length_k": longest,
-            }
-        )
         hidden_RH = self.hf.base_model(
-            input_ids=input_ids_R[None], position_ids=position_ids_R[None], use_cache=False, **packing
+            input_ids=input_ids_R[None], position_ids=position_ids_R[None], use_cache=False, packing=packing
         ).last_hidden_state[0]
         return label_log_probs(
             hidden_RH.index_select(0, at_N),
@@ -171,7 +159,8 @@ class ShardedPolicy:
         self.path = Path(path)
         self.device = device
         self.rank = dist.get_rank()
-        hf = _skeleton(self.path, attention=_attention(config, device))
+        self.kernel = choose(config.attention, device=device, dtype=DTYPES[config.compute_dtype])
+        hf = _skeleton(self.path)
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hf_config = hf.config
@@ -235,21 +224,14 @@ class ShardedPolicy:
 # pieces -------------------------------------------------------------------------------------------------------------
 
 
-def _attention(config: ModelConfig, device: torch.device) -> str:
-    flash = device.type == "cuda" and is_flash_attn_2_available()
-    if config.attention == "flash" and not flash:
-        raise ConfigError("model.attention=flash needs CUDA and the flash-attn package: use auto or sdpa")
-    return "flash_attention_2" if flash and config.attention != "sdpa" else SEGMENTED
-
-
-def _skeleton(path: Path, *, attention: str) -> PreTrainedModel:
+def _skeleton(path: Path) -> PreTrainedModel:
     """The model with parameters on meta and real buffers, no dropout."""
     config = AutoConfig.from_pretrained(path)
     for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(config, key, 0):
             setattr(config, key, 0.0)  # pi_old and pi must be the same function
     with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
 
 
 @contextmanager

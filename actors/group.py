@@ -75,9 +75,12 @@ class LearnerRank(Learner):
 class RayLearnerGroup:
     """`roles.LearnerGroup` over Ray actors."""
 
-    def __init__(self, ranks: Sequence[Any], *, placement: PlacementGroup | None, timeout_s: float) -> None:
+    def __init__(
+        self, ranks: Sequence[Any], *, placement: PlacementGroup | None, timeout_s: float, context_parallel: int = 1
+    ) -> None:
         """Use `spawn`. `placement` is released with the gang; None where it belongs to somebody else."""
-        self.dp_size = len(ranks)
+        self.dp_size = len(ranks) // context_parallel
+        self._context = context_parallel  # consecutive ranks get the same row and return the same
         self.pids: list[int] = []
         self._ranks = list(ranks)
         self._placement = placement
@@ -112,7 +115,12 @@ class RayLearnerGroup:
             .remote(rank, world_size, timeout_s=start_s)
             for rank in range(world_size)
         ]
-        group = cls(ranks, placement=own, timeout_s=recipe.learner.step_timeout_s)
+        group = cls(
+            ranks,
+            placement=own,
+            timeout_s=recipe.learner.step_timeout_s,
+            context_parallel=recipe.learner.context_parallel,
+        )
         try:
             master = await group._one(0, "address", timeout_s=start_s)
             group.pids = await group._all(
@@ -133,21 +141,20 @@ class RayLearnerGroup:
     async def log_probs(
         self, microbatch_per_rank: Sequence[MicroBatch], *, reference: bool = False
     ) -> list[TokenScores]:
-        self._check_width(microbatch_per_rank)
-        return await self._each("log_probs", [(m,) for m in microbatch_per_rank], reference=reference)
+        scores = await self._each("log_probs", self._per_rank(microbatch_per_rank), reference=reference)
+        return scores[:: self._context]
 
     async def forward_backward(
         self, microbatch_per_rank: Sequence[MicroBatch], *, num_loss_tokens: int, num_groups: int
     ) -> StepStats:
-        """Sums over the ranks; `seconds` is that of the slowest one."""
-        self._check_width(microbatch_per_rank)
+        """Sums over the rows; `seconds` is that of the slowest rank."""
         stats: list[StepStats] = await self._each(
             "forward_backward",
-            [(m,) for m in microbatch_per_rank],
+            self._per_rank(microbatch_per_rank),
             num_loss_tokens=num_loss_tokens,
             num_groups=num_groups,
         )
-        return replace(reduce(add, stats), seconds=max(s.seconds for s in stats))
+        return replace(reduce(add, stats[:: self._context]), seconds=max(s.seconds for s in stats))
 
     async def optim_step(self) -> OptimStats:
         """The norm and the rate are the same on every rank; rank 0's record."""
@@ -171,7 +178,7 @@ class RayLearnerGroup:
     async def close(self) -> None:
         """Idempotent. Ranks leave the process group together if they still can, and are ended in any case."""
         if self._failure is None and self._ranks:
-            calls = [self._ref(rank, "close") for rank in range(self.dp_size)]
+            calls = [self._ref(rank, "close") for rank in range(len(self._ranks))]
             done, pending = await asyncio.wait([asyncio.ensure_future(c) for c in calls], timeout=_CLOSE_S)
             for task in pending:
                 task.cancel()
@@ -191,15 +198,17 @@ class RayLearnerGroup:
 
     # calls -----------------------------------------------------------------------------------------------------------
 
-    def _check_width(self, microbatch_per_rank: Sequence[MicroBatch]) -> None:
-        if len(microbatch_per_rank) != self.dp_size:
-            raise ValueError(f"{len(microbatch_per_rank)} micro-batches for {self.dp_size} ranks: one per rank")
+    def _per_rank(self, microbatches: Sequence[MicroBatch]) -> list[tuple[MicroBatch]]:
+        """Arguments of each rank: the row of its context-parallel group."""
+        if len(microbatches) != self.dp_size:
+            raise ValueError(f"{len(microbatches)} micro-batches for {self.dp_size} ranks: one per rank")
+        return [(m,) for m in microbatches for _ in range(self._context)]
 
     async def _one(self, rank: int, method: str, *, timeout_s: float) -> Any:
         return (await self._gather({rank: self._ref(rank, method)}, method, timeout_s))[0]
 
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
-        return await self._each(method, [args] * self.dp_size, timeout_s=timeout_s, **kwargs)
+        return await self._each(method, [args] * len(self._ranks), timeout_s=timeout_s, **kwargs)
 
     async def _each(
         self, method: str, args_per_rank: Sequence[tuple[Any, ...]], *, timeout_s: float | None = None, **kwargs: Any

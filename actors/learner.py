@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors import persist
+from actors.attention import Packing
+from actors.context_parallel import ContextParallel, slice_row
 from actors.fsdp import ShardedPolicy, join_group, open_store
 from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
 from aster.algo.schedule import learning_rate, warmup_length
@@ -61,7 +63,11 @@ class Learner:
             store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self._owns_group = join_group(store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s)
         torch.manual_seed(recipe.run.seed + rank)
+        size = recipe.learner.context_parallel
+        self.context = ContextParallel(size=size, timeout_s=timeout_s) if size > 1 else None
         self.model = self._load(model_path)
+        if self.context is not None:
+            self.context.check_heads(self.model.hf_config.num_attention_heads)
         self.reference = self._reference() if recipe.stage == "rl" and recipe.algo.kl_coef > 0 else None
         self.optimizer = self._adamw()
         self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
@@ -81,18 +87,14 @@ class Learner:
         with torch.no_grad():
             scores = self._forward(microbatch, model)
         model.reshard()
-        mask = microbatch.loss_mask
-        out = [np.zeros(len(mask), np.float32) for _ in scores]
-        if mask.any():
-            for values, score in zip(out, scores, strict=True):
-                values[mask] = score.cpu().numpy()
-        return TokenScores(*out)
+        return TokenScores(*(np.where(microbatch.loss_mask, score.cpu().numpy(), np.float32(0)) for score in scores))
 
     def forward_backward(self, microbatch: MicroBatch, *, num_loss_tokens: int, num_groups: int) -> StepStats:
-        """Add this row's share of the mini-batch gradient. Returns this rank's sums; the gang's are their total.
+        """Add this row's share of the mini-batch gradient. Returns the row's sums; the mini-batch's are their total.
 
         Denominators are the mini-batch's over all ranks, so rows, ranks and their order do not change the loss. The
-        gradient is scaled by the world size because FSDP takes the mean over ranks.
+        gradient is scaled by the world size because FSDP takes the mean over ranks. Ranks of one context-parallel
+        group have the same row and return the same sums.
         """
         began = time.monotonic()
         mask = microbatch.loss_mask
@@ -107,6 +109,8 @@ class Learner:
         )
         logprobs, entropy = self._forward(microbatch, self.model)
         if mask.any():
+            on = self._tensor(np.flatnonzero(mask))
+            logprobs, entropy = logprobs.index_select(0, on), entropy.index_select(0, on)
             losses, extra = self._token_losses(logprobs, microbatch)
             loss = aggregate(losses, weights)
             counted = torch.stack([loss.detach(), entropy.sum(), *extra])
@@ -118,7 +122,7 @@ class Learner:
         return StepStats(
             loss=sums[0],
             tokens=int(mask.sum()),
-            padded_tokens=len(mask),
+            padded_tokens=len(mask) + -len(mask) % self.recipe.learner.context_parallel,
             entropy_sum=sums[1],
             clipped_sum=sums[2],
             clipped_lower_sum=sums[3],
@@ -217,20 +221,31 @@ class Learner:
     # pieces ----------------------------------------------------------------------------------------------------------
 
     def _forward(self, microbatch: MicroBatch, model: ShardedPolicy) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies of the labels under the mask, [N]; of position 0 where nothing is masked in."""
-        at = np.flatnonzero(microbatch.loss_mask)
+        """Log-probs and entropies of the labels, [R]; what stands where the mask is off means nothing."""
+        context = self.context
+        part = slice_row(microbatch, rank=context.rank if context else 0, size=context.size if context else 1)
+        at = np.flatnonzero(part.loss_mask)
         if len(at) == 0:
             at = np.zeros(1, np.int64)  # every parameter must get a gradient, else FSDP's reductions differ in size
-        boundaries = microbatch.cu_seqlens
-        return model.policy(
-            self._tensor(microbatch.input_ids),
-            self._tensor(microbatch.position_ids),
-            self._tensor(at),
-            self._tensor(microbatch.labels[at]),
-            segment_lengths=np.diff(boundaries).tolist(),
-            cu_seqlens=self._tensor(boundaries),
+        at_N = self._tensor(at)
+        scores = model.policy(
+            self._tensor(part.input_ids),
+            self._tensor(part.position_ids),
+            at_N,
+            self._tensor(part.labels[at]),
+            packing=Packing(
+                lengths=np.diff(part.boundaries).tolist(),
+                boundaries=self._tensor(part.boundaries),
+                kernel=model.kernel,
+                context=context,
+            ),
             temperature=1.0 if self.recipe.stage == "sft" else self.recipe.sampling.temperature,
         )
+        rows = [score.new_zeros(len(part.input_ids)).index_copy(0, at_N, score) for score in scores]
+        if context is not None:
+            rows = [context.gather(row) for row in rows]
+        logprobs, entropy = (row[: len(microbatch.labels)] for row in rows)
+        return logprobs, entropy
 
     def _token_losses(
         self, logprobs: torch.Tensor, microbatch: MicroBatch

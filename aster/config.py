@@ -60,8 +60,8 @@ class ModelConfig(_Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Forward and backward of the learner; masters and reductions are always fp32."""
     gradient_checkpointing: bool = True
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """`auto`: flash-attn on CUDA when importable, else sdpa."""
+    attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
+    """`auto`: for bfloat16 on CUDA flash-attn when importable, else `varlen` (torch's own); otherwise sdpa."""
 
 
 class DataConfig(_Section):
@@ -207,6 +207,8 @@ class LearnerConfig(_Section):
     backend: Literal["fsdp2", "deepspeed_zero2", "deepspeed_zero3"] = "fsdp2"
     """DeepSpeed is for SFT only."""
     world_size: int = Field(default=1, ge=1)
+    context_parallel: int = Field(default=1, ge=1)
+    """So many ranks share one row, each a part of its tokens (Ulysses); for rows too long for one device."""
     micro_batch_tokens: int = Field(default=73728, ge=1)
     """Most tokens of one packed row; a longer single sample gets a row of its own."""
     logprob_chunk_tokens: int = Field(default=1024, ge=1)
@@ -310,6 +312,16 @@ class Recipe(_Section):
                     f"algo.dual_clip={self.algo.dual_clip} must exceed 1 + clip_high = {1 + self.algo.clip_high}, "
                     "else it binds before the clip does"
                 )
+        if self.learner.world_size % self.learner.context_parallel:
+            yield (
+                f"learner.world_size={self.learner.world_size} is not a multiple of learner.context_parallel="
+                f"{self.learner.context_parallel}: use a divisor of {self.learner.world_size}"
+            )
+        if self.learner.context_parallel > 1 and self.learner.backend != "fsdp2":
+            yield (
+                f"learner.context_parallel={self.learner.context_parallel} needs learner.backend=fsdp2, "
+                f"got {self.learner.backend}"
+            )
         if self.rollout.max_num_batched_tokens is not None and not self.rollout.enforce_eager:
             need = self.budget.max_model_len
             if self.rollout.max_num_batched_tokens < need:

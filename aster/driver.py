@@ -308,7 +308,7 @@ class GrpoLoop:
                 seconds,
                 total_tokens=sum(t.num_tokens for t in trajectories),
                 response_tokens=sum(len(t.ids) for t in trajectories),
-                devices=self.learners.dp_size + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
+                devices=self.recipe.learner.world_size + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
             ),
         }
 

@@ -214,6 +214,35 @@ async def test_silence_past_the_deadline_is_a_gang_failure():
         await group.save("x")
 
 
+async def test_ranks_that_share_a_row_are_given_it_and_counted_once():
+    class Rank:
+        def __init__(self, number):
+            self.number = number
+
+        def __getattr__(self, name):
+            return self
+
+        def remote(self, *args, **kwargs):
+            future = asyncio.get_running_loop().create_future()
+            asked.append((self.number, args))
+            stats = StepStats(loss=1.0, tokens=10, seconds=self.number)
+            future.set_result(stats if kwargs.get("num_groups") else self.number)
+            return future
+
+    asked: list[tuple[int, tuple]] = []
+    group = RayLearnerGroup([Rank(i) for i in range(4)], placement=None, timeout_s=5, context_parallel=2)
+    assert group.dp_size == 2
+    rows = pack(some_samples(4), row_tokens=100, dp_size=2)[0]
+    assert await group.log_probs(rows) == [0, 2]
+    assert asked == [(0, (rows[0],)), (1, (rows[0],)), (2, (rows[1],)), (3, (rows[1],))]
+    stats = await group.forward_backward(rows, num_loss_tokens=20, num_groups=1)
+    assert (stats.loss, stats.tokens, stats.seconds) == (2.0, 20, 3)
+    await group.save("x")
+    assert [number for number, _ in asked[-4:]] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="4 micro-batches for 2 ranks"):
+        await group.log_probs([*rows, *rows])
+
+
 async def test_an_error_that_all_ranks_share_passes_through_and_the_gang_lives():
     class Refusing:
         def __getattr__(self, name):

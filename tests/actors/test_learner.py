@@ -522,12 +522,3 @@ def test_reading_arrays_that_ray_made_read_only_works(model_dir):
         array.setflags(write=False)
     with learner_on(model_dir, recipe("sft")) as learner:
         assert np.isfinite(learner.forward_backward(row, num_loss_tokens=4, num_groups=1).loss)
-
-
-def test_a_sample_longer_than_a_sliding_window_is_refused_with_both_numbers():
-    from actors.attention import segmented_attention
-    from aster.errors import ConfigError
-
-    heads = torch.zeros(1, 2, 9, 4)
-    with pytest.raises(ConfigError, match=r"sample of 6 tokens .* window of 5"):
-        segmented_attention(torch.nn.Module(), heads, heads, heads, None, segment_lengths=[3, 6], sliding_window=5)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from actors.attention import SEGMENTED
+from actors.attention import PACKED, Packing, choose
 from actors.fsdp import DTYPES
 from actors.learner import Learner
 from aster.algo.packing import denominators, pack
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1500, help="tokens of the packed row")
     parser.add_argument("--mean-length", type=int, default=160, help="tokens of a sample, lognormal")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--attention", choices=["auto", "sdpa", "flash"], default="auto")
+    parser.add_argument("--attention", choices=["auto", "sdpa", "flash", "varlen", "flex"], default="auto")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, in both loops")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out (it keeps all logits)")
@@ -78,7 +78,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "dtype": args.dtype,
-            "attention": learner.model.hf_config._attn_implementation,
+            "attention": learner.model.kernel,
             "recompute": args.recompute,
             "row_tokens": len(row.input_ids),
             "segments": len(row.sample_index),
@@ -120,18 +120,22 @@ def rows_of(tokens: int, mean_length: int, vocab: int) -> tuple[MicroBatch, int]
 
 def plain_loop(path: str, row: MicroBatch, args: argparse.Namespace) -> Callable[[], None]:
     device = _device()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=SEGMENTED).to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=PACKED).to(device)
     model.train()
     if args.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.tensor(row.input_ids, device=device)[None]
     positions = torch.tensor(row.position_ids, device=device)[None]
     labels = torch.tensor(np.where(row.loss_mask, row.labels, -100), device=device)
-    lengths = np.diff(row.cu_seqlens).tolist()
+    packing = Packing(
+        lengths=np.diff(row.cu_seqlens).tolist(),
+        boundaries=torch.tensor(row.cu_seqlens, device=device),
+        kernel=choose(args.attention, device=device, dtype=DTYPES[args.dtype]),
+    )
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segment_lengths=lengths)
+            out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
             logits = model.lm_head(out.last_hidden_state)[0]
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
 
