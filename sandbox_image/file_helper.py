@@ -75,7 +75,7 @@ def _below(home: str, path: str) -> str:
         raise FileTrouble("invalid", f"{path!r} is not a path relative to the home directory")
     real = os.path.realpath(os.path.join(home, path))
     if not real.startswith(home + "/"):
-        raise FileTrouble("invalid", f"{path!r} leads out of the home directory")
+        raise FileTrouble("invalid", f"{path!r} is the home directory, or leads out of it")
     return real
 
 

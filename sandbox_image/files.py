@@ -8,6 +8,7 @@ What the helper says is untrusted like all that runs under the session's uid: th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -43,12 +44,11 @@ async def touch(
         said = bytearray()
         try:
             async with asyncio.timeout(DEADLINE_S):
-                try:
+                with contextlib.suppress(OSError):  # it has refused already: its header says why
                     await loop.sock_sendall(ours, content)
-                except OSError:  # it has refused already: its header says why
-                    pass
-                while len(said) <= room + HEADER_BYTES and (data := await loop.sock_recv(ours, _CHUNK)):
-                    said += data
+                with contextlib.suppress(ConnectionResetError):  # its end, when it has not read all of the contents
+                    while len(said) <= room + HEADER_BYTES and (data := await loop.sock_recv(ours, _CHUNK)):
+                        said += data
         except TimeoutError:
             raise FileTrouble("no_room", f"the transfer did not end within {DEADLINE_S:g} s") from None
         finally:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-_TREE_S = 0.5  # a tree that cannot be killed must not hold the caller, who has other sessions
+_TREE_S = 0.2  # a tree that dies slowly must not hold the caller, who has other sessions
 
 
 def children_of() -> dict[int, list[int]]:
@@ -81,7 +81,8 @@ def signal_group(pid: int, number: int) -> None:
 
 def kill_tree(root: int) -> None:
     """SIGKILL `root` and all of its descendants. For sessions that share their uid and are subreapers: a descendant
-    cannot leave the tree while its root lives, so the root is stopped first and goes last."""
+    cannot leave the tree while its root lives, so the root is stopped first and goes last. Who has not died by then
+    is a child of the next subreaper above."""
     send(root, signal.SIGSTOP)
     deadline = time.monotonic() + _TREE_S
     while True:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from sandbox_image.proc import descendants as descendants
 
 _UNCLAIMED = 256
 _ZYGOTE_ANSWER_S = 10.0
+_STRAYS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,17 @@ class Reaper:
         """`pid`, with its wait status now or when it ends."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         known = self._unclaimed.pop(pid, None)
-        if known is None or self.is_ours(pid):  # a child that is there now is not the one that ended: pids come again
+        if known is None or self._is_child(pid):  # a child that is there now is not the one that ended: pids come again
             self._waiting[pid] = future
         else:
             future.set_result(known)
         return Child(pid, future)
 
-    def is_ours(self, pid: int) -> bool:
-        """A child of ours, running or ended and not yet waited for."""
+    def is_stray(self, pid: int) -> bool:
+        """A child of ours, running or just ended, that nobody has claimed."""
+        return pid not in self._waiting and self._is_child(pid)
+
+    def _is_child(self, pid: int) -> bool:
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -83,9 +88,16 @@ class Reaper:
         return [pid for pid in mine if uid is None or uid_of(pid) == uid]
 
     async def kill_strays(self, uid: int | None) -> None:
-        async with self.births:
-            for pid in self.strays(uid):
-                kill_tree(pid)
+        """Until none is left: what a stray leaves behind is ours in the next round."""
+        deadline = time.monotonic() + _STRAYS_S
+        while time.monotonic() < deadline:
+            async with self.births:
+                strays = self.strays(uid)
+                for pid in strays:
+                    kill_tree(pid)
+            if not strays:
+                return
+            await asyncio.sleep(0.001)
 
 
 class ZygoteDied(RuntimeError):

@@ -145,7 +145,7 @@ class SessionProcess:
             async with asyncio.timeout(_FORK_S):
                 pid, answer = await newborn.hello(wires.control, uid=place.uid, nonce=nonce)
             self._accept(answer)
-            if not self._reaper.is_ours(pid):
+            if not self._reaper.is_stray(pid):
                 raise CannotFork("its copy is not where it should be")
             return wires, self._reaper.claim(pid)
         except BaseException:
