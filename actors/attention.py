@@ -3,7 +3,7 @@
     sdpa    torch's scaled_dot_product_attention, one call per segment     anywhere, fp32 too; slow for many segments
     flash   the flash-attn package                                         CUDA, bf16
     varlen  torch.nn.attention.varlen, flash kernels without that package  CUDA, bf16
-    flex    torch.nn.attention.flex_attention with a block mask            CUDA compiled; a CPU runs it unfused
+    flex    torch.nn.attention.flex_attention with a block mask            CUDA, fp32 too; no backward on a CPU
 
 `auto` takes flash, else varlen, for bf16 on CUDA, and sdpa elsewhere. transformers calls `packed_attention`, registered
 once under `PACKED`; its own sdpa path would see restarting position ids and build a dense R x R mask, whose cost grows
@@ -71,6 +71,8 @@ def choose(attention: str, *, device: torch.device, dtype: torch.dtype) -> str:
                 "model.attention=flash needs the flash-attn package (pip install 'aster-rl[flash]' "
                 "--no-build-isolation): use varlen, torch's own, or auto"
             )
+    if attention == "flex" and device.type != "cuda":
+        raise ConfigError("model.attention=flex needs CUDA, since it has no backward pass on a CPU: use auto or sdpa")
     return attention
 
 
@@ -192,7 +194,7 @@ def _left_right(window: int | None) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)
 def _flex(device: str) -> Any:
-    """Compiled on CUDA (one kernel, rows of any length); a CPU has no backward in compiled form and runs it unfused."""
+    """Compiled on CUDA, once for rows of any length; on a CPU it is only ever asked for outputs, by tests."""
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
 
 

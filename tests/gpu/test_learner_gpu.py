@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
+from actors.attention import KERNELS, Packing
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, padding_row
 from aster.config import AlgoConfig
@@ -41,6 +42,7 @@ pytestmark = [
 FLASH = pytest.param(
     "flash", marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
 )
+ATTENTIONS = ["sdpa", "varlen", "flex", FLASH]
 CUDA = {"cluster": {"device": "cuda"}}
 
 
@@ -94,7 +96,7 @@ def test_fp32_on_cuda_equals_the_cpu(model_dir, reference):
         assert relative_gap(gradients(learner), grads) < 1e-3
 
 
-@pytest.mark.parametrize("attention", ["sdpa", FLASH])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bf16_stays_near_the_fp32_reference(model_dir, reference, attention, checkpointing):
     samples, log_probs, loss, grads = reference
@@ -118,10 +120,42 @@ def test_bf16_stays_near_the_fp32_reference(model_dir, reference, attention, che
         assert {p.dtype for p in learner.model.parameters().values()} == {torch.float32}
 
 
-def test_packing_does_not_leak_between_segments(model_dir, reference):
-    """A segment's log-probs do not move when its neighbours change (bf16, the kernel that `auto` picks)."""
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_kernel_agrees_with_sdpa_in_fp32_and_so_do_its_gradients(attention, window):
+    """bf16 in, fp32 judge with a written-out mask on the same bf16 numbers; three rows of other lengths in a row."""
+    if attention == "sdpa" and window:
+        pytest.skip("sdpa has no window")
+    for lengths in ([37, 5, 130, 1, 129, 700], [256], [500, 41, 128]):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(sum(lengths), h, 64) for h in (8, 2, 2, 8)]
+        *heads, upstream = (torch.randn(s, generator=generator).to("cuda", torch.bfloat16) for s in shapes)
+        heads = [x.requires_grad_() for x in heads]
+        exact = [x.detach().float().requires_grad_() for x in heads]
+        boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+        packing = Packing(lengths=lengths, boundaries=boundaries, kernel=attention)
+        out = KERNELS[attention](*heads, packing, scale=0.125, window=window)
+        segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+        back = torch.arange(len(segment), device="cuda")
+        back = back[:, None] - back
+        allowed = (segment[:, None] == segment) & (back >= 0) & (back < (window or len(segment)))
+        q, k, v = (x.transpose(0, 1)[None] for x in exact)
+        judge = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, scale=0.125, enable_gqa=True
+        )[0].transpose(0, 1)
+        torch.testing.assert_close(out.float(), judge, rtol=2e-2, atol=2e-2)
+        ours = torch.autograd.grad(out, heads, upstream)
+        theirs = torch.autograd.grad(judge, exact, upstream.float())
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.float() - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_packing_does_not_leak_between_segments(model_dir, reference, attention):
+    """A segment's log-probs do not move when its neighbours change (bf16)."""
     samples = reference[0]
-    with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"}, **CUDA)) as learner:
+    section = {"compute_dtype": "bfloat16", "attention": attention}
+    with learner_on(model_dir, recipe(model=section, **CUDA)) as learner:
         row = one_row(samples)
         other = copy.deepcopy(row)
         last = row.segment_ids == row.segment_ids.max()
