@@ -69,6 +69,8 @@ async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Zygote) -> No
 
 def main() -> None:
     args = _arguments()
+    # Ray starts threads with every signal blocked, and what they start inherits that: no cell could be interrupted.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     limits.set_dumpable(False)
     limits.become_subreaper()
     if args.die_with_parent:
