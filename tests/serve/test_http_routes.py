@@ -129,7 +129,7 @@ async def test_a_session_keeps_its_state_from_create_to_close(http: httpx.AsyncC
 
 async def test_an_id_that_was_never_minted_is_404_on_every_route(http: httpx.AsyncClient) -> None:
     calls = [("GET", ""), ("DELETE", ""), ("POST", "/execute"), ("POST", "/interrupt"), ("POST", "/reset")]
-    calls += [("POST", "/fork"), ("GET", "/files"), ("GET", "/files/a"), ("PUT", "/files/a")]
+    calls += [("POST", "/fork"), ("GET", "/journal"), ("GET", "/files"), ("GET", "/files/a"), ("PUT", "/files/a")]
     for method, path in calls:
         body = {"code": "1"} if path == "/execute" else None
         answer = await http.request(method, f"/v1/sessions/a.b.c{path}", json=body)
