@@ -175,8 +175,42 @@ async def over_serve(port: int, baselines: Baselines) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False) as client:
         session = (await client.post("/v1/sessions")).json()["session_id"]
         path = f"/v1/sessions/{session}/execute"
-        http = await follow_ups(lambda: client.post(path, json={"code": CELL}), baselines, rounds=4, calls=50)
-    return {"handle_follow_up": percentiles(handle), "http_follow_up": percentiles(http)}
+        http, noop = [], []
+        for _ in range(8):  # in turns, so that both see the same load
+            http += await follow_ups(lambda: client.post(path, json={"code": CELL}), baselines, rounds=1, calls=25)
+            noop += [await timed(lambda: client.post("/noop/", json={"code": CELL})) for _ in range(25)]
+    return {
+        "handle_follow_up": percentiles(handle),
+        "http_follow_up": percentiles(http),
+        "http_noop_two_hops": percentiles(noop),
+    }
+
+
+def deploy_noop() -> None:
+    """What Serve itself costs on the same way: proxy, ingress, a second deployment that does nothing."""
+    from fastapi import FastAPI
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+
+    api = FastAPI()
+
+    class Nothing:
+        async def execute(self, body: dict[str, Any]) -> dict[str, Any]:
+            return body
+
+    @serve.ingress(api)
+    class Front:
+        def __init__(self, behind: DeploymentHandle) -> None:
+            self._behind = behind.options(method_name="execute", _by_reference=False)
+
+        @api.post("/")
+        async def execute(self, body: dict[str, Any]) -> Any:
+            return await self._behind.remote(body)
+
+    light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
+    behind = serve.deployment(name="Nothing", **light)(Nothing).bind()  # type: ignore[arg-type]
+    front = serve.deployment(name="Front", **light)(Front)  # type: ignore[arg-type]
+    serve.run(front.bind(behind), name="noop", route_prefix="/noop")
 
 
 def with_serve(backend: str, baselines: Baselines) -> dict[str, Any]:
@@ -194,6 +228,7 @@ def with_serve(backend: str, baselines: Baselines) -> dict[str, Any]:
         ray.init(include_dashboard=False, _temp_dir=directory, log_to_driver=False, num_cpus=2)
         try:
             deploy_sandbox(SandboxConfig(backend=backend, http_port=port), token="bench")  # type: ignore[arg-type]
+            deploy_noop()
             return asyncio.run(over_serve(port, baselines))
         finally:
             serve.shutdown()
@@ -217,6 +252,8 @@ def main() -> None:
         for name in ("follow_up", "fresh_session_and_first_call", "handle_follow_up", "http_follow_up")
         if name in out
     } | {"follow_up_p95": out["baseline_new_python"]["p95"] / out["follow_up"]["p95"]}
+    if args.serve:
+        out["http_over_noop"] = out["http_follow_up"]["p50"] / out["http_noop_two_hops"]["p50"]
     out["throughput_vs_new_python"] = out["throughput_16_clients"] * base
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(out))

@@ -3,10 +3,13 @@
 import asyncio
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,10 +18,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from openapi_requests import Request, operations, requests_of
 
+from sandbox_image.processes import descendants
 from serve.blocking import SandboxClient
 from serve.client import AsyncSandboxClient
 from serve.errors import CannotFork, FileRefused, PoolFull, SessionGone, TokenRefused
 from serve.schema import ExecuteResponse, OutputChunk, Status
+from serve.sessions import AsyncSession
 
 TOKEN = "a test's token"
 pytestmark = pytest.mark.e2e
@@ -101,6 +106,7 @@ def test_the_blocking_client_does_what_a_session_can(client: SandboxClient) -> N
         copy.execute("x = 0")
         assert (session.execute("x").result, copy.execute("x").result) == ("41", "0")
         copy.close()
+        assert [record.code for record in session.journal()][:2] == ["x = 41", "x + 1"]
         session.reset()
         assert session.execute("x").error is not None
     with pytest.raises(SessionGone):
@@ -179,18 +185,26 @@ def test_a_call_whose_connection_dropped_after_it_was_sent_runs_once(service: st
         again = door.send(request).json()
         assert (again["result"], again["cell"]) == ("1", 1)
         assert door.post(f"{session}/execute", json={"code": "n"}).json()["result"] == "1"
+        door.delete(session)
 
 
 async def test_a_full_service_is_429_and_a_patient_client_gets_its_session(service: str) -> None:
+    opened: list[AsyncSession] = []
+
+    async def until_full(client: AsyncSandboxClient) -> None:
+        while True:
+            opened.append(await client.session())
+
     async with AsyncSandboxClient(service, token=TOKEN, full_wait_s=0) as client:
-        opened = [await client.session() for _ in range(24)]
-        with pytest.raises(PoolFull) as full:
-            await client.session()
-        assert full.value.retry_after_s > 0
-        asyncio.get_running_loop().call_later(1.0, lambda: asyncio.ensure_future(opened[0].close()))
-        async with AsyncSandboxClient(service, token=TOKEN, full_wait_s=30) as patient:
-            await (await patient.session()).close()
-        await asyncio.gather(*(session.close() for session in opened))
+        try:
+            with pytest.raises(PoolFull) as full:
+                await until_full(client)
+            assert full.value.retry_after_s > 0
+            asyncio.get_running_loop().call_later(1.0, lambda: asyncio.ensure_future(opened[0].close()))
+            async with AsyncSandboxClient(service, token=TOKEN, full_wait_s=30) as patient:
+                await (await patient.session()).close()
+        finally:
+            await asyncio.gather(*(session.close() for session in opened))
     async with AsyncSandboxClient(service, token="wrong") as stranger:
         with pytest.raises(TokenRefused):
             await stranger.session()
@@ -230,6 +244,28 @@ def test_calls_are_counted_where_prometheus_looks(service: str, client: SandboxC
         time.sleep(1.0)
     for name in ("cells", "running", "waiting", "duration_s_bucket", "queue_s_bucket"):
         assert f"ray_aster_sandbox_{name}{{" in text, name
+
+
+def test_a_pool_that_is_killed_under_a_call_costs_time_and_nothing_else(service: str) -> None:
+    """Its successor adopts the cells, or replays their journals; the call is asked again under its id."""
+    with http(service) as door:
+        session = f"/v1/sessions/{door.post('/v1/sessions').json()['session_id']}"
+        door.post(f"{session}/execute", json={"code": "x = 1", "call_id": "a"})
+        body = {"code": "import time; time.sleep(2); x += 1; x", "call_id": "b"}
+        (pid,) = [pid for pid in descendants(os.getpid()) if b"SandboxPool" in command_line(pid)]
+        threading.Timer(0.7, os.kill, (pid, signal.SIGKILL)).start()
+        answer = door.post(f"{session}/execute", json=body, timeout=120).json()
+        assert (answer["status"], answer["result"]) == ("ok", "2"), answer
+        assert answer["state"] in ("kept", "replayed")
+        assert door.post(f"{session}/execute", json={"code": "x"}).json()["result"] == "2"
+        door.delete(session)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_open_compat_routes_are_refused_where_others_can_reach_the_port() -> None:
