@@ -135,6 +135,13 @@ def merge_checkpoint(path: str, out: str, *, source: str, dtype: str) -> None:
     merge_checkpoint(path, out, source=source, dtype=dtype)
 
 
+def merge_reference(path: str, out: str, *, dtype: str) -> None:
+    """A directory in the reference's FSDP layout as the Hugging Face directory `out`, in this process."""
+    from actors.reference_layout import merge_reference
+
+    merge_reference(path, out, dtype=dtype)
+
+
 def require_model(recipe: Recipe) -> None:
     """Raises `ConfigError` unless `model.path` is a directory with a config.json."""
     path = recipe.model.path
