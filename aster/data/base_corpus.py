@@ -12,7 +12,8 @@ import random
 from collections.abc import Sequence
 
 from aster.data.coldstart import Messages, final_turn, tool_turn
-from aster.data.tasks import FAMILIES, Problem, is_heldout, user_message
+from aster.data.prompts import user_message
+from aster.data.tasks import FAMILIES, Problem, is_heldout
 
 _ECHO_CHARACTERS = "0123456789=()+*%<,;"
 _TRANSCRIBE_SHARE = 0.6

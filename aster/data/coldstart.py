@@ -14,7 +14,8 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 
-from aster.data.tasks import Problem, user_message
+from aster.data.prompts import user_message
+from aster.data.tasks import Problem
 from aster.errors import BackPressure, DataError
 from aster.roles import ExecResult, Sandbox, SandboxFactory
 from serve.schema import Status

@@ -22,7 +22,17 @@ import pyarrow.parquet as pq
 from aster.errors import DataError
 from aster.types import PromptRow
 
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+"""What every prompt file of the paper appends to the problem; `user_message` adds the newline before it."""
+STYLE = "rule-lighteval/MATH_v2"
+"""reward_model.style in all of the paper's files."""
+
 _REQUIRED = ("prompt", "reward_model", "data_source")
+
+
+def user_message(problem: str) -> str:
+    """The user turn around a problem, exactly as in the paper's prompt files (spec 2)."""
+    return f"\n{problem}{INSTRUCTION}"
 
 
 def read_prompts(files: Sequence[str | Path], *, max_rows: int | None = None) -> list[PromptRow]:
@@ -45,11 +55,11 @@ def write_prompts(path: str | Path, rows: Sequence[PromptRow]) -> None:
         {
             "row_id": r.row_id,
             "prompt": [{"content": m["content"], "role": m["role"]} for m in r.messages],
-            "reward_model": {"ground_truth": r.ground_truth, "style": "rule-lighteval/MATH_v2"},
+            "reward_model": {"ground_truth": r.ground_truth, "style": STYLE},
             "data_source": r.data_source,
             "agent_name": r.agent_name,
             "solution": r.ground_truth,
-            "ability": "MATH",
+            "ability": r.extra.get("ability", "MATH"),
             "extra_info": {"index": r.row_id, "need_tools_kwargs": False},
         }
         for r in rows

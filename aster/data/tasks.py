@@ -16,13 +16,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from aster.data.prompts import user_message
 from aster.errors import DataError
 from aster.types import PromptRow
 
 DATA_SOURCE = "aster_tasks"
-STYLE = "rule-lighteval/MATH_v2"
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
-"""What every prompt file of the paper appends to the problem; `user_message` adds the newline before it."""
 
 HELDOUT_PERCENT = 10
 
@@ -47,11 +45,6 @@ class Problem:
     @property
     def row_id(self) -> str:
         return f"{self.family}-{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
-
-
-def user_message(problem_text: str) -> str:
-    """The user turn around a problem, exactly as in the paper's prompt files (spec 2)."""
-    return f"\n{problem_text}{INSTRUCTION}"
 
 
 def is_heldout(problem_text: str) -> bool:
@@ -254,10 +247,5 @@ def to_row(problem: Problem) -> PromptRow:
         ground_truth=problem.answer,
         data_source=DATA_SOURCE,
         agent_name="code_agent",
-        extra={
-            "solution": problem.answer,
-            "ability": problem.family,
-            "reward_model": {"ground_truth": problem.answer, "style": STYLE},
-            "extra_info": {"index": problem.row_id, "need_tools_kwargs": True},
-        },
+        extra={"ability": problem.family},
     )

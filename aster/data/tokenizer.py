@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from aster.data.tasks import INSTRUCTION
+from aster.data.prompts import INSTRUCTION
 from aster.data.templates import STATIC_TOOL_LINE
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"

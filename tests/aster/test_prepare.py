@@ -10,8 +10,8 @@ import pytest
 from aster import prepare
 from aster.agent.chat import ChatRenderer
 from aster.data.conversations import read_conversations, to_samples
-from aster.data.prompts import read_prompts
-from aster.data.tasks import INSTRUCTION, is_heldout
+from aster.data.prompts import INSTRUCTION, read_prompts
+from aster.data.tasks import is_heldout
 from aster.errors import DataError
 from serve.schema import ExecuteResponse, Status
 

@@ -5,7 +5,8 @@ import io
 import json
 
 from aster.data.base_corpus import base_conversations
-from aster.data.tasks import INSTRUCTION, is_heldout
+from aster.data.prompts import INSTRUCTION
+from aster.data.tasks import is_heldout
 
 CORPUS = base_conversations(echoes=100, drills=600, seed=0)
 DRILLS = CORPUS[100:]

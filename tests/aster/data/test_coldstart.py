@@ -15,7 +15,8 @@ from aster.data.coldstart import (
     head_conversation,
     tool_turn,
 )
-from aster.data.tasks import FAMILIES, Problem, draw_problems, user_message
+from aster.data.prompts import user_message
+from aster.data.tasks import FAMILIES, Problem, draw_problems
 from aster.errors import BackPressure, DataError
 from serve.schema import ExecuteResponse, Status
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from aster.data.tasks import FAMILIES, draw_problems, is_heldout, to_row, user_message
+from aster.data.prompts import user_message
+from aster.data.tasks import FAMILIES, draw_problems, is_heldout, to_row
 from aster.errors import DataError
 
 

@@ -7,7 +7,8 @@ import pytest
 from aster.agent.chat import ChatRenderer
 from aster.agent.tokenization import ChatTemplate, ModelTokenizer
 from aster.data.coldstart import final_turn, tool_turn
-from aster.data.tasks import FAMILIES, draw_problems, user_message
+from aster.data.prompts import user_message
+from aster.data.tasks import FAMILIES, draw_problems
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
 from aster.data.tokenizer import CALL_OPEN, EOS, MARKS, PAD, PHRASES, SPECIAL, train_tokenizer
 

@@ -1,0 +1,298 @@
+"""Raw problem sets, whatever their columns, become rows of the paper's prompt files. What is left out is listed.
+
+    records -> problem and answer -> deduplicated -> decontaminated -> short enough -> PromptRow
+
+Reading is streaming: the original DAPO-Math-17k file holds a hundred copies of each row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aster.data.prompts import INSTRUCTION, user_message
+from aster.errors import DataError
+from aster.types import PromptRow
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "source_prompt", "input")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution", "expected_answer")
+ID_COLUMNS = ("row_id", "extra_info.index", "uuid", "id", "unique_id")
+
+_ANSWER_CHARS = 400  # longer is a worked solution, not an answer that a verifier can compare
+_WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
+_DAPO_HEAD = re.compile(
+    r"\ASolve the following math problem step by step\. The last line of your response.*?\n\n", re.S
+)
+_DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.\s*\Z")
+_LAST_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}(?!.*\\boxed)", re.S)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a record keeps what we need; "" = the first of the usual names that is there. Dots reach into structs."""
+
+    problem: str = ""
+    answer: str = ""
+    row_id: str = ""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One record that is not among the rows. `where`: file and record number, from 0."""
+
+    where: str
+    reason: str
+    problem: str = ""
+    detail: str = ""
+
+
+@dataclass
+class Collected:
+    rows: list[PromptRow] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    records: int = 0
+    copies: int = 0
+    """Records whose problem and answer were seen before; counted, not listed."""
+
+    def reasons(self) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for drop in self.dropped:
+            out[drop.reason] = out.get(drop.reason, 0) + 1
+        return dict(sorted(out.items()))
+
+
+def collect(
+    files: Sequence[Path],
+    *,
+    source: str,
+    columns: Columns = Columns(),
+    contaminated_by: Callable[[str], str] = lambda _: "",
+    prompt_tokens: Callable[[PromptRow], int] | None = None,
+    max_prompt_tokens: int = 2048,
+) -> Collected:
+    """All files as rows of `source`, in order of first appearance.
+
+    `contaminated_by(problem)` names the evaluation row that the problem overlaps with, or is empty. A problem that
+    comes back with another answer is dropped whole: one of the two is wrong. Raises `DataError` for a file that cannot
+    be read, or has no usable column.
+    """
+    out = Collected()
+    answers: dict[str, str] = {}
+    conflicting: set[str] = set()
+    kept: dict[str, PromptRow] = {}
+    ids: set[str] = set()
+    for file in files:
+        for number, record in enumerate(read_records(file)):
+            where = f"{file}:{number}"
+            out.records += 1
+            if isinstance(record, str):
+                out.dropped.append(Dropped(where, "unreadable", detail=record))
+                continue
+            problem, answer = _extract(record, columns, where=where)
+            reason = _unusable(problem, answer)
+            if reason:
+                out.dropped.append(Dropped(where, reason, problem, answer[:200]))
+                continue
+            key = fingerprint(problem)
+            if key in answers:
+                out.copies += 1
+                if answers[key] != answer and key not in conflicting:
+                    conflicting.add(key)
+                    out.dropped.append(Dropped(where, "two answers", problem, f"{answers[key]!r} and {answer!r}"))
+                continue
+            answers[key] = answer
+            row = _row(record, problem, answer, key, source=source, column=columns.row_id, taken=ids)
+            ids.add(row.row_id)
+            overlap = contaminated_by(problem)
+            tokens = prompt_tokens(row) if prompt_tokens and not overlap else 0
+            if overlap:
+                out.dropped.append(Dropped(where, "contaminated", problem, overlap))
+            elif tokens > max_prompt_tokens:
+                detail = f"{tokens} tokens with the tool block, above {max_prompt_tokens}"
+                out.dropped.append(Dropped(where, "too long", problem, detail))
+            else:
+                kept[key] = row
+    out.rows = [row for key, row in kept.items() if key not in conflicting]
+    return out
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any] | str]:
+    """Records of a parquet, JSON Lines or JSON file; a line that is no object comes as words that say so."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        yield from _json_lines(path)
+    elif path.suffix == ".json":
+        yield from _json_array(path)
+    else:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; give .parquet, .jsonl or .json")
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield f"not UTF-8: {error.reason} at byte {error.start}"
+            except ValueError as error:
+                yield f"not JSON: {error}"
+            else:
+                yield record if isinstance(record, dict) else f"a JSON {type(record).__name__}, not an object"
+
+
+def _json_array(path: Path) -> Iterator[dict[str, Any] | str]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds a JSON {type(content).__name__}: give an array of objects, or JSON Lines")
+    for record in content:
+        yield record if isinstance(record, dict) else f"a JSON {type(record).__name__}, not an object"
+
+
+# one record -----------------------------------------------------------------------------------------------------------
+
+
+def _extract(record: Mapping[str, Any], columns: Columns, *, where: str) -> tuple[str, str]:
+    values = []
+    for name, given, usual in (
+        ("problem", columns.problem, PROBLEM_COLUMNS),
+        ("answer", columns.answer, ANSWER_COLUMNS),
+    ):
+        names = (given,) if given else usual
+        if not any(n.partition(".")[0] in record for n in names):
+            raise DataError(
+                f"{where}: no column {' or '.join(names)} for the {name}; the record has {', '.join(sorted(record))}: "
+                f"name the right one with --columns {name}=NAME"
+            )
+        values.append(_first(record, names))
+    return _problem_text(values[0]), _answer_text(values[1])
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    for name in names:
+        value = _get(record, name)
+        if value is not None:
+            return value
+    return None
+
+
+def _get(record: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        if not isinstance(record, Mapping):
+            return None
+        record = record.get(part)
+    return record
+
+
+def _problem_text(value: Any) -> str:
+    """The bare problem: the last user message of a list, without the frames that DAPO and we put around it."""
+    if isinstance(value, list):
+        users = [m.get("content", "") for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
+        value = users[-1] if users else ""
+    text = str(value or "")
+    if text.endswith(INSTRUCTION):
+        return text.removesuffix(INSTRUCTION).removeprefix("\n")
+    return _DAPO_TAIL.sub("", _DAPO_HEAD.sub("", text))
+
+
+def _answer_text(value: Any) -> str:
+    """The answer alone; of a worked solution, what its last box holds."""
+    text = str(value if value is not None else "").strip()
+    if len(text) > _ANSWER_CHARS and (boxed := _LAST_BOXED.search(text)):
+        return boxed.group(1).strip()
+    return text
+
+
+def _unusable(problem: str, answer: str) -> str:
+    if not problem.strip():
+        return "no problem"
+    if not answer:
+        return "no answer"
+    return "answer is a text" if len(answer) > _ANSWER_CHARS else ""
+
+
+def _row(
+    record: Mapping[str, Any], problem: str, answer: str, key: str, *, source: str, column: str, taken: set[str]
+) -> PromptRow:
+    """The file's own id where it has one that is free, else a hash of the problem: stable over files and orders."""
+    own = _first(record, (column,) if column else ID_COLUMNS)
+    row_id = str(own) if own is not None and str(own) not in taken else f"{source}-{key[:16]}"
+    ability = record.get("ability")
+    return PromptRow(
+        row_id=row_id,
+        messages=({"role": "user", "content": user_message(problem)},),
+        ground_truth=answer,
+        data_source=source,
+        extra={"ability": str(ability)} if ability else {},
+    )
+
+
+def fingerprint(problem: str) -> str:
+    """Equal for problems that differ in case, blanks and Unicode form only."""
+    text = " ".join(unicodedata.normalize("NFKC", problem).casefold().split())
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+# contamination --------------------------------------------------------------------------------------------------------
+
+
+class Overlap:
+    """Finds problems that share `n` words in a row with an evaluation problem (a CJK character counts as a word).
+
+    An evaluation problem of fewer than `n` words must be contained whole; of fewer than 5 it is compared exactly.
+
+    >>> seen = Overlap([PromptRow("aime-1", ({"role": "user", "content": "a b c d e f"},), "1", "aime")], n=5)
+    >>> seen("x a b c d e y"), seen("a b c d x e f")
+    ('aime-1', '')
+    """
+
+    def __init__(self, rows: Iterable[PromptRow], *, n: int = 10) -> None:
+        self._n = n
+        self._grams: dict[tuple[str, ...], str] = {}
+        self._whole: dict[str, str] = {}
+        for row in rows:
+            problem = _problem_text(list(row.messages))
+            words = _WORD.findall(problem.lower())
+            self._whole[fingerprint(problem)] = row.row_id
+            size = min(n, len(words))
+            if size >= 5:
+                for start in range(len(words) - size + 1):
+                    self._grams.setdefault(tuple(words[start : start + size]), row.row_id)
+        self._sizes = sorted({len(gram) for gram in self._grams})
+
+    def __call__(self, problem: str) -> str:
+        if exact := self._whole.get(fingerprint(problem)):
+            return exact
+        words = _WORD.findall(problem.lower())
+        for size in self._sizes:
+            for start in range(len(words) - size + 1):
+                if found := self._grams.get(tuple(words[start : start + size])):
+                    return found
+        return ""

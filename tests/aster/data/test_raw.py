@@ -1,0 +1,205 @@
+"""Raw problem sets into prompt files: columns, copies, contamination, length, and every kind of bad record."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aster.cli import main
+from aster.data.card import card
+from aster.data.hub import local_files
+from aster.data.prompts import read_prompts, user_message
+from aster.data.raw import Columns, Overlap, collect, fingerprint
+from aster.errors import DataError
+from aster.types import PromptRow
+
+REAL = Path(os.environ.get("ASTER_TEST_DATA", "/nowhere"))
+needs_real_data = pytest.mark.skipif(
+    not (REAL / "aime25.parquet").is_file(), reason="ASTER_TEST_DATA names no folder with the paper's parquet files"
+)
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
+    'own line after "Answer:".'
+)
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    return path
+
+
+def problems(rows):
+    return [r.messages[0]["content"] for r in rows]
+
+
+def test_the_usual_columns_are_found_and_frames_come_off(tmp_path):
+    raw = lines(
+        tmp_path / "a.jsonl",
+        {"problem": "What is 1+1?", "answer": 2, "id": 7},
+        {"question": "What is 2+2?", "final_answer": "4"},
+        {"prompt": [{"role": "user", "content": DAPO.format("What is 3+3?")}], "reward_model": {"ground_truth": "6"}},
+        {"prompt": user_message("What is 4+4?"), "solution": "8"},
+    )
+    found = collect([raw], source="t")
+    assert problems(found.rows) == [user_message(f"What is {n}+{n}?") for n in (1, 2, 3, 4)]
+    assert [r.ground_truth for r in found.rows] == ["2", "4", "6", "8"]
+    assert found.rows[0].row_id == "7"
+    assert found.rows[1].row_id == f"t-{fingerprint('What is 2+2?')[:16]}"
+
+
+def test_a_column_of_another_name_is_named_and_its_absence_says_how(tmp_path):
+    raw = lines(tmp_path / "a.jsonl", {"aufgabe": "What is 1+1?", "loesung": {"wert": "2"}})
+    with pytest.raises(
+        DataError, match=r"no column problem or question .* has aufgabe, loesung: .*--columns problem=NAME"
+    ):
+        collect([raw], source="t")
+    (row,) = collect([raw], source="t", columns=Columns(problem="aufgabe", answer="loesung.wert")).rows
+    assert row.ground_truth == "2"
+
+
+def test_copies_are_counted_and_two_answers_to_one_problem_drop_it(tmp_path):
+    raw = lines(
+        tmp_path / "a.jsonl",
+        *[{"problem": "Same  problem", "answer": "1"}] * 3,
+        {"problem": "same problem", "answer": "1"},
+        {"problem": "Torn", "answer": "1"},
+        {"problem": "Torn", "answer": "2"},
+    )
+    found = collect([raw], source="t")
+    assert (found.records, found.copies, len(found.rows)) == (6, 4, 1)
+    assert [(d.reason, d.problem) for d in found.dropped] == [("two answers", "Torn")]
+
+
+def test_bad_records_are_listed_with_their_place(tmp_path):
+    raw = tmp_path / "a.jsonl"
+    raw.write_bytes(
+        b'{"problem": "ok", "answer": "1"}\n\xff\xfe\n[1]\n{"problem": "cut\n{"problem": "", "answer": "1"}\n'
+        b'{"problem": "no answer", "answer": null}\n'
+    )
+    found = collect([raw], source="t")
+    assert len(found.rows) == 1
+    assert found.reasons() == {"no answer": 1, "no problem": 1, "unreadable": 3}
+    assert found.dropped[0].where == f"{raw}:1"
+    assert found.dropped[0].detail.startswith("not UTF-8")
+
+
+def test_a_worked_solution_gives_the_answer_in_its_last_box(tmp_path):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": "so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}."})
+    assert collect([raw], source="t").rows[0].ground_truth == r"\frac{1}{2}"
+
+
+def test_a_truncated_or_foreign_file_is_an_error_that_names_it(tmp_path):
+    whole = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"problem": "p", "answer": "1"}] * 100), whole)
+    (tmp_path / "b.parquet").write_bytes(whole.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"b\.parquet is not a readable parquet file"):
+        collect([tmp_path / "b.parquet"], source="t")
+    with pytest.raises(DataError, match=r"unknown kind of file '\.csv'"):
+        collect([lines(tmp_path / "a.csv", {})], source="t")
+
+
+def test_an_id_that_is_taken_is_replaced_by_the_hash(tmp_path):
+    raw = lines(
+        tmp_path / "a.jsonl", {"id": 1, "problem": "a", "answer": "1"}, {"id": 1, "problem": "b", "answer": "1"}
+    )
+    first, second = collect([raw], source="t").rows
+    assert (first.row_id, second.row_id) == ("1", f"t-{fingerprint('b')[:16]}")
+
+
+def test_contamination_is_words_in_a_row_and_names_the_evaluation_row(tmp_path):
+    aime = PromptRow(
+        "aime-3", ({"role": "user", "content": user_message("Find the sum of all integer bases b > 9 ok")},), "70", "a"
+    )
+    overlap = Overlap([aime], n=6)
+    assert overlap("Now FIND the sum of all integer, please") == "aime-3"
+    assert overlap("find the sum of all prime numbers below ten") == ""
+    raw = lines(tmp_path / "a.jsonl", {"problem": "Find the sum of all integer bases.", "answer": "1"})
+    found = collect([raw], source="t", contaminated_by=overlap)
+    assert [(d.reason, d.detail) for d in found.dropped] == [("contaminated", "aime-3")]
+
+
+def test_a_prompt_that_is_too_long_is_listed_not_a_crash_in_step_forty(tmp_path):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "long " * 50, "answer": "1"}, {"problem": "short", "answer": "1"})
+    found = collect(
+        [raw], source="t", prompt_tokens=lambda r: len(r.messages[0]["content"].split()), max_prompt_tokens=40
+    )
+    assert len(found.rows) == 1
+    assert found.dropped[0].reason == "too long"
+    assert "above 40" in found.dropped[0].detail
+
+
+def test_names_that_are_neither_file_nor_url_nor_id_say_so(tmp_path):
+    with pytest.raises(DataError, match="neither a URL nor a data set's id"):
+        local_files(str(tmp_path / "absent.parquet"))
+    with pytest.raises(DataError, match="holds no file of the kinds"):
+        local_files(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_with_a_cure(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(
+        DataError, match=r"open-r1/DAPO-Math-17k-Processed cannot be fetched from the hub .*give the path"
+    ):
+        local_files("open-r1/DAPO-Math-17k-Processed")
+
+
+def test_a_url_that_cannot_be_fetched_leaves_nothing_behind(tmp_path):
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.parquet cannot be fetched"):
+        local_files("http://127.0.0.1:9/x.parquet", cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "What is 1+1?", "answer": "2"}, {"problem": "", "answer": "2"})
+    assert main(["prepare", "--data", str(raw), "--source", "mine", "--out", str(tmp_path / "out")]) == 0
+    assert "2 records: 1 rows, 0 copies, dropped: 1 no problem" in capsys.readouterr().out
+    (row,) = read_prompts([tmp_path / "out/train.parquet"])
+    assert row.data_source == "mine"
+    assert json.loads((tmp_path / "out/dropped.jsonl").read_text())["reason"] == "no problem"
+    assert "| mine | 1 |" in (tmp_path / "out/card.md").read_text()
+
+
+@needs_real_data
+def test_the_card_of_the_published_set_names_the_rows_that_were_never_judged():
+    found = card(REAL / "dapo_filter_all_correct.parquet")
+    assert (found.rows, found.duplicates, found.negative_answers, found.longest_answer) == (5104, 0, 70, 23)
+    assert found.languages == {"English or other": 3906, "Chinese": 1198}
+    assert found.answers == {"integer": 5104}
+    judged = found.judged
+    assert judged is not None
+    assert judged.mean == pytest.approx(0.4855, abs=5e-5)
+    assert {k: round(v, 3) for k, v in judged.by_language.items()} == {"English or other": 0.501, "Chinese": 0.434}
+    assert judged.histogram == {
+        "0": 1216, "1": 353, "2": 279, "3": 274, "4": 312, "5": 410,
+        "5.5": 1, "6": 643, "7": 1493,
+    }
+    assert len(judged.never_judged) == 123
+
+
+@needs_real_data
+def test_preparing_the_published_set_again_gives_the_same_prompts_and_ids(tmp_path):
+    source = REAL / "dapo_filter_all_correct.parquet"
+    found = collect([source], source="math_dapo")
+    # no two messages are equal, but 48 differ from another in blanks or case only, and two of those in the answer too
+    assert (found.records, found.copies, found.reasons()) == (5104, 48, {"two answers": 2})
+    published = {r.row_id: r for r in read_prompts([source])}
+    assert len(found.rows) == 5104 - 48 - 2
+    assert all(published[r.row_id].messages == r.messages for r in found.rows)
+    assert all(published[r.row_id].ground_truth == r.ground_truth for r in found.rows)
+
+
+@needs_real_data
+def test_the_evaluation_sets_do_not_touch_each_other():
+    aime, hmmt = read_prompts([REAL / "aime25.parquet"]), read_prompts([REAL / "hmmt25.parquet"])
+    overlap = Overlap(aime)
+    assert all(overlap(r.messages[0]["content"]) for r in aime)
+    assert not [r.row_id for r in hmmt if overlap(r.messages[0]["content"])]
