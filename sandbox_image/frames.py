@@ -19,7 +19,7 @@ class BadFrame(ValueError):
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """Surrogates, which JSON can carry but UTF-8 cannot, become backslash escapes."""
+    """Surrogates, which JSON can carry but UTF-8 cannot, become JSON's escapes of them."""
     body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
     return HEADER.pack(len(body)) + body
 
