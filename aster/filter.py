@@ -3,7 +3,8 @@
     aster filter --dataset data/dapo.parquet --rollout-dir runs/stage1/rollout_data --step-min 271 --step-max 405 \\
         --output data/stage2.parquet --plot
 
-Each dataset row gets the mean accuracy of its rollouts; rows at or above the threshold go, all-wrong rows stay.
+Each dataset row gets the mean accuracy of its rollouts; rows at or above the threshold go, all-wrong rows stay unless
+--accuracy-min or --drop-all-wrong say otherwise.
 Rollouts name their row (`row_id`); the reference's own files do not, and are joined by the exact text of the prompt,
 where rows with the same text share its rollouts. A row without rollouts is kept, its accuracy null. The same input
 always gives the same file. Rollouts are streamed: memory grows with the number of prompts, not of rollouts.
@@ -27,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aster.command import run_verb
+from aster.data.card import language
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import ConfigError, DataError
@@ -36,6 +38,20 @@ THRESHOLD = 0.99999  # the reference's: below 1, so that a mean of ones with rou
 
 _TURN_END = re.compile(r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?assistant\n(?:<think>\n+(?:</think>\n+)?)?\Z")
 _USER = "user\n"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which rows stay, by their mean accuracy. A row that was never judged always stays."""
+
+    below: float = THRESHOLD
+    least: float = 0.0
+    drop_all_wrong: bool = False
+
+    def keep(self, accuracy: np.ndarray) -> np.ndarray:
+        """[rows] bool. NaN compares false with everything, and so is kept."""
+        keep = ~(accuracy >= self.below) & ~(accuracy < self.least)
+        return keep & ~(accuracy == 0.0) if self.drop_all_wrong else keep
 
 
 @dataclass(frozen=True)
@@ -62,18 +78,16 @@ class Accuracies:
     unmatched: int
     lost: int
 
-    def keep(self, threshold: float) -> np.ndarray:
-        """[rows] bool. NaN compares false with everything, so an unseen row is kept."""
-        return ~(self.accuracy >= threshold)
-
-    def counts(self, threshold: float) -> dict[str, int]:
+    def counts(self, bounds: Bounds) -> dict[str, int]:
         seen = ~np.isnan(self.accuracy)
-        keep = self.keep(threshold)
+        keep = bounds.keep(self.accuracy)
+        solved = self.accuracy >= bounds.below
         return {
             "rows": len(self.accuracy),
             "kept": int(keep.sum()),
-            "dropped_all_correct": int((~keep).sum()),
-            "kept_all_wrong": int((self.accuracy == 0).sum()),
+            "dropped_all_correct": int(solved.sum()),
+            "dropped_too_hard": int((~keep & ~solved).sum()),
+            "kept_all_wrong": int((keep & (self.accuracy == 0)).sum()),
             "kept_never_rolled_out": int((~seen).sum()),
             "rollouts_joined_by_row_id": self.joined_by_id,
             "rollouts_joined_by_text": self.joined_by_text,
@@ -84,6 +98,9 @@ class Accuracies:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    bounds = Bounds(args.threshold, args.accuracy_min, args.drop_all_wrong)
+    if bounds.least >= bounds.below:
+        raise ConfigError(f"--accuracy-min {bounds.least} is not below --threshold {bounds.below}: nothing would stay")
     if args.output.resolve() == args.dataset.resolve():
         raise ConfigError(f"--output {args.output} is the dataset itself: name another file")
     if not args.dataset.is_file():
@@ -97,19 +114,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(files)} rollout files, steps {files[0][0]} to {files[-1][0]}, dataset {args.dataset}")
     if args.dry_run:
         return 0
-    result = accuracies(
-        read_prompts([str(args.dataset)]), [path for _, path in files], processes=args.threads, samples=args.samples
-    )
+    rows = read_prompts([str(args.dataset)])
+    result = accuracies(rows, [path for _, path in files], processes=args.threads, samples=args.samples)
     column = f"acc_mean@{result.samples}"
-    for name, count in result.counts(args.threshold).items():
+    for name, count in result.counts(bounds).items():
         print(f"{name:34}{count:10,}")
-    write_filtered(args.dataset, args.output, result, threshold=args.threshold)
-    kept = result.accuracy[result.keep(args.threshold)]
+    write_filtered(args.dataset, args.output, result, bounds=bounds)
+    kept = bounds.keep(result.accuracy)
     print(f"{'mean ' + column + ' before':34}{_mean(result.accuracy):10.4f}")
-    print(f"{'mean ' + column + ' after':34}{_mean(kept):10.4f}\n{args.output}")
+    print(f"{'mean ' + column + ' after':34}{_mean(result.accuracy[kept]):10.4f}")
+    print("\n".join(breakdown(rows, result.accuracy, kept)))
+    print(args.output)
     if args.plot or args.plot_output:
         plot = args.plot_output or args.output.with_name(f"{args.output.stem}_distribution.png")
-        plot_distribution(result, plot, threshold=args.threshold)
+        plot_distribution(result, plot, bounds=bounds)
         print(plot)
     return 0
 
@@ -124,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step-min", type=int, help="first step to count (the first there is)")
     parser.add_argument("--step-max", type=int, help="last step to count, included (the last there is)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="drop at or above (%(default)s)")
+    parser.add_argument("--accuracy-min", type=float, default=0.0, help="drop below (%(default)s)")
+    parser.add_argument("--drop-all-wrong", action="store_true", help="drop rows that no rollout solved")
     parser.add_argument("--samples", type=int, help="N of the column acc_mean@N (what most prompts have per step)")
     parser.add_argument("--plot", action="store_true", help="write a histogram next to the output")
     parser.add_argument("--plot-output", type=Path, help="where to write the histogram; implies --plot")
@@ -229,12 +249,15 @@ def _rows_with_text(text: str, by_text: Mapping[str, list[int]]) -> list[int] | 
 # writing -------------------------------------------------------------------------------------------------------------
 
 
-def write_filtered(dataset: Path, output: Path, result: Accuracies, *, threshold: float) -> None:
+def write_filtered(dataset: Path, output: Path, result: Accuracies, *, bounds: Bounds) -> None:
     """The kept rows with all their columns, then acc_mean@N and response_count (float, as in the published file)."""
     table = pq.read_table(dataset)
-    keep = result.keep(threshold)
+    keep = bounds.keep(result.accuracy)
     if not keep.any():
-        raise DataError(f"all {len(keep)} rows are solved by every rollout: there is nothing left to train on")
+        raise DataError(
+            f"all {len(keep)} rows were judged and none has an accuracy of at least {bounds.least:g} and below "
+            f"{bounds.below:g}: there is nothing left to train on"
+        )
     seen = ~np.isnan(result.accuracy)
     for name, values in (
         (f"acc_mean@{result.samples}", result.accuracy),
@@ -246,7 +269,7 @@ def write_filtered(dataset: Path, output: Path, result: Accuracies, *, threshold
         else:
             table = table.append_column(name, column)
     # pandas and Hugging Face metadata describe the unfiltered table; readers rebuild both from the schema
-    about = json.dumps({"threshold": threshold, "files": result.files, **result.counts(threshold)})
+    about = json.dumps({"threshold": bounds.below, "files": result.files, **result.counts(bounds)})
     table = table.filter(pa.array(keep)).replace_schema_metadata({"aster_filter": about})
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
@@ -254,7 +277,7 @@ def write_filtered(dataset: Path, output: Path, result: Accuracies, *, threshold
     partial.replace(output)
 
 
-def plot_distribution(result: Accuracies, path: Path, *, threshold: float) -> None:
+def plot_distribution(result: Accuracies, path: Path, *, bounds: Bounds) -> None:
     """Histogram of accuracy over the dataset's rows: what stays, and what goes."""
     import matplotlib
 
@@ -263,7 +286,7 @@ def plot_distribution(result: Accuracies, path: Path, *, threshold: float) -> No
 
     accuracy = result.accuracy[~np.isnan(result.accuracy)]
     edges = ((np.arange(result.samples + 2) - 0.5) / result.samples).tolist()
-    keep = accuracy < threshold
+    keep = bounds.keep(accuracy)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.hist(
         [accuracy[keep], accuracy[~keep]],
@@ -281,6 +304,23 @@ def plot_distribution(result: Accuracies, path: Path, *, threshold: float) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+
+
+def breakdown(rows: Sequence[PromptRow], accuracy: np.ndarray, keep: np.ndarray) -> list[str]:
+    """Lines of a table: judged rows, mean accuracy and the share that stays, by language and by quarter of length."""
+    lengths = np.array([len(_last_user(row.messages)) for row in rows])
+    quarters = np.quantile(lengths, (0.25, 0.5, 0.75))
+    which = np.searchsorted(quarters, lengths, side="left")
+    languages = np.array([language(_last_user(row.messages)) for row in rows])
+    masks = {name: languages == name for name in sorted(set(languages))}
+    edges = [int(lengths.min()) - 1, *map(int, quarters), int(lengths.max())]
+    masks |= {f"{edges[q] + 1} to {edges[q + 1]} characters": which == q for q in range(4)}
+    lines = [f"{'':34}{'judged':>10}{'accuracy':>10}{'kept':>10}"]
+    for name, mask in masks.items():
+        judged = mask & ~np.isnan(accuracy)
+        if judged.any():
+            lines.append(f"{name:34}{judged.sum():10,}{accuracy[judged].mean():10.4f}{keep[judged].mean():10.1%}")
+    return lines
 
 
 def _mean(values: np.ndarray) -> float:

@@ -286,9 +286,10 @@ def _filter(plan: Plan) -> tuple[int, int]:
     train = plan.data / "train.parquet"
     files = [path for _, path in rollout_files(plan.stage1().run.path / "rollout_data")]
     seen = filtering.accuracies(read_prompts([train]), files)
-    filtering.write_filtered(train, plan.filtered, seen, threshold=filtering.THRESHOLD)
-    filtering.plot_distribution(seen, plan.root / "filter.png", threshold=filtering.THRESHOLD)
-    counts = seen.counts(filtering.THRESHOLD)
+    bounds = filtering.Bounds()
+    filtering.write_filtered(train, plan.filtered, seen, bounds=bounds)
+    filtering.plot_distribution(seen, plan.root / "filter.png", bounds=bounds)
+    counts = seen.counts(bounds)
     return counts["kept"], counts["rows"]
 
 

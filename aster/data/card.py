@@ -87,7 +87,7 @@ def card(path: Path, *, prompt_tokens: Callable[[PromptRow], int] | None = None)
     """Read a prompt parquet and count. `prompt_tokens` renders with the tool block."""
     rows = read_prompts([path])
     texts = [row.messages[-1]["content"] for row in rows]
-    languages = [_language(text) for text in texts]
+    languages = [language(text) for text in texts]
     answers = [row.ground_truth.strip() for row in rows]
     return Card(
         rows=len(rows),
@@ -103,7 +103,8 @@ def card(path: Path, *, prompt_tokens: Callable[[PromptRow], int] | None = None)
     )
 
 
-def _language(text: str) -> str:
+def language(text: str) -> str:
+    """Chinese where there is a CJK character; that is all the paper's data asks for."""
     return "Chinese" if _CJK.search(text) else "English or other"
 
 

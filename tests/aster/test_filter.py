@@ -183,7 +183,7 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
         run(out, dataset=tmp_path / "missing.parquet", rollouts=good)
     with pytest.raises(ConfigError, match="is the dataset itself"):
         run(data, dataset=data, rollouts=good)
-    with pytest.raises(DataError, match="all 1 rows are solved by every rollout"):
+    with pytest.raises(DataError, match="all 1 rows were judged and none has an accuracy of at least 0 and below"):
         run(out, dataset=data, rollouts=good)
     with pytest.raises(DataError, match="none of the 1 rollouts in 1 files belongs to a row"):
         run(out, dataset=data, rollouts=rollouts(tmp_path / "alien", 1, {"input": rendered("z"), "acc": True}))
@@ -192,6 +192,29 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1\.jsonl, row 1 has neither row_id nor input"):
         run(out, dataset=data, rollouts=rollouts(tmp_path / "noinput", 1, {"acc": True}))
     assert not out.exists()
+
+
+def test_rows_can_be_bounded_from_below_and_unseen_ones_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataset(tmp_path / "d.parquet", "never", "sometimes", "问题 rarely", "always", "unseen")
+    right = {"id-0": 0, "id-1": 2, "id-2": 1, "id-3": 4}
+    rows = [{"row_id": i, "input": "", "acc": k < n} for i, n in right.items() for k in range(4)]
+    folder = rollouts(tmp_path / "r", 1, *rows)
+
+    def kept(*options: str) -> list[str]:
+        filtered = run(tmp_path / "o.parquet", *options, dataset=data, rollouts=folder)
+        return [r["extra_info"]["index"] for r in filtered]
+
+    assert kept() == ["id-0", "id-1", "id-2", "id-4"]
+    assert kept("--drop-all-wrong") == ["id-1", "id-2", "id-4"]
+    capsys.readouterr()
+    assert kept("--accuracy-min", "0.5", "--threshold", "0.9") == ["id-1", "id-4"]
+    shown = capsys.readouterr().out
+    assert "dropped_too_hard                           2" in shown
+    assert [line.split()[-3:] for line in shown.splitlines() if line.startswith("Chinese")] == [["1", "0.2500", "0.0%"]]
+    with pytest.raises(ConfigError, match=r"--accuracy-min 0\.9 is not below --threshold 0\.5"):
+        kept("--accuracy-min", "0.9", "--threshold", "0.5")
 
 
 def test_it_runs_as_a_module() -> None:
