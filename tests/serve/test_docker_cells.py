@@ -4,10 +4,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from sandboxes import cells, open_session, start_pool
+from sandboxes import cells, kill_supervisor, open_session, start_pool
 
+from serve.errors import SessionGone
 from serve.pool import SandboxPool
-from serve.schema import Status
+from serve.schema import State, Status
 
 docker = pytest.importorskip("docker")
 pytestmark = pytest.mark.docker
@@ -35,6 +36,30 @@ async def test_want_of_memory_in_the_cell_kills_the_session_and_spares_the_super
     finally:
         await pool.stop()
     assert containers(pool) == []
+
+
+async def test_a_call_whose_cell_died_of_memory_is_not_run_again_and_idle_neighbours_are_rebuilt() -> None:
+    pool = await start_pool("docker", sessions_per_cell=2, memory_bytes=128 << 20)
+    try:
+        hungry, idle = await open_session(pool), await open_session(pool)
+        await idle.run("x = 42")
+        code = (
+            "import os, time\nfor _ in range(6):\n    if os.fork() == 0:\n"
+            "        a = bytearray(b'x') * (100 << 20); time.sleep(30); os._exit(0)\n"
+            "time.sleep(30)"
+        )
+        call = asyncio.create_task(hungry.run(code))
+        (cell,) = {session.cell for session in pool._sessions.values() if session.cell is not None}
+        async with asyncio.timeout(20):
+            while not (await cell.link.status()).oom_kills:  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(0.1)
+        kill_supervisor(pool, cell.link.cell)  # what the kernel does when it finds nothing better
+        with pytest.raises(SessionGone, match="ran out of memory"):
+            await call
+        answer = await idle.run("x")
+        assert (answer.result, answer.state) == ("42", State.REPLAYED)
+    finally:
+        await pool.stop()
 
 
 async def test_an_ended_container_whose_owner_has_no_files_any_more_is_swept_and_a_running_one_is_not() -> None:
