@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -35,6 +36,7 @@ log = logging.getLogger("aster")
 
 _AFTERMATH_S = 10.0  # how long the peers of a failed rank get to say why, before they are killed
 _CLOSE_S = 20.0
+_POLL_S = 0.2
 _ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _DEVICE_ENV = {
     "cpu": {"OMP_NUM_THREADS": "1"},  # spinning OpenMP threads of several actors on few cores slow each other down
@@ -86,6 +88,7 @@ class RayLearnerGroup:
         self._placement = placement
         self._timeout_s = timeout_s
         self._failure: GangFailure | None = None
+        self._saving = False  # a checkpoint may be under way
 
     @classmethod
     async def spawn(
@@ -165,7 +168,19 @@ class RayLearnerGroup:
         return RayWeightSource(self._ranks, timeout_s=self._timeout_s)
 
     async def save(self, path: str) -> None:
+        """Returns when every rank has its copy in host memory. See `saved`."""
+        self._saving = True
         await self._all("save", _absolute(path))
+
+    async def saved(self) -> None:
+        """Asks rather than waits: a call that waited in the actor would keep the training calls behind it waiting."""
+        deadline = time.monotonic() + self._timeout_s
+        while not all(await self._all("saved", wait=False)):
+            if time.monotonic() > deadline:
+                raise AsterError(f"a checkpoint was not written within learner.step_timeout_s={self._timeout_s:g}")
+            await asyncio.sleep(_POLL_S)
+        self._saving = False
+        await self._all("saved")  # raises what the writing failed with, on every rank alike
 
     async def load(self, path: str) -> int:
         versions: list[int] = await self._all("load", _absolute(path))
@@ -177,6 +192,11 @@ class RayLearnerGroup:
 
     async def close(self) -> None:
         """Idempotent. Ranks leave the process group together if they still can, and are ended in any case."""
+        if self._saving and self._failure is None and self._ranks:
+            try:
+                await self.saved()  # else the time to close would have to hold the writing of a checkpoint
+            except AsterError as error:
+                log.warning("while closing the learner gang: %s", error)
         if self._failure is None and self._ranks:
             calls = [self._ref(rank, "close") for rank in range(len(self._ranks))]
             done, pending = await asyncio.wait([asyncio.ensure_future(c) for c in calls], timeout=_CLOSE_S)
@@ -244,9 +264,10 @@ class RayLearnerGroup:
                 task.cancel()
         if errors and not late and len(errors) == len(refs) and all(_agreed(e) for e in errors.values()):
             raise _own(next(iter(errors.values())))
-        self._failure = _blame(errors, late, method=method, timeout_s=timeout_s)
-        log.error("killing the learner gang: %s", self._failure)
-        self.kill()
+        if self._failure is None:  # else another call saw it first; what this one saw is the killing
+            self._failure = _blame(errors, late, method=method, timeout_s=timeout_s)
+            log.error("killing the learner gang: %s", self._failure)
+            self.kill()
         raise self._failure
 
 

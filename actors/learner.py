@@ -21,6 +21,7 @@ from actors import persist
 from actors.attention import Packing
 from actors.context_parallel import ContextParallel, slice_row
 from actors.fsdp import ShardedPolicy, join_group, open_store
+from actors.saver import Saver
 from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
 from aster.algo.schedule import learning_rate, warmup_length
 from aster.config import Recipe
@@ -73,6 +74,7 @@ class Learner:
         self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
         self.applied = 0  # those that changed the weights: what Adam's bias correction counts
         self.skipped_in_a_row = 0
+        self._saver = Saver(timeout_s=timeout_s)
         self._sender: WeightSender | None = None
 
     # the algorithm ---------------------------------------------------------------------------------------------------
@@ -167,11 +169,21 @@ class Learner:
     # checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str) -> None:
-        """Weights, AdamW moments, step counts and RNG of every rank. `path` appears only when all of it is on disk."""
-        persist.save(path, tensors=self._tensors(), counters=self._counters(), rank=self.rank)
+        """Weights, AdamW moments, step counts and RNG of every rank. `path` appears only when all of it is on disk.
+
+        Returns when the copy is taken; the next save, load or export waits for the files, and so does `saved`.
+        """
+        self._saver.start(path, tensors=self._tensors(), counters=self._counters())
+
+    def saved(self, *, wait: bool = True) -> bool:
+        """Wait for the save under way; `AsterError` with its path if it failed. `wait=False`: say whether it is done."""
+        if wait:
+            self._saver.wait()
+        return self._saver.done()
 
     def load(self, path: str) -> int:
         """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
+        self._saver.wait()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
@@ -183,6 +195,7 @@ class Learner:
 
     def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """A Hugging Face directory: safetensors in `dtype` (None = the compute dtype), config, tokenizer, template."""
+        self._saver.wait()
         dtype = dtype or self.recipe.model.compute_dtype
         tensors = ((name, tensor.cpu()) for name, tensor in self.model.named_full_tensors(dtype))
         if self.rank == 0:
@@ -213,10 +226,13 @@ class Learner:
 
     def close(self) -> None:
         """Leave the process group if this learner made it. The object is of no use afterwards."""
-        self.weight_close()
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-            self._owns_group = False
+        try:
+            self._saver.close()
+        finally:
+            self.weight_close()
+            if self._owns_group and dist.is_initialized():
+                dist.destroy_process_group()
+                self._owns_group = False
 
     # pieces ----------------------------------------------------------------------------------------------------------
 

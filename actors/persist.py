@@ -1,5 +1,7 @@
 """What a learner leaves on disk: checkpoints to resume from and Hugging Face directories. Complete, or not there.
 
+`saver.py` writes the checkpoints; here is what is in them, how they are read, and the export.
+
     PATH/              torch.distributed.checkpoint shards: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq
     PATH/learner.json  step counts
     PATH/rng/RANK.pt   random state of each rank that saved
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -32,22 +33,6 @@ from aster.types import TensorMeta
 COUNTERS = "learner.json"
 _MODEL = "model."
 _FILE_BYTES = 4 << 30  # of one safetensors file
-
-
-def save(path: str, *, tensors: dict[str, torch.Tensor], counters: Mapping[str, int], rank: int) -> None:
-    """A collective. Written beside `path` and renamed by rank 0 when every rank is done; an old `path` is replaced."""
-    partial = Path(f"{path}.tmp")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "rng").mkdir(parents=True)
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=str(partial))
-    torch.save(_rng_state(), partial / "rng" / f"{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        (partial / COUNTERS).write_text(json.dumps(dict(counters)), "utf-8")
-        replace_directory(partial, Path(path))
-    dist.barrier()  # nobody goes on, and perhaps loads, before the name is there
 
 
 def load(path: str, *, tensors: dict[str, torch.Tensor], rank: int) -> dict[str, int]:
@@ -169,7 +154,7 @@ def _write_config(file: Path, *, dtype: str) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def rng_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

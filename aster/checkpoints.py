@@ -6,20 +6,24 @@
     checkpoints/latest_checkpointed_iteration.txt
 
 A directory carries its final name only when everything in it is on disk, so a run that is killed while saving resumes
-from the checkpoint before.
+from the checkpoint before. The learners write behind the training; a task of this class waits for them, gives the
+directory its name and prunes. `finish` waits for that task, and so do the next save and a restore.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aster.errors import DataError
-from aster.roles import LearnerGroup
+from aster.roles import Checkpointer, LearnerGroup
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +40,38 @@ class DirectoryCheckpointer:
         self.model_path = Path(model_path)
         self.config_hash = config_hash
         self.keep = keep
+        self._saving: asyncio.Task[None] | None = None
 
     async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str:
-        final = self.directory / f"global_step_{step}"
+        await self.finish()
+        for ruin in self.directory.glob("global_step_*.tmp"):  # of a run that was killed; each is a whole model large
+            shutil.rmtree(ruin, ignore_errors=True)
         partial = self.directory / f"global_step_{step}.tmp"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         await learners.save(str((partial / "actor").resolve()))
         copy_model_files(self.model_path, partial / "huggingface")
         state = {"step": step, "config_hash": self.config_hash, **driver_state}
         (partial / "driver.json").write_text(json.dumps(state, indent=1), "utf-8")
+        self._saving = asyncio.create_task(self._appear(step, learners))
+        return str(self.directory / f"global_step_{step}")
+
+    async def finish(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
+
+    async def _appear(self, step: int, learners: LearnerGroup) -> None:
+        final = self.directory / f"global_step_{step}"
+        try:
+            await learners.saved()
+        except Exception as error:  # raised again by whoever waits, which may be many steps from now
+            log.error("%s will not appear: %s", final, error)
+            raise
         if final.exists():
             shutil.rmtree(final)
-        os.replace(partial, final)
+        os.replace(self.directory / f"global_step_{step}.tmp", final)
         _write_atomically(self.directory / LATEST, f"{step}\n")
         self._prune()
-        return str(final)
 
     def latest(self) -> str | None:
         found = newest(self.directory)
@@ -67,6 +87,7 @@ class DirectoryCheckpointer:
         return self.directory.rename(aside)
 
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
+        await self.finish()
         state = read_state(path)
         if state["config_hash"] != self.config_hash:
             log.warning(
@@ -82,6 +103,18 @@ class DirectoryCheckpointer:
         steps = _complete(self.directory)
         for step in sorted(steps)[: -self.keep]:
             shutil.rmtree(steps[step], ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def finishing(checkpoints: Checkpointer) -> AsyncIterator[None]:
+    """However the body ends, the save under way is finished; its failure never takes the place of the body's."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # logged by the checkpointer
+            await checkpoints.finish()
+        raise
+    await checkpoints.finish()
 
 
 def newest(directory: Path) -> Path | None:

@@ -26,6 +26,7 @@ from aster import metrics
 from aster.algo.advantages import group_advantages
 from aster.algo.packing import denominators, pack, unpack
 from aster.algo.shaping import has_signal, is_trained, shaped_reward
+from aster.checkpoints import finishing
 from aster.config import Recipe
 from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError
@@ -68,7 +69,7 @@ class Inbox:
 
 @dataclass
 class GrpoLoop:
-    """One training run. `run()` is the whole of it; each other method is one line of the algorithm box."""
+    """One training run. `_run()` is the whole of it; each other method is one line of the algorithm box."""
 
     recipe: Recipe
     learners: LearnerGroup
@@ -89,6 +90,14 @@ class GrpoLoop:
         self._inbox = Inbox(self.pool.groups())
 
     async def run(self) -> None:
+        """Train to the last step. However that ends, the checkpoint under way is completed first."""
+        if self.checkpoints is None:
+            await self._run()
+        else:
+            async with finishing(self.checkpoints):
+                await self._run()
+
+    async def _run(self) -> None:
         await self.resume()
         await self.publish()
         if self.step == 0 and self.recipe.run.val_before_train:
@@ -308,7 +317,8 @@ class GrpoLoop:
                 seconds,
                 total_tokens=sum(t.num_tokens for t in trajectories),
                 response_tokens=sum(len(t.ids) for t in trajectories),
-                devices=self.recipe.learner.world_size + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
+                devices=self.recipe.learner.world_size
+                + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
             ),
         }
 

@@ -104,7 +104,14 @@ class LearnerGroup(Protocol):
     def weight_source(self) -> WeightSource: ...
 
     async def save(self, path: str) -> None:
-        """Weights, optimizer, scheduler and RNG; atomic: `path` exists only when it is complete."""
+        """Weights, optimizer, scheduler and RNG; atomic: `path` exists only when it is complete.
+
+        Returns when the copy in host memory is taken; the files are written behind the calls that follow.
+        """
+        ...
+
+    async def saved(self) -> None:
+        """Until the save under way is on disk; raises what it failed with, which the next save would also do."""
         ...
 
     async def load(self, path: str) -> int:
@@ -115,7 +122,13 @@ class LearnerGroup(Protocol):
 class Checkpointer(Protocol):
     """Names checkpoints, keeps the newest ones, and finds the one to resume from."""
 
-    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str: ...
+    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str:
+        """Returns the directory that will appear when everything in it is on disk; one save at a time."""
+        ...
+
+    async def finish(self) -> None:
+        """Until the save under way is complete, or raise what it failed with. Call it before the learners close."""
+        ...
 
     def latest(self) -> str | None: ...
 

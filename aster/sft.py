@@ -15,7 +15,7 @@ import numpy as np
 from aster import launch, metrics
 from aster.agent.chat import ChatRenderer
 from aster.algo.packing import denominators, pack
-from aster.checkpoints import DirectoryCheckpointer
+from aster.checkpoints import DirectoryCheckpointer, finishing
 from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe, SftConfig
 from aster.data.conversations import read_conversations, to_samples
@@ -56,7 +56,7 @@ async def run(recipe: Recipe) -> None:
         keep=recipe.run.keep_checkpoints,
     )
     with Tracker.open(recipe, total_steps=steps) as tracker:
-        async with launch.learners(recipe, total_steps=steps) as learners:
+        async with launch.learners(recipe, total_steps=steps) as learners, finishing(checkpoints):
             step = 0
             if not recipe.run.resume:
                 checkpoints.set_aside()

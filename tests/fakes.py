@@ -135,6 +135,8 @@ class FakeLearners:
         Path(path).mkdir(parents=True)
         (Path(path) / "updates").write_text(str(self.updates))
 
+    async def saved(self) -> None: ...
+
     async def load(self, path: str) -> int:
         self.updates = int((Path(path) / "updates").read_text())
         return self.updates

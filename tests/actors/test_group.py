@@ -89,6 +89,7 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
         assert stats_two.entropy_sum == pytest.approx(stats.entropy_sum, rel=1e-5)
         assert optim_two.grad_norm == pytest.approx(optim.grad_norm, rel=1e-5)
         await group.save(str(tmp_path / "two_after_1"))
+        await group.saved()
         ours = _first_moments(tmp_path / "two_after_1", masters)
         theirs = _first_moments(tmp_path / "one_after_1", masters)
         for name in theirs:
@@ -111,6 +112,7 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
 
         # and the other way round
         await group.save(str(tmp_path / "two_after_3"))
+        await group.saved()
         with learner_on(model_dir, one) as alone:
             assert alone.load(str(tmp_path / "two_after_3")) == 3
             assert all(torch.equal(t, exported[n]) for n, t in weights(alone).items())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +29,9 @@ from learners import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors import persist
+from actors import persist, saver
 from actors.fsdp import label_log_probs
+from actors.learner import Learner
 from actors.persist import merge_checkpoint
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, pack, padding_row, unpack
@@ -401,22 +405,107 @@ def test_random_state_comes_back(model_dir, tmp_path):
         assert torch.equal(torch.rand(4), expected)
 
 
-def test_a_save_that_dies_leaves_the_checkpoint_before_it(model_dir, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_checkpoint_before_it_and_says_so_at_the_next_call(
+    model_dir, tmp_path, monkeypatch
+):
     path = str(tmp_path / "ck")
+
+    def disk_full(*_):
+        raise OSError("no space left")
+
     with learner_on(model_dir, recipe()) as learner:
         learner.save(path)
         train(learner, some_samples())
-
-        def disk_full(*_):
-            raise OSError("no space left")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(persist, "replace_directory", disk_full)
-            with pytest.raises(OSError, match="no space"):
+        for call in (
+            learner.saved,
+            lambda: learner.load(path),
+            lambda: learner.save(path),
+            lambda: learner.save_hf(str(tmp_path / "hf")),
+        ):
+            learner.saved()
+            with monkeypatch.context() as patch:
+                patch.setattr(persist, "replace_directory", disk_full)
                 learner.save(path)
-        assert learner.load(path) == 0
+                with pytest.raises(AsterError, match=rf"checkpoint {path} was not written: .*no space left"):
+                    call()
+            assert learner.load(path) == 0
+        assert not (tmp_path / "hf").exists()
         learner.save(path)  # over the ruins of the last attempt and the old checkpoint
+        learner.saved()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["ck"]
+    learner = Learner(recipe(), model_path=str(model_dir), total_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(persist, "replace_directory", disk_full)
+        learner.save(str(tmp_path / "late"))
+        with pytest.raises(AsterError, match="no space left"):  # closing is a call too, and closes
+            learner.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_save_holds_what_was_when_it_was_asked_for_while_training_goes_on(model_dir, tmp_path, monkeypatch):
+    path, go = tmp_path / "ck", threading.Event()
+    write = saver.dcp.save
+
+    def slow(*args, **kwargs):
+        assert go.wait(30)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(saver.dcp, "save", slow)
+    with learner_on(model_dir, recipe()) as learner:
+        train(learner, some_samples())
+        before = weights(learner)
+        learner.save(str(path))
+        train(learner, some_samples(seed=1))  # while the files are not even begun
+        torch.rand(3)
+        assert not path.exists()
+        assert not learner.saved(wait=False)
+        go.set()
+        assert learner.saved()
+        assert not all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
+        assert learner.load(str(path)) == 1
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
+
+
+def _save_twice_and_hang(_rank: int, _world_size: int, model: str, root: str) -> None:
+    """Complete one checkpoint, then stop for ever in the middle of the next one's files."""
+    with learner_on(Path(model), recipe()) as learner:
+        train(learner, some_samples())
+        learner.save(f"{root}/first")
+        learner.saved()
+        write = saver.dcp.save
+
+        def half(*args, **kwargs):
+            write(*args, **kwargs)
+            Path(root, "now").touch()
+            time.sleep(600)
+
+        saver.dcp.save = half
+        train(learner, some_samples(seed=1))
+        learner.save(f"{root}/second")
+        time.sleep(600)
+
+
+def test_sigkill_in_the_middle_of_a_write_leaves_the_checkpoint_before_it(model_dir, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=_save_twice_and_hang, args=(0, 1, str(model_dir), str(tmp_path)), daemon=True
+    )
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "now").exists():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.join(10)
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "second.tmp", "now"}
+    with learner_on(model_dir, recipe()) as learner:
+        train(learner, some_samples())
+        straight = weights(learner)
+        assert learner.load(str(tmp_path / "first")) == 1
+        assert all(torch.equal(a, b) for a, b in zip(straight.values(), weights(learner).values(), strict=True))
+        learner.save(str(tmp_path / "second"))  # over the ruin
+        learner.saved()
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "second", "now"}
 
 
 def test_what_is_no_checkpoint_or_another_models_is_named(model_dir, tmp_path):

@@ -1,0 +1,113 @@
+"""Checkpoints written behind the training's back: `start` returns when the copy in host memory is taken.
+
+    training thread   ---- start: wait for the last save, copy ----> step, step, step ...
+    writing thread                                            `---> shards, rng, counters, rename
+
+One save at a time. The writing thread has a gloo group of its own, so its collectives never meet the training's. What
+goes wrong there goes wrong on every rank alike, and is raised by the next call that waits: the next save, a load, an
+export, the end. What is written is said in `persist.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from actors import persist
+from aster.errors import AsterError
+
+
+class Saver:
+    """Every method but `done` is a collective. To be made after the default process group, by every rank."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        """`timeout_s`: of one collective of the writing, and of waiting for it."""
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._timeout_s = timeout_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._path = ""
+        self._writing: Future[None] | None = None
+
+    def start(self, path: str, *, tensors: dict[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
+        """Copy `tensors` and the random state, and begin to write `path`, which appears when all ranks are done.
+
+        Raises what the save before failed with; nothing is begun then.
+        """
+        self.wait()
+        stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
+        staged = stager.stage(tensors)
+        assert isinstance(staged, dict)
+        stager.close()  # drops its cache of storages, not what it handed out
+        self._path = path
+        self._writing = self._thread.submit(self._write, path, staged, persist.rng_state(), dict(counters))
+
+    def done(self) -> bool:
+        """False while the files are being written. Does not wait and does not raise."""
+        return self._writing is None or self._writing.done()
+
+    def wait(self) -> None:
+        """Until the save under way is on disk. Raises `AsterError` with its path when it failed, once."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result(self._timeout_s)
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+            cause = str(error) or type(error).__name__
+            raise AsterError(f"checkpoint {self._path} was not written: {cause}") from error
+
+    def close(self) -> None:
+        """Wait as `wait` does, and end the thread in any case."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def _write(
+        self, path: str, tensors: dict[str, torch.Tensor], rng: dict[str, torch.Tensor], counters: dict[str, Any]
+    ) -> None:
+        """In the thread. Written beside `path` and renamed by rank 0 when every rank is done."""
+        partial = Path(f"{path}.tmp")
+        rank = dist.get_rank()
+
+        def prepare() -> None:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "rng").mkdir(parents=True)
+
+        def finish() -> None:
+            if rank == 0:
+                (partial / persist.COUNTERS).write_text(json.dumps(counters), "utf-8")
+                persist.replace_directory(partial, Path(path))
+
+        self._together(prepare)
+        dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)  # agrees on errors by itself
+        self._together(lambda: torch.save(rng, partial / "rng" / f"{rank}.pt"))
+        self._together(finish)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run `action` and wait for the other ranks. What one raises, all raise: none may wait for a peer in vain."""
+        problem, cause = "", None
+        try:
+            action()
+        except Exception as error:
+            problem, cause = f"{type(error).__name__}: {error}", error
+        problems = [""] * dist.get_world_size(self._group)
+        dist.all_gather_object(problems, problem, group=self._group)
+        for rank, text in enumerate(problems):
+            if text:
+                raise AsterError(f"rank {rank}: {text}") from cause
