@@ -16,7 +16,6 @@ from aster.agent.sandbox import HttpSandboxFactory
 from aster.config import SandboxConfig
 from aster.errors import BackPressure, SandboxError, SandboxLost
 from aster.roles import Sandbox
-from sandbox_image.processes import descendants
 from serve.schema import State, Status
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +28,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def supervisors() -> dict[int, str]:
-    """Start times of the supervisors that this process's own Ray started; other clusters may run beside it."""
+def supervisors(node: str) -> dict[int, str]:
+    """Start times of the cells of this node's pools: nobody's children, so known by the owner's directory they name."""
     found = {}
-    for pid in descendants(os.getpid()):
+    for entry in Path("/proc").iterdir():
         try:
-            if b"sandbox_image.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found[pid] = start_time(pid)
+            if entry.name.isdigit() and f"/{node[:12]}-".encode() in (entry / "cmdline").read_bytes():
+                found[int(entry.name)] = start_time(int(entry.name))
         except OSError:
             continue
     return found
@@ -92,7 +91,8 @@ def service(backend: str) -> Iterator[str]:
             assert is_deployed()
             yield f"http://127.0.0.1:{port}"
         finally:
-            node, ours = ray.get_runtime_context().get_node_id(), supervisors()
+            node = ray.get_runtime_context().get_node_id()
+            ours = supervisors(node)
             serve.shutdown()
             left = [pid for pid, started in ours.items() if alive(pid, started)]
             left_containers = our_containers(node) if backend == "docker" else []
