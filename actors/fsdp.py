@@ -15,8 +15,6 @@ Shape legend: R tokens of a packed row · N of them under the loss mask · V voc
 from __future__ import annotations
 
 import datetime
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,15 +25,16 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors.attention import PACKED, Packing, choose
+from actors.lora import A, B, attach, copy_rows, initialise, merged
+from actors.model_files import tensor_files
 from aster.algo import naming
-from aster.config import ModelConfig
+from aster.config import LoraConfig, ModelConfig
 from aster.errors import ConfigError
 from aster.types import TensorMeta
 
@@ -154,8 +153,18 @@ class ShardedPolicy:
     """The sharded model and what the rest of the learner may ask of it."""
 
     def __init__(
-        self, config: ModelConfig, *, path: str, device: torch.device, world_size: int, chunk_tokens: int
+        self,
+        config: ModelConfig,
+        *,
+        path: str,
+        device: torch.device,
+        world_size: int,
+        chunk_tokens: int,
+        lora: LoraConfig,
+        seed: int,
+        offload: bool,
     ) -> None:
+        """`seed` is that of the adapters. `offload`: masters, gradients and so the optimizer stay in host memory."""
         self.path = Path(path)
         self.device = device
         self.rank = dist.get_rank()
@@ -165,24 +174,41 @@ class ShardedPolicy:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hf_config = hf.config
         self.tied = _tied_aliases(hf)
+        self.lora = lora
+        if lora.rank:
+            attach(hf, _decoder_layers(hf), lora, dtype=DTYPES[config.compute_dtype])
         self.policy = Policy(hf, chunk_tokens=chunk_tokens)
         buffers = {name: buffer.clone() for name, buffer in self.policy.named_buffers()}
         mesh = init_device_mesh(device.type, (world_size,))
         precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.compute_dtype], reduce_dtype=torch.float32)
+        offload = offload and device.type != "cpu"  # on a CPU everything is in host memory as it is
+        place = CPUOffloadPolicy() if offload else OffloadPolicy()
         for layer in _decoder_layers(hf):
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(self.policy, mesh=mesh, mp_policy=precision)
-        self.policy.to_empty(device=device)
-        for name, buffer in self.policy.named_buffers():
-            buffer.copy_(buffers[name])
+            fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=place)
+        fully_shard(self.policy, mesh=mesh, mp_policy=precision, offload_policy=place)
+        self.policy.to_empty(device="cpu" if offload else device)
+        for name, buffer in buffers.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(self.policy.get_submodule(module), leaf, buffer.to(device))
         # kept, because between a forward and its backward the modules hold the gathered copies instead
         self._masters = {naming.to_hf(name): p for name, p in self.policy.named_parameters()}
+        initialise(self._adapters(), seed=seed)
         self._load_checkpoint()
         self.policy.train()  # gradient checkpointing is off in eval mode; there is no dropout to tell the two apart
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Sharded fp32 masters by Hugging Face name, tied ones once, in wire order."""
-        return dict(self._masters)
+        """The model's own sharded parameters by Hugging Face name, tied ones once, in wire order.
+
+        fp32 masters; with LoRA frozen and in the compute dtype.
+        """
+        return {name: p for name, p in self._masters.items() if not name.endswith((A, B))}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer steps and a checkpoint holds, sharded, fp32: the parameters, or with LoRA the adapters."""
+        return self._adapters() if self.lora.rank else self.parameters()
+
+    def _adapters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._masters.items() if name.endswith((A, B))}
 
     def reshard(self) -> None:
         """Forget full weights of a forward that had no backward, so that the next one reads the masters."""
@@ -196,15 +222,20 @@ class ShardedPolicy:
     def named_full_tensors(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor in wire order, cast then gathered; a collective, so every rank must iterate to the end.
 
-        Rank 0 gets the tensor on the learner's device, the others an empty one.
+        Adapters are merged in. Rank 0 gets the tensor on the learner's device, the others an empty one.
         """
         for name, parameter in self.parameters().items():
-            full = _full(parameter.detach().to(DTYPES[dtype]))
+            tensor = _on(self.device, parameter.detach())
+            stem = name.removesuffix(".weight")
+            if stem + A in self._masters:
+                a, b = (_on(self.device, self._masters[stem + end].detach()) for end in (A, B))
+                tensor = merged(tensor, a, b, scale=self.lora.scale)
+            full = _full(tensor.to(DTYPES[dtype]))
             yield name, full if self.rank == 0 else full.new_empty(0)
 
     def _load_checkpoint(self) -> None:
         parameters = self.parameters()
-        files = _tensor_files(self.path)
+        files = tensor_files(self.path)
         missing, unexpected = naming.missing_and_unexpected(parameters, files, tied=self.tied)
         if missing:
             raise ConfigError(
@@ -271,31 +302,27 @@ def _tied_aliases(hf: PreTrainedModel) -> dict[str, str]:
     return aliases
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a model directory."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    single = path / "model.safetensors"
-    if not single.is_file():
-        present = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "no such directory"
-        raise ConfigError(f"model.path={str(path)!r} holds no model.safetensors (found: {present})")
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
 @torch.no_grad()
 def _copy_shard(parameter: nn.Parameter, tensor: Any, *, name: str, file: Path) -> None:
-    """Read this rank's rows of a safetensors slice into its fp32 shard."""
+    """Read this rank's rows of a safetensors slice into its shard."""
     shape = tuple(tensor.get_shape())
     if shape != tuple(parameter.shape):
         raise ConfigError(f"{file}: {name} has shape {shape}, the config asks for {tuple(parameter.shape)}")
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(tensor[:])
-        return
-    local_shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    if local_shape[0]:
-        parameter.to_local().copy_(tensor[offset[0] : offset[0] + local_shape[0]])
+    copy_rows(parameter, tensor)
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Offloaded shards are gathered on the device: NCCL is faster than gloo, and the engines' group may be NCCL too."""
+    if tensor.device.type == device.type or not isinstance(tensor, DTensor):
+        return tensor.to(device)
+    return DTensor.from_local(
+        tensor.to_local().to(device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ Stage `rl` takes the policy loss (spec 1.1), stage `sft` the negative log-likeli
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from actors import persist
 from actors.attention import Packing
 from actors.context_parallel import ContextParallel, slice_row
 from actors.fsdp import ShardedPolicy, join_group, open_store
+from actors.lora import without_adapters
 from actors.saver import Saver
 from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
 from aster.algo.schedule import learning_rate, warmup_length
 from aster.config import Recipe
-from aster.errors import AsterError, ConfigError
+from aster.errors import AsterError, ConfigError, DataError
 from aster.types import MicroBatch, OptimStats, StepStats, TensorMeta, TokenScores
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Learner:
         self.model = self._load(model_path)
         if self.context is not None:
             self.context.check_heads(self.model.hf_config.num_attention_heads)
-        self.reference = self._reference() if recipe.stage == "rl" and recipe.algo.kl_coef > 0 else None
+        self.reference = self._reference() if self._needs_reference() else None
         self.optimizer = self._adamw()
         self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
         self.applied = 0  # those that changed the weights: what Adam's bias correction counts
@@ -81,12 +83,11 @@ class Learner:
 
     def log_probs(self, microbatch: MicroBatch, *, reference: bool = False) -> TokenScores:
         """log pi(label) and entropy at every position. No gradient. `reference`: of the KL penalty's frozen model."""
-        model = self.model
-        if reference:
-            if self.reference is None:
-                raise ConfigError(f"algo.kl_coef={self.recipe.algo.kl_coef:g} loads no reference model: set it above 0")
-            model = self.reference
-        with torch.no_grad():
+        if reference and (self.recipe.stage != "rl" or self.recipe.algo.kl_coef == 0):
+            raise ConfigError(f"algo.kl_coef={self.recipe.algo.kl_coef:g} loads no reference model: set it above 0")
+        model = self.reference if reference and self.reference is not None else self.model
+        plain = without_adapters(model.policy) if reference else contextlib.nullcontext()
+        with torch.no_grad(), plain:
             scores = self._forward(microbatch, model)
         model.reshard()
         return TokenScores(*(np.where(microbatch.loss_mask, score.cpu().numpy(), np.float32(0)) for score in scores))
@@ -142,7 +143,7 @@ class Learner:
         """
         began = time.monotonic()
         optim = self.recipe.optim
-        parameters = list(self.model.parameters().values())
+        parameters = list(self.model.trained().values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise AsterError("optim_step() without forward_backward(): there is no gradient")
@@ -185,6 +186,7 @@ class Learner:
         """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
         self._saver.wait()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
+        self._check_lora(path)
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -297,7 +299,14 @@ class Learner:
             device=self.device,
             world_size=self.world_size,
             chunk_tokens=self.recipe.learner.logprob_chunk_tokens,
+            lora=self.recipe.lora,
+            seed=self.recipe.run.seed,
+            offload=self.recipe.learner.offload_optimizer,
         )
+
+    def _needs_reference(self) -> bool:
+        """With LoRA the model without its adapters is the reference."""
+        return self.recipe.stage == "rl" and self.recipe.algo.kl_coef > 0 and self.recipe.lora.rank == 0
 
     def _reference(self) -> ShardedPolicy:
         """A frozen copy of the model that the run began with (a resumed run's too), sharded like the policy."""
@@ -309,7 +318,7 @@ class Learner:
     def _adamw(self) -> torch.optim.AdamW:
         """AdamW on the fp32 shards, its state made now: memory is honest from the start and loading has a target."""
         optim = self.recipe.optim
-        parameters = list(self.model.parameters().values())
+        parameters = list(self.model.trained().values())
         adamw = torch.optim.AdamW(
             parameters,
             lr=optim.lr,
@@ -320,7 +329,7 @@ class Learner:
         )
         for parameter in parameters:
             adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
@@ -345,20 +354,41 @@ class Learner:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by stable name; the live shards themselves, so that loading writes into them."""
         out: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.parameters().items():
+        for name, parameter in self.model.trained().items():
             state = self.optimizer.state[parameter]
             out[f"model.{name}"] = parameter.detach()
             out[f"optim.{name}.exp_avg"] = state["exp_avg"]
             out[f"optim.{name}.exp_avg_sq"] = state["exp_avg_sq"]
         return out
 
-    def _counters(self) -> dict[str, int]:
-        return {
+    def _counters(self) -> dict[str, Any]:
+        counters: dict[str, Any] = {
             "steps": self.steps,
             "applied": self.applied,
             "skipped_in_a_row": self.skipped_in_a_row,
             "world_size": self.world_size,
         }
+        return counters | ({"lora": self._lora()} if self.recipe.lora.rank else {})
+
+    def _lora(self) -> dict[str, Any]:
+        """What it takes to make a model of the adapters in a checkpoint."""
+        return {
+            "rank": self.recipe.lora.rank,
+            "scale": self.recipe.lora.scale,
+            "base": str(self.model.path.resolve()),
+            "base_dtype": self.recipe.model.compute_dtype,
+        }
+
+    def _check_lora(self, path: str) -> None:
+        """A scale fits any adapter, so nothing else would notice another one."""
+        counters: dict[str, Any] = persist.read_counters(path)
+        saved = counters.get("lora", {})
+        for key, value in self._lora().items() if saved or self.recipe.lora.rank else ():
+            if key != "base" and saved.get(key) != value:
+                raise DataError(
+                    f"checkpoint {path} was saved with lora {key}={saved.get(key)}, this run has {value}: resume with "
+                    "the lora section that the run began with, or start a new run directory"
+                )
 
     def _weight_sender(self) -> WeightSender:
         if self._sender is None:

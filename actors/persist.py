@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from actors import lora
 from aster.checkpoints import copy_model_files
 from aster.errors import DataError
 from aster.types import TensorMeta
@@ -68,7 +69,7 @@ def merge_checkpoint(path: str, out: str, *, source: str, dtype: str) -> None:
 
     One process, no process group, one tensor in memory at a time (and one output file).
     """
-    read_counters(path)  # refuses what is no checkpoint
+    counters: dict[str, Any] = read_counters(path)  # refuses what is no checkpoint
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     shapes = {
         name.removeprefix(_MODEL): tuple(entry.size)
@@ -82,9 +83,18 @@ def merge_checkpoint(path: str, out: str, *, source: str, dtype: str) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch announces that one process reads alone
                 dcp.load(into, checkpoint_id=path, no_dist=True)
-            yield name, into[_MODEL + name].to(getattr(torch, dtype))
+            yield name, into[_MODEL + name]
 
-    write_hf(out, tensors(), metadata=[TensorMeta(n, dtype, s) for n, s in shapes.items()], source=Path(source))
+    if "lora" in counters:
+        made = counters["lora"]
+        base, held_in = Path(made["base"]), getattr(torch, made["base_dtype"])
+        adapters, shapes = dict(tensors()), lora.base_shapes(base)
+        stream = lora.merged_directory(
+            base, adapters, scale=made["scale"], held_in=held_in, dtype=getattr(torch, dtype)
+        )
+    else:
+        stream = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in tensors())
+    write_hf(out, stream, metadata=[TensorMeta(n, dtype, s) for n, s in shapes.items()], source=Path(source))
 
 
 def write_hf(

@@ -213,7 +213,25 @@ class LearnerConfig(_Section):
     """Most tokens of one packed row; a longer single sample gets a row of its own."""
     logprob_chunk_tokens: int = Field(default=1024, ge=1)
     """Rows of logits alive at once."""
+    offload_optimizer: bool = False
+    """Keep fp32 masters and optimizer state in host memory and step there: slower, 12 bytes per parameter less on the
+    device; the gradients follow them."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
+
+
+class LoraConfig(_Section):
+    """Train low-rank adapters of the decoder's linear layers instead of the model; merged wherever a model leaves."""
+
+    rank: int = Field(default=0, ge=0)
+    """0 = train the whole model."""
+    alpha: float = Field(default=32.0, gt=0)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last part of the layers' names."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank: the factor of the adapter's output."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 class SftConfig(_Section):
@@ -283,6 +301,7 @@ class Recipe(_Section):
     algo: AlgoConfig = AlgoConfig()
     optim: OptimConfig = OptimConfig()
     learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
@@ -317,6 +336,8 @@ class Recipe(_Section):
                 f"learner.world_size={self.learner.world_size} is not a multiple of learner.context_parallel="
                 f"{self.learner.context_parallel}: use a divisor of {self.learner.world_size}"
             )
+        if self.lora.rank and self.learner.backend != "fsdp2":
+            yield f"lora.rank={self.lora.rank} needs learner.backend=fsdp2, got {self.learner.backend}"
         if self.learner.context_parallel > 1 and self.learner.backend != "fsdp2":
             yield (
                 f"learner.context_parallel={self.learner.context_parallel} needs learner.backend=fsdp2, "
