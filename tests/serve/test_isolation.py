@@ -7,7 +7,7 @@ import pytest
 from sandboxes import ISOLATED, Session, open_session
 
 from serve.pool import SandboxPool
-from serve.schema import State, Status
+from serve.schema import ForkSession, State, Status
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -181,3 +181,88 @@ async def test_arithmetic_that_models_write_works(session: Session) -> None:
         "root, int(np.linalg.matrix_rank(np.eye(3))), sp.factorint(2**31 - 1), str(sp.integrate(sp.Symbol('t')**2))"
     )
     assert await value_of(session, code) == "(1.414214, 3, {2147483647: 1}, 't**3/3')"
+
+
+# tampering -----------------------------------------------------------------------------------------------------------
+
+
+async def test_nobody_becomes_root_or_another_user(session: Session) -> None:
+    for call in ("os.setuid(0)", "os.setresuid(0, 0, 0)", "os.setgid(0)", "os.setgroups([0])", "os.chown('.', 0, 0)"):
+        assert await error_of(session, call) == "PermissionError", call
+    code = (
+        "import shutil, subprocess\nn = shutil.copy('/bin/sh', 'sh'); os.chmod('sh', 0o6755)\n"
+        "try: who = subprocess.run(['./sh', '-pc', 'id -u'], capture_output=True, text=True).stdout.strip()\n"
+        "except PermissionError: who = str(os.getuid())\n"  # nothing is executed from there at all
+        "who == str(os.getuid())"
+    )
+    assert await value_of(session, code) == "True"
+    sets = "('CapInh', 'CapPrm', 'CapEff', 'CapAmb')"
+    code = f"sorted({{l.split()[1] for l in open('/proc/self/status') if l.startswith({sets})}})"
+    assert await value_of(session, code) == "['0000000000000000']"
+    assert await value_of(session, "[l.split()[1] for l in open('/proc/self/status') if 'NoNewPrivs' in l]") == "['1']"
+
+
+async def test_own_limits_cannot_be_raised_nor_those_of_others(session: Session) -> None:
+    code = (
+        "import resource as r\ndef grow(what):\n    hard = r.getrlimit(what)[1]\n"
+        "    try: r.setrlimit(what, (hard + 1, hard + 1))\n    except (ValueError, PermissionError): return 'no'\n"
+        "[grow(w) for w in (r.RLIMIT_NPROC, r.RLIMIT_DATA, r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.RLIMIT_NOFILE)]"
+    )
+    assert await value_of(session, code) == "['no', 'no', 'no', 'no', 'no']"
+    assert await error_of(session, "r.prlimit(1, r.RLIMIT_NOFILE)") == "PermissionError"
+    code = "n = os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')"
+    assert await error_of(session, code) in {"PermissionError", "OSError"}
+
+
+async def test_proc_tells_nothing_of_the_neighbours_but_that_they_exist(pool: SandboxPool) -> None:
+    one, other = await open_session(pool), await open_session(pool)
+    await one.run("import os; os.environ['SECRET'] = 'x'; f = open('secret', 'w')")
+    pid = await value_of(one, "os.getpid()")
+    for name in ("environ", "mem", "maps", "fd", "cwd", "root", "exe", "stack", "io", "map_files"):
+        look = (
+            f"p = '/proc/{pid}/{name}'; os.listdir(p) if os.path.isdir(p) else (os.readlink(p), open(p, 'rb').read())"
+        )
+        assert await error_of(other, look) in {"PermissionError", "FileNotFoundError", "OSError"}, name
+    for path in (f"/proc/{pid}/cwd/secret", f"/proc/{pid}/root/tmp", f"/proc/{pid}/fd/3"):
+        assert await error_of(other, f"open({path!r})") in {"PermissionError", "FileNotFoundError"}, path
+    homes = "[d for s in os.listdir('/s') for d in os.listdir(f'/s/{s}')]"
+    assert await error_of(other, homes) == "PermissionError"
+    for session in (one, other):
+        await session.close()
+
+
+async def test_the_socket_directory_and_the_slots_cannot_be_changed(session: Session) -> None:
+    for code in (
+        "os.listdir('/run/cell')",
+        "os.rename('/run/cell/cell.sock', '/run/cell/x')",
+        "os.unlink('/run/cell/cell.sock')",
+        "os.mkdir('/s/0/mine')",
+        "os.rename(os.environ['HOME'], os.environ['HOME'] + '2')",
+        "os.symlink('/tmp', '/run/cell/link')",
+    ):
+        assert await error_of(session, code) in {"PermissionError", "OSError", "FileNotFoundError"}, code
+
+
+async def test_a_stopped_or_continued_supervisor_is_out_of_reach(session: Session) -> None:
+    parent = await value_of(session, "os.getppid()")
+    for number in ("SIGSTOP", "SIGTERM", "SIGCHLD", "SIGHUP"):
+        assert await error_of(session, f"import signal; os.kill({parent}, signal.{number})") == "PermissionError"
+    assert await error_of(session, f"os.setpgid(0, os.getpgid({parent}))") == "PermissionError"
+    assert (await session.run("1")).state is State.KEPT
+
+
+async def test_members_of_a_family_reach_no_neighbour(pool: SandboxPool) -> None:
+    session, neighbour = await open_session(pool), await open_session(pool)
+    await neighbour.run("x = 1; n = open('secret', 'w').write('s')")
+    pid = await value_of(neighbour, "os.getpid()")
+    home = await value_of(neighbour, "os.environ['HOME']")
+    (forked,) = (await pool.fork(session.id, ForkSession(count=1))).sessions
+    copy = Session(pool, forked.session_id)
+    assert await error_of(copy, f"os.kill({pid}, 9)") in {"PermissionError", "ProcessLookupError"}
+    assert await error_of(copy, f"open({home!r} + '/secret')") == "PermissionError"
+    for code in ("os.kill(1, 9)", "os.setuid(0)", "import socket; socket.socket()", "open('/usr/x', 'w')"):
+        assert await error_of(copy, code) in {"PermissionError", "OSError"}, code
+    await copy.run("os.kill(-1, 9)", timeout_s=5)  # its siblings: none of them is promised to survive that
+    assert await value_of(neighbour, "x") == "1"
+    for one in (copy, session, neighbour):
+        await one.close()

@@ -147,9 +147,18 @@ async def test_a_waited_for_child_is_interrupted_too(session: Session) -> None:
     assert (answer.status, answer.state) == (Status.TIMEOUT, State.KEPT)
 
 
-async def test_a_cell_that_ignores_interrupts_is_killed_two_seconds_late_and_that_is_told(session: Session) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
+        "import time\nwhile True:\n    try:\n        time.sleep(60)\n    except BaseException: pass",
+        "sum(itertools.repeat(0))",  # a loop in C that never looks for signals
+    ],
+)
+async def test_a_cell_that_ignores_interrupts_is_killed_two_seconds_late_and_that_is_told(
+    session: Session, code: str
+) -> None:
     await session.run("x = 1")
-    code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
     answer = await session.run(code, timeout_s=0.3)
     assert (answer.status, answer.state) == (Status.TIMEOUT, State.LOST)
     assert 2.2 < answer.duration_s < 5
@@ -157,6 +166,18 @@ async def test_a_cell_that_ignores_interrupts_is_killed_two_seconds_late_and_tha
     assert (after.result, after.state) == ("False", State.LOST)
     assert after.reason
     assert (await session.run("1")).state is State.KEPT
+
+
+async def test_an_alarm_of_an_earlier_cell_that_raises_between_two_harms_neither(session: Session) -> None:
+    code = (
+        "import signal\ndef late(*_): raise TimeoutError('too late')\n"
+        "old = signal.signal(signal.SIGALRM, late); t = signal.setitimer(signal.ITIMER_REAL, .1); x = 1"
+    )
+    assert (await session.run(code)).status is Status.OK
+    await asyncio.sleep(0.4)
+    answer = await session.run("x")
+    assert (answer.status, answer.result, answer.state) == (Status.OK, "1", State.KEPT)
+    assert "TimeoutError: too late" in answer.stderr
 
 
 # death ---------------------------------------------------------------------------------------------------------------
@@ -180,6 +201,14 @@ async def test_a_death_is_told_and_the_next_call_is_fresh(session: Session, code
     assert reason in answer.reason
     after = await session.run("'x' in globals()")
     assert (after.status, after.result, after.state) == (Status.OK, "False", State.LOST)
+
+
+async def test_a_flood_between_two_calls_is_a_death_with_its_reason(session: Session) -> None:
+    await session.run("import threading, os\nthreading.Timer(.1, lambda: os.write(1, b'x' * (80 << 20))).start()")
+    await asyncio.sleep(2)
+    answer = await session.run("1 + 1")
+    assert (answer.result, answer.state) == ("2", State.LOST)
+    assert "printed more than 64 MB" in answer.reason
 
 
 async def test_a_death_between_two_calls_is_told_by_the_second(session: Session) -> None:
