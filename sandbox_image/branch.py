@@ -1,6 +1,6 @@
 """A session copies itself, as it is between two cells. Runs inside the session; nothing here is trusted by others.
 
-    session --fork--> middle (ends at once) --fork--> copy: a child of the supervisor, in a process group of its own
+    session --fork_sibling--> copy: like the session a child of the supervisor, in a process group of its own
 
 A copy has the whole memory (copy on write), random number generators in the same state, and its own copy of the home
 and the temporary directory; its working directory and its open files are those of the copies. Two things it shares with
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sandbox_image.session import Interpreter
 
 _ENDING_S = 0.05  # a joined thread is seen in /proc a little longer
-_PARENT_S = 5.0
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
 
 
@@ -39,13 +38,10 @@ def branch(interpreter: Interpreter, request: dict[str, Any], fds: list[int]) ->
         if what := obstacle(ours={*interpreter.private_fds, *fds}):
             return {"nonce": request["nonce"], "refused": what}
         limits.admit_copies()
-        supervisor, generator = os.getppid(), random.getstate()
-        try:
-            limits.become_subreaper(False)  # so that the copy passes us by, on its way to the supervisor
-            if _fork_twice():
-                return {"nonce": request["nonce"], "ok": True}
-        finally:
-            limits.become_subreaper()
+        limits.become_subreaper()  # from now on it is killed by its tree, as its copies are
+        generator = random.getstate()
+        if limits.fork_sibling():
+            return {"nonce": request["nonce"], "ok": True}
     except OSError as error:
         return _failure(request["nonce"], error)
     finally:
@@ -55,12 +51,12 @@ def branch(interpreter: Interpreter, request: dict[str, Any], fds: list[int]) ->
     control, stdout, stderr = fds
     interpreter.pid = os.getpid()
     os.setsid()
-    interpreter.rewire(control, stdout, stderr)
-    _await_parent(supervisor)
     limits.die_with_parent()
+    limits.become_subreaper()
+    interpreter.rewire(control, stdout, stderr)
     try:
         move(request["from"], request["to"])
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         interpreter.channel.send(_failure(request["copy_nonce"], error))
         os._exit(0)
     random.setstate(generator)  # a fork re-seeds it
@@ -72,34 +68,6 @@ def _failure(nonce: str, error: OSError) -> dict[str, Any]:
     words = str(first[0][2] if first else error)
     is_full = error.errno in _NO_ROOM or (first is not None and f"[Errno {errno.ENOSPC}]" in words)
     return {"nonce": nonce, "no_room" if is_full else "refused": words}
-
-
-def _fork_twice() -> bool:
-    """True in the original, once the middle process has ended; False in the copy."""
-    middle = os.fork()
-    if middle == 0:
-        try:
-            copy = os.fork()
-        except OSError:
-            os._exit(1)
-        if copy:
-            os._exit(0)
-        return False
-    try:
-        _, status = os.waitpid(middle, 0)
-    except ChildProcessError:  # the session's own SIGCHLD handler was faster: the copy reports, or its absence does
-        return True
-    if status != 0:
-        raise BlockingIOError(errno.EAGAIN, "the kernel refused to fork")
-    return True
-
-
-def _await_parent(supervisor: int) -> None:
-    deadline = time.monotonic() + _PARENT_S
-    while os.getppid() != supervisor:
-        if time.monotonic() > deadline:
-            os._exit(1)
-        time.sleep(0.0001)
 
 
 # what stands in the way ----------------------------------------------------------------------------------------------

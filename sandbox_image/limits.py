@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
 import resource
 import signal
 
@@ -11,11 +13,15 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+_PR_GET_TID_ADDRESS = 40
+_CLONE_PARENT, _CLONE_CHILD_CLEARTID, _CLONE_CHILD_SETTID = 0x8000, 0x200000, 0x1000000
+_CLONE = {"x86_64": (56, 3), "aarch64": (220, 4)}  # number of the call, place of the child's tid among its arguments
 _CAPABILITY_VERSION_3 = 0x20080522
 MEMBERS = 64
 """A session and its copies: one family, under one uid."""
 CAP_DAC_OVERRIDE = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_under_gil = ctypes.PyDLL(None, use_errno=True)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -24,9 +30,34 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
 
 
-def become_subreaper(value: bool = True) -> None:
-    """Orphans of our descendants become our children; with False they go to the next subreaper above."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, int(value))
+def become_subreaper() -> None:
+    """Orphans of our descendants become our children, so that their exit status is ours to read."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def fork_sibling() -> int:
+    """`os.fork`, but for whose child it is: our parent's. Only for a process with one thread.
+
+    libc's own fork cannot do that, so its part is done here: the child's thread id goes where libc keeps it (kernels
+    without checkpointing do not tell where; then only pthread_kill of the copy's main thread misses).
+    """
+    number, tid_at = _CLONE.get(platform.machine(), (0, 0))
+    if not number:
+        raise OSError(errno.ENOSYS, f"no clone call is known for {platform.machine()}")
+    flags, tid = _CLONE_PARENT | signal.SIGCHLD, ctypes.c_void_p()
+    if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) == 0:
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    arguments: list[object] = [ctypes.c_ulong(flags), *[ctypes.c_void_p()] * 4]
+    arguments[tid_at] = tid
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = int(_libc_under_gil.syscall(number, *arguments))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), f"fork: {os.strerror(ctypes.get_errno())}")
+    return pid
 
 
 def die_with_parent() -> None:

@@ -154,6 +154,22 @@ async def test_what_has_ended_by_then_is_no_obstacle(session: Session) -> None:
     await copy.close()
 
 
+async def test_threads_signals_and_linear_algebra_work_in_a_copy(session: Session) -> None:
+    await session.run("import numpy as np, signal, threading, time; a = np.eye(200) * 2")
+    (copy,) = await fork(session)
+    code = (
+        "got = []\nold = signal.signal(signal.SIGUSR1, lambda *_: got.append(threading.current_thread().name))\n"
+        "main = threading.main_thread().ident\n"
+        "t = threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGUSR1)); t.start(); t.join()\n"
+        "time.sleep(.05); import os\n"
+        "got, float(np.linalg.inv(a @ a)[0, 0]), threading.get_native_id() == os.getpid()"
+    )
+    assert await value(copy, code) == "(['MainThread'], 0.25, True)"
+    code = "import multiprocessing as mp\nwith mp.Pool(2) as pool: r = pool.map(abs, [-1, 2])\nr"
+    assert await value(copy, code) == "[1, 2]"
+    await copy.close()
+
+
 async def test_a_dead_interpreter_cannot_be_copied_and_says_why(session: Session) -> None:
     await session.run("import os; os._exit(3)")
     with pytest.raises(CannotFork, match="exited with 3"):
