@@ -179,8 +179,15 @@ def test_the_card_of_the_published_set_names_the_rows_that_were_never_judged():
     assert judged.mean == pytest.approx(0.4855, abs=5e-5)
     assert {k: round(v, 3) for k, v in judged.by_language.items()} == {"English or other": 0.501, "Chinese": 0.434}
     assert judged.histogram == {
-        "0": 1216, "1": 353, "2": 279, "3": 274, "4": 312, "5": 410,
-        "5.5": 1, "6": 643, "7": 1493,
+        "0": 1216,
+        "1": 353,
+        "2": 279,
+        "3": 274,
+        "4": 312,
+        "5": 410,
+        "5.5": 1,
+        "6": 643,
+        "7": 1493,
     }
     assert len(judged.never_judged) == 123
 
