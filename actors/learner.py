@@ -177,7 +177,7 @@ class Learner:
         self._saver.start(path, tensors=self._tensors(), counters=self._counters())
 
     def saved(self, *, wait: bool = True) -> bool:
-        """Wait for the save under way; `AsterError` with its path if it failed. `wait=False`: only say whether it is."""
+        """Wait for the save under way; `AsterError` with its path if it failed. `wait=False`: say if it is done."""
         if wait:
             self._saver.wait()
         return self._saver.done()
