@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors.attention import PACKED, Packing, choose
+from actors.liger import apply_liger
 from actors.lora import A, B, attach, copy_rows, initialise, merged
 from actors.model_files import tensor_files
 from aster.algo import naming
@@ -136,9 +137,10 @@ def label_log_probs(
         if temperature != 1.0:
             logits = logits / temperature
         all_logprobs = logits.log_softmax(-1)
+        del logits  # else it would stay alive beside its log-softmax
         logprobs = -nn.functional.nll_loss(all_logprobs, labels, reduction="none")
         with torch.no_grad():
-            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+            entropy = -torch.bmm(all_logprobs.exp()[:, None], all_logprobs[:, :, None])[:, 0, 0]  # no [rows, V] product
         return logprobs, entropy
 
     pieces = list(zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True))
@@ -170,6 +172,8 @@ class ShardedPolicy:
         self.rank = dist.get_rank()
         self.kernel = choose(config.attention, device=device, dtype=DTYPES[config.compute_dtype])
         hf = _skeleton(self.path)
+        if config.liger:
+            apply_liger(hf, device=device)
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hf_config = hf.config
@@ -181,8 +185,7 @@ class ShardedPolicy:
         buffers = {name: buffer.clone() for name, buffer in self.policy.named_buffers()}
         mesh = init_device_mesh(device.type, (world_size,))
         precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.compute_dtype], reduce_dtype=torch.float32)
-        offload = offload and device.type != "cpu"  # on a CPU everything is in host memory as it is
-        place = CPUOffloadPolicy() if offload else OffloadPolicy()
+        place = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
         for layer in _decoder_layers(hf):
             fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=place)
         fully_shard(self.policy, mesh=mesh, mp_policy=precision, offload_policy=place)

@@ -65,7 +65,15 @@ class Learner:
         if store is None:
             store = open_store(*master, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self._owns_group = join_group(store, rank=rank, world_size=world_size, device=self.device, timeout_s=timeout_s)
-        torch.manual_seed(recipe.run.seed + rank)
+        try:
+            self._build(model_path)
+        except BaseException:  # nobody can close what was never made
+            self._leave_group()
+            raise
+
+    def _build(self, model_path: str) -> None:
+        recipe, timeout_s = self.recipe, self.recipe.learner.step_timeout_s
+        torch.manual_seed(recipe.run.seed + self.rank)
         size = recipe.learner.context_parallel
         self.context = ContextParallel(size=size, timeout_s=timeout_s) if size > 1 else None
         self.model = self._load(model_path)
@@ -232,9 +240,12 @@ class Learner:
             self._saver.close()
         finally:
             self.weight_close()
-            if self._owns_group and dist.is_initialized():
-                dist.destroy_process_group()
-                self._owns_group = False
+            self._leave_group()
+
+    def _leave_group(self) -> None:
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_group = False
 
     # pieces ----------------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class ModelConfig(_Section):
     gradient_checkpointing: bool = True
     attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
     """`auto`: for bfloat16 on CUDA flash-attn when importable, else `varlen` (torch's own); otherwise sdpa."""
+    liger: bool = False
+    """Fused kernels of the liger-kernel package for norms, rotary embedding and SwiGLU; CUDA only."""
 
 
 class DataConfig(_Section):
@@ -211,11 +213,11 @@ class LearnerConfig(_Section):
     """So many ranks share one row, each a part of its tokens (Ulysses); for rows too long for one device."""
     micro_batch_tokens: int = Field(default=73728, ge=1)
     """Most tokens of one packed row; a longer single sample gets a row of its own."""
-    logprob_chunk_tokens: int = Field(default=1024, ge=1)
-    """Rows of logits alive at once."""
+    logprob_chunk_tokens: int = Field(default=512, ge=1)
+    """Rows of logits alive at once; about three times so many x vocabulary x 4 bytes are needed."""
     offload_optimizer: bool = False
-    """Keep fp32 masters and optimizer state in host memory and step there: slower, 12 bytes per parameter less on the
-    device; the gradients follow them."""
+    """Keep fp32 masters, gradients and optimizer state in host memory and step there: 16 bytes per parameter less on
+    the device, a slower step."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
 
 

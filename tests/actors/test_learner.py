@@ -597,7 +597,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path):
     ("section", "words"),
     [
         ({"model": {"attention": "flash", "compute_dtype": "float32"}}, "attention=flash needs CUDA"),
-        ({"learner": {"backend": "deepspeed_zero2"}}, "not the FSDP2 learner"),
+        ({"learner": {"backend": "deepspeed_zero2"}}, "is not for Learner: it takes fsdp2"),
     ],
 )
 def test_what_this_machine_or_class_cannot_do_is_a_config_error(model_dir, section, words):
