@@ -20,7 +20,7 @@ from sandbox_image.cell import Cell
 from sandbox_image.processes import Reaper, Zygote
 
 _ZYGOTE_START_S = 60.0
-_MESSAGE_BYTES = 64 << 20
+_MESSAGE_BYTES = 128 << 20  # three texts of 16 MB and 16 MB of figures, and room
 
 
 def _arguments() -> argparse.Namespace:

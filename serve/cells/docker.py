@@ -38,7 +38,7 @@ _DIRECTORY, _CELL = "aster.directory", "aster.cell"  # the owner's directory, an
 _API_S = 60
 _THREADS = 8
 _OVERHEAD_BYTES = 256 << 20  # supervisor and zygote of a cell
-_PIDS_PER_SESSION = 40
+_PIDS_PER_SESSION = 104  # 96 of its uid (a family of copies shares one) and what a fork holds for a moment
 _CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN"]
 
 

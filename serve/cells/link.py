@@ -26,7 +26,7 @@ from serve.schema import (
 
 _CONTROL_S = 15.0
 _KILL_GRACE_S = 20.0  # the supervisor answers at t+2 s; forking anew after a death, and a loaded machine, take longer
-_MESSAGE_BYTES = 64 << 20
+_MESSAGE_BYTES = 128 << 20  # three texts of 16 MB and 16 MB of figures, and room
 _POLL_S = 0.01
 _LOOK_EVERY = 20
 _FILE_STATUS = {

@@ -278,3 +278,12 @@ async def test_a_forged_figure_is_a_protocol_error(session: Session, forged: str
     answer = await session.pool.execute(session.id, ExecuteRequest(code=code, figures=True))
     assert (answer.status, answer.state) == (Status.PROTOCOL_ERROR, State.LOST)
     assert (await session.run("1 + 1")).result == "2"
+
+
+async def test_the_largest_answer_that_may_be_asked_for_arrives(session: Session) -> None:
+    size = 16 << 20
+    code = f"import sys; print('a' * {size - 1}); print('b' * {size - 1}, file=sys.stderr)"
+    answer = await session.run(code, keep=size, timeout_s=60)
+    assert (answer.status, answer.stdout_bytes, answer.stderr_bytes) == (Status.OK, size, size)
+    assert (len(answer.stdout), len(answer.stderr)) == (size, size)
+    assert answer.truncated  # the interleaved text alone is longer than was asked for
