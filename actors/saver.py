@@ -38,20 +38,16 @@ class Saver:
         self._path = ""
         self._writing: Future[None] | None = None
 
-    def start(self, path: str, *, tensors: dict[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
+    def start(
+        self, path: str, *, tensors: dict[str, torch.Tensor], counters: Mapping[str, Any], copied: bool = False
+    ) -> None:
         """Copy `tensors` and the random state, and begin to write `path`, which appears when all ranks are done.
 
-        Raises what the save before failed with; nothing is begun then.
+        `copied`: the tensors are on the CPU and nobody else's, no further copy is needed. Raises what the save
+        before failed with; nothing is begun then.
         """
         self.wait()
-        stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
-        staged = stager.stage(tensors)
-        assert isinstance(staged, dict)
-        stager.close()  # drops its cache of storages, not what it handed out
+        staged = tensors if copied else _copy(tensors)
         self._path = path
         self._writing = self._thread.submit(self._write, path, staged, persist.rng_state(), dict(counters))
 
@@ -111,3 +107,16 @@ class Saver:
         for rank, text in enumerate(problems):
             if text:
                 raise AsterError(f"rank {rank}: {text}") from cause
+
+
+def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In host memory, DTensors as such."""
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+    )
+    copied = stager.stage(tensors)
+    assert isinstance(copied, dict)
+    stager.close()  # drops its cache of storages, not what it handed out
+    return copied
