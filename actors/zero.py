@@ -33,6 +33,7 @@ from actors import persist
 from actors.attention import choose
 from actors.fsdp import DTYPES, Policy, _skeleton, _tied_aliases
 from actors.learner import Learner
+from actors.liger import apply_liger
 from actors.model_files import tensor_files
 from aster.algo import naming
 from aster.config import Recipe
@@ -100,6 +101,8 @@ class ZeroPolicy:
         hf = _skeleton(self.path)
         if recipe.model.gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if recipe.model.liger:
+            apply_liger(hf, device=device)
         self.hf_config = hf.config
         tied = _tied_aliases(hf)
         module = Policy(hf, chunk_tokens=recipe.learner.logprob_chunk_tokens)

@@ -117,6 +117,24 @@ def _run(rank: int, world_size: int, model: str, out: str) -> None:
         )
 
 
+def _run_bf16(rank: int, world_size: int, model: str, out: str) -> None:
+    gloo(f"{out}/store", rank, world_size)
+    losses, rotary = {}, {}
+    for variant in ("fsdp2", "zero2", "zero3"):
+        learner = _learner(rank, world_size, model, variant, model={"compute_dtype": "bfloat16"})
+        if rank == 0:
+            assert _equal(_weights(learner), load_file(Path(model) / "model.safetensors")), "masters are not rounded"
+        policy = learner.model.policy if variant == "fsdp2" else learner.model.policy.module
+        rotary[variant] = dict(policy.named_buffers())
+        losses[variant] = [_train(learner, seed)[0].loss for seed in (0, 0, 0, 0)]
+        learner.close()
+    for variant in ("zero2", "zero3"):
+        assert _equal(rotary[variant], rotary["fsdp2"])
+        assert {b.dtype for b in rotary[variant].values()} == {torch.float32}
+        assert losses[variant] == pytest.approx(losses["fsdp2"], rel=1e-2), variant  # bf16 has 8 bits
+        assert losses[variant][-1] < losses[variant][0]
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     # a vocabulary and a width that two ranks cannot halve evenly
@@ -157,6 +175,10 @@ def test_deepspeed_trains_like_fsdp2(model_dir, world_size, tmp_path):
             assert ours["moved"] == pytest.approx(theirs["losses"], rel=1e-4)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / variant / "hf")
         assert {name for name, _ in loaded.named_parameters()} == shapes.keys()
+
+
+def test_bf16_keeps_exact_masters_and_rotary_tables(model_dir, tmp_path):
+    run_on_ranks(_run_bf16, 1, str(model_dir), str(tmp_path))
 
 
 @pytest.mark.parametrize(
