@@ -1,4 +1,4 @@
-"""One rank's share of the model: FSDP2 over a Hugging Face decoder, fp32 masters, log-probs without logits.
+"""One rank's share of the model: FSDP2 over a Hugging Face decoder, fp32 masters, optionally in host memory.
 
 Knows nothing of losses, optimizers or Ray. Four traps are handled here and nowhere else:
 
@@ -15,7 +15,7 @@ Shape legend: R tokens of a packed row · N of them under the loss mask · V voc
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors.attention import PACKED, Packing, choose
 from actors.liger import apply_liger
+from actors.log_probs import label_log_probs
 from actors.lora import A, B, attach, copy_rows, initialise, merged
 from actors.model_files import tensor_files
 from aster.algo import naming
@@ -116,39 +116,6 @@ class Policy(nn.Module):
             temperature=temperature,
             chunk_tokens=self.chunk_tokens,
         )
-
-
-def label_log_probs(
-    hidden_NH: torch.Tensor,
-    labels_N: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    temperature: float,
-    chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the labels and entropies, [N] fp32 each, with logits of at most `chunk_tokens` rows alive at once.
-
-    More than one chunk: each is recomputed in the backward pass instead of being kept. Entropy has no gradient; it
-    comes after the loss inside a chunk, so that the recomputation, which stops at the last saved tensor, skips it.
-    """
-
-    def chunk(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(hidden).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        all_logprobs = logits.log_softmax(-1)
-        del logits  # else it would stay alive beside its log-softmax
-        logprobs = -nn.functional.nll_loss(all_logprobs, labels, reduction="none")
-        with torch.no_grad():
-            entropy = -torch.bmm(all_logprobs.exp()[:, None], all_logprobs[:, :, None])[:, 0, 0]  # no [rows, V] product
-        return logprobs, entropy
-
-    pieces = list(zip(hidden_NH.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        outs = [chunk(h, y) for h, y in pieces]
-    else:
-        outs = [checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces]
-    return torch.cat([logprobs for logprobs, _ in outs]), torch.cat([entropy for _, entropy in outs])
 
 
 class ShardedPolicy:

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from actors import persist, saver
-from actors.fsdp import label_log_probs
 from actors.learner import Learner
+from actors.log_probs import label_log_probs
 from actors.persist import merge_checkpoint
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, pack, padding_row, unpack

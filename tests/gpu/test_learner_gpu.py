@@ -6,6 +6,7 @@ Needs torch with CUDA and transformers; neither Ray nor vLLM. Run with `pytest t
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,49 @@ def test_a_padding_row_gives_zero_gradients_on_cuda(model_dir):
     with learner_on(model_dir, recipe(model={"compute_dtype": "bfloat16"}, **CUDA)) as learner:
         learner.forward_backward(padding_row(), num_loss_tokens=3, num_groups=1)
         assert all((g == 0).all() for g in gradients(learner).values())
+
+
+def test_offloaded_masters_train_and_publish_like_resident_ones(model_dir, tmp_path):
+    samples = some_samples()
+    results = []
+    for offload in (False, True):
+        with learner_on(model_dir, recipe(learner={"offload_optimizer": offload}, **CUDA)) as learner:
+            assert {p.device.type for p in learner.model.parameters().values()} == {"cpu" if offload else "cuda"}
+            train(learner, samples)
+            learner.save(str(tmp_path / "ck"))
+            _, optim = train(learner, samples)
+            learner.load(str(tmp_path / "ck"))
+            _, again = train(learner, samples)
+            assert again.grad_norm == pytest.approx(optim.grad_norm, rel=1e-5)
+            wire = dict(learner.model.named_full_tensors("bfloat16"))
+            assert {t.device.type for t in wire.values()} == {"cuda"}
+            results.append((weights(learner), optim.grad_norm))
+    (resident, norm), (offloaded, norm_too) = results
+    assert norm_too == pytest.approx(norm, rel=1e-4)
+    for name, tensor in resident.items():  # one AdamW is a CUDA kernel, the other the CPU's
+        torch.testing.assert_close(offloaded[name], tensor, rtol=0, atol=2e-4)
+
+
+def test_adapters_train_in_bf16_and_leave_merged(model_dir, tmp_path):
+    samples = some_samples()
+    sections = {"lora": {"rank": 8}, "model": {"compute_dtype": "bfloat16"}, **CUDA}
+    with learner_on(model_dir, recipe("sft", **sections)) as learner:
+        assert {p.dtype for p in learner.model.parameters().values()} == {torch.bfloat16}
+        first, _ = train(learner, samples)
+        for _ in range(20):
+            last, _ = train(learner, samples)
+        assert last.loss < 0.7 * first.loss
+        ours = learner.log_probs(one_row(samples)).logprobs
+        learner.save_hf(str(tmp_path / "hf"), dtype="float32")
+    with learner_on(tmp_path / "hf", recipe("sft", model={"compute_dtype": "bfloat16"}, **CUDA)) as merged:
+        assert np.abs(merged.log_probs(one_row(samples)).logprobs - ours).mean() < 0.1
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_ligers_kernels_give_the_same_log_probs_and_gradients(model_dir, reference):
+    samples, log_probs, loss, grads = reference
+    with learner_on(model_dir, recipe(model={"liger": True}, **CUDA)) as learner:
+        expected = np.concatenate([[*value, 0.0] for value in log_probs])
+        np.testing.assert_allclose(learner.log_probs(one_row(samples)).logprobs, expected, atol=5e-4)
+        assert accumulate(learner, samples, row_tokens=300).loss == pytest.approx(loss, rel=1e-3)
+        assert relative_gap(gradients(learner), grads) < 5e-3
