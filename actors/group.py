@@ -1,4 +1,4 @@
-"""The learner gang as the driver sees it: one Ray actor per FSDP rank, called all together, dead all together.
+"""The learner gang as the driver sees it: one Ray actor per rank, called all together, dead all together.
 
     driver --await--> RayLearnerGroup --one call per rank--> LearnerRank 0 .. n-1  <--collectives--> each other
 
@@ -28,6 +28,7 @@ from actors.fsdp import open_store
 from actors.learner import Learner
 from actors.placement import in_bundle, learner_bundles, learner_device, release, reserve
 from actors.weight_sync import RayWeightSource
+from actors.zero import ZeroLearner
 from aster.config import Recipe
 from aster.errors import AsterError, GangFailure
 from aster.types import MicroBatch, OptimStats, StepStats, TokenScores
@@ -44,7 +45,7 @@ _DEVICE_ENV = {
 }
 
 
-class LearnerRank(Learner):
+class _InActor:
     """A learner in an actor. Made in two steps: rank 0's address must be known before anybody can join."""
 
     def __init__(self, rank: int, world_size: int, *, timeout_s: float) -> None:
@@ -62,7 +63,7 @@ class LearnerRank(Learner):
     def join(self, recipe: Recipe, *, model_path: str, total_steps: int, master: tuple[str, int]) -> int:
         """Become the learner; returns the process id."""
         rank, world_size = self._place
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # the class of learner that this one is mixed into
             recipe,
             model_path=model_path,
             total_steps=total_steps,
@@ -72,6 +73,14 @@ class LearnerRank(Learner):
             store=self._rendezvous,
         )
         return os.getpid()
+
+
+class LearnerRank(_InActor, Learner):
+    """FSDP2."""
+
+
+class ZeroRank(_InActor, ZeroLearner):
+    """DeepSpeed."""
 
 
 class RayLearnerGroup:
@@ -106,8 +115,9 @@ class RayLearnerGroup:
             own = placement = await reserve(learner_bundles(recipe), name="learner gang", timeout_s=start_s)
         env = {**_ENV, **_DEVICE_ENV[learner_device(recipe)]}
         world_size = recipe.learner.world_size
+        kind = LearnerRank if recipe.learner.backend in LearnerRank.backends else ZeroRank
         ranks = [
-            ray.remote(LearnerRank)
+            ray.remote(kind)
             .options(
                 name=None,
                 max_restarts=0,

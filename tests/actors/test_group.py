@@ -143,6 +143,32 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
 
 
 @pytest.mark.e2e
+async def test_the_recipe_picks_deepspeed_and_a_checkpoint_is_written_between_steps(cluster, model_dir, tmp_path):
+    batches = [some_samples(11, seed=i) for i in range(3)]
+    with learner_on(model_dir, recipe("sft")) as alone:
+        expected = [train(alone, batch)[0].loss for batch in batches]
+    zero = recipe(
+        "sft",
+        learner={**TWO["learner"], "backend": "deepspeed_zero3", "step_timeout_s": 120},
+        rollout={"start_timeout_s": 300},  # importing DeepSpeed takes 20 s alone, minutes on a busy machine
+    )
+    group = await RayLearnerGroup.spawn(zero, model_path=str(model_dir), total_steps=100)
+    try:
+        losses = [(await _train(group, batches[0]))[0].loss]
+        await group.save(str(tmp_path / "ck"))
+        saved = asyncio.create_task(group.saved())
+        losses += [(await _train(group, batch))[0].loss for batch in batches[1:]]
+        await saved
+        assert losses == pytest.approx(expected, rel=1e-4)
+        await group.save(str(tmp_path / "no" / "\0" / "such"))
+        with pytest.raises(AsterError, match=r"such was not written: rank 0: ValueError"):
+            await group.saved()
+        assert await group.load(str(tmp_path / "ck")) == 1, "the gang lives on"
+    finally:
+        await group.close()
+
+
+@pytest.mark.e2e
 async def test_an_error_of_one_rank_ends_the_gang_with_that_ranks_traceback(cluster, model_dir, monkeypatch):
     monkeypatch.setattr("actors.group._AFTERMATH_S", 1.0)  # rank 0 waits in a collective and has nothing to say
     group = await RayLearnerGroup.spawn(recipe(**TWO), model_path=str(model_dir), total_steps=100)
