@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class Learner:
     """One rank of the gang. Not thread-safe; the order of calls is the order of collectives."""
 
+    backends: tuple[str, ...] = ("fsdp2",)  # of `learner.backend`; `zero.py` has the others
+
     def __init__(
         self,
         recipe: Recipe,
@@ -54,8 +56,11 @@ class Learner:
         opened, so that its port was known before the others came. Raises `ConfigError` for a model directory that
         cannot be used, and torch's own error after `learner.step_timeout_s` when a peer never comes.
         """
-        if recipe.learner.backend != "fsdp2":
-            raise ConfigError(f"learner.backend={recipe.learner.backend} is not the FSDP2 learner: use fsdp2")
+        if recipe.learner.backend not in self.backends:
+            raise ConfigError(
+                f"learner.backend={recipe.learner.backend} is not for {type(self).__name__}: it takes "
+                f"{' or '.join(self.backends)}"
+            )
         self.recipe = recipe
         self.rank = rank
         self.world_size = world_size
@@ -128,7 +133,7 @@ class Learner:
         else:
             loss = logprobs.sum() * 0.0  # nothing to learn here, but the peers wait for the gradient's collectives
             counted = torch.zeros(8)
-        (loss * self.world_size).backward()
+        self._backward(loss * self.world_size)
         sums = counted.double().tolist()  # waits for the device, so only now that the backward pass is queued
         return StepStats(
             loss=sums[0],
@@ -150,24 +155,16 @@ class Learner:
         Raises `AsterError` after `optim.max_skipped_in_a_row` such steps: the run has diverged.
         """
         began = time.monotonic()
-        optim = self.recipe.optim
-        parameters = list(self.model.trained().values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            raise AsterError("optim_step() without forward_backward(): there is no gradient")
-        total = get_total_norm(gradients)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         lr = self._set_lr()
+        norm = self._update()
         skipped = not np.isfinite(norm)
         if skipped:
             self.skipped_in_a_row += 1
         else:
-            clip_grads_with_norm_(parameters, optim.max_grad_norm, torch.tensor(norm, device=self.device))
-            self.optimizer.step()
             self.applied += 1
             self.skipped_in_a_row = 0
-        self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        optim = self.recipe.optim
         if self.skipped_in_a_row >= optim.max_skipped_in_a_row:
             raise AsterError(
                 f"the gradient norm was {norm} for {self.skipped_in_a_row} optimizer steps in a row (last: step "
@@ -185,7 +182,7 @@ class Learner:
         self._saver.start(path, tensors=self._tensors(), counters=self._counters())
 
     def saved(self, *, wait: bool = True) -> bool:
-        """Wait for the save under way; `AsterError` with its path if it failed. `wait=False`: say if it is done."""
+        """Wait for the save under way, `AsterError` with its path if it failed; or only say whether it is done."""
         if wait:
             self._saver.wait()
         return self._saver.done()
@@ -275,6 +272,23 @@ class Learner:
             rows = [context.gather(row) for row in rows]
         logprobs, entropy = (row[: len(microbatch.labels)] for row in rows)
         return logprobs, entropy
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> float:
+        """Clip by global norm, step, forget the gradients. Returns the norm; one that is not finite changes nothing."""
+        parameters = list(self.model.trained().values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise AsterError("optim_step() without forward_backward(): there is no gradient")
+        total = get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if np.isfinite(norm):
+            clip_grads_with_norm_(parameters, self.recipe.optim.max_grad_norm, torch.tensor(norm, device=self.device))
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _token_losses(
         self, logprobs: torch.Tensor, microbatch: MicroBatch
