@@ -15,7 +15,7 @@ from actors.weight_sync import WeightSender
 from aster.config import Recipe
 from aster.data.templates import TOOLS_TEMPLATE
 from aster.data.tokenizer import EOS, PAD, train_tokenizer
-from aster.types import MicroBatch, TensorMeta
+from aster.types import MicroBatch, TensorMeta, TokenScores
 
 VOCAB = 512
 STOP = 2
@@ -106,8 +106,9 @@ class ToyLearner:
     def weight_close(self) -> None:
         self._sender.close()
 
-    def log_probs(self, row: MicroBatch) -> np.ndarray:
-        return np.append(log_probs(self.model, row.input_ids), 0.0).astype(np.float32) + self.shift
+    def log_probs(self, row: MicroBatch) -> TokenScores:
+        logprobs = np.append(log_probs(self.model, row.input_ids), 0.0).astype(np.float32) + self.shift
+        return TokenScores(logprobs, np.zeros_like(logprobs))
 
     def perturb(self, seed: int) -> None:
         perturb(self.model, seed)

@@ -18,7 +18,7 @@ from actors import weight_sync
 from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
 from actors.wire import WireGroup, digest, join_store, plan_buckets, seal, sealed_digest, view
 from aster.errors import EngineLost, GangFailure, WeightSyncError
-from aster.types import MicroBatch, TensorMeta
+from aster.types import MicroBatch, TensorMeta, TokenScores
 
 SHAPES = {"embed": (50, 8), "layer.0": (8, 8), "layer.1": (8, 24), "norm": (7,), "head.bias": (3,)}
 
@@ -263,7 +263,8 @@ class NotingRank:
             self.events.append(f"rank{self.rank} {method}")
             if method == "log_probs":
                 self.rows.append(args[0])
-                return np.where(args[0].loss_mask, -1.0, 0.0).astype(np.float32)
+                logprobs = np.where(args[0].loss_mask, -1.0, 0.0).astype(np.float32)
+                return TokenScores(logprobs, np.zeros_like(logprobs))
             return {"weight_metadata": metas(), "weight_address": ("10.0.0.1", 7), "weight_send": ["ab"]}.get(method)
 
         return SimpleNamespace(remote=remote)
