@@ -98,6 +98,7 @@ def _spawn(work: Callable[[], NoReturn]) -> int:
         os.close(write)
         return 0
     if middle == 0:
+        middle = os.getpid()
         try:
             grandchild = os.fork()
             if grandchild:
@@ -105,6 +106,8 @@ def _spawn(work: Callable[[], NoReturn]) -> int:
                 os._exit(0)
             os.close(read)
             os.close(write)
+            while os.getppid() == middle:  # about to end
+                time.sleep(0.0002)
             work()
         except BaseException:  # nothing may return into the zygote's loop from here
             sys.excepthook(*sys.exc_info())
@@ -134,9 +137,9 @@ def _session(request: dict[str, Any], control: socket.socket, fds: list[int], *,
     limits.drop_to(uid)
     os.chdir(request["home"])  # after the drop: without DAC_OVERRIDE not even root may enter another's 0700 directory
     os.umask(0o077)
-    while os.getppid() != supervisor:  # the middle process is about to end
-        time.sleep(0.0002)
     limits.die_with_parent()
+    if os.getppid() != supervisor:  # it has died already, and nobody else would ever end us
+        os._exit(0)
     if request["by_tree"]:
         limits.become_subreaper()  # no uid to kill by: keep every descendant in this process's tree
     os.environ.update(HOME=request["home"], TMPDIR=request["tmp"])
