@@ -100,7 +100,7 @@ class Saver:
         problem, cause = "", None
         try:
             action()
-        except Exception as error:
+        except Exception as error:  # policy: told to all ranks, and raised by each below
             problem, cause = f"{type(error).__name__}: {error}", error
         problems = [""] * dist.get_world_size(self._group)
         dist.all_gather_object(problems, problem, group=self._group)

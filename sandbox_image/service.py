@@ -19,7 +19,7 @@ from sandbox_image.outcome import Outcome, oom_kills
 from sandbox_image.output import Tap
 from sandbox_image.place import Limits
 from sandbox_image.processes import Zygote, ZygoteDied
-from sandbox_image.proto import cell_pb2, cell_pb2_grpc
+from sandbox_image.proto import MESSAGE_BYTES, cell_pb2, cell_pb2_grpc
 from sandbox_image.slot import CannotFork, NoRoom
 
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -204,14 +204,12 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def serve(
-    cell: Cell, zygote: Zygote, *, socket: Path, idle_ttl_s: float, stop: asyncio.Event, message_bytes: int
-) -> None:
+async def serve(cell: Cell, zygote: Zygote, *, socket: Path, idle_ttl_s: float, stop: asyncio.Event) -> None:
     """Until `stop` is set or nobody has spoken for `idle_ttl_s`. The socket gets its name when all is ready."""
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", message_bytes),
-            ("grpc.max_send_message_length", message_bytes),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
         ]
     )

@@ -20,7 +20,6 @@ from sandbox_image.cell import Cell
 from sandbox_image.processes import Reaper, Zygote
 
 _ZYGOTE_START_S = 60.0
-_MESSAGE_BYTES = 128 << 20  # three texts of 16 MB and 16 MB of figures, and room
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,7 +62,7 @@ async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Zygote) -> No
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await serve(cell, zygote, socket=args.socket, idle_ttl_s=args.idle_ttl, stop=stop, message_bytes=_MESSAGE_BYTES)
+    await serve(cell, zygote, socket=args.socket, idle_ttl_s=args.idle_ttl, stop=stop)
     await cell.shutdown()
 
 

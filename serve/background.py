@@ -31,7 +31,7 @@ class Background:
                 await asyncio.sleep(seconds)
                 try:
                     await work()
-                except Exception:
+                except Exception:  # policy: one round lost, told, and the next one comes
                     logger.exception("a background task of the sandbox pool failed; next try in %g s", seconds)
 
         self.run(rounds())

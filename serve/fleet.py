@@ -239,7 +239,7 @@ class Fleet:
         self._remains.add(cell)
         try:
             await self.backend.remove(cell)
-        except Exception as error:
+        except Exception as error:  # policy: whatever the daemon says, the cell is kept in mind and tried again
             logger.error("cell %s could not be removed: %r", cell.cell_id, error)
         else:
             self._remains.discard(cell)

@@ -94,7 +94,7 @@ def main(root: Path) -> None:
             try:
                 sweep(root)
                 time.sleep(_POLL_S)
-            except Exception:
+            except Exception:  # policy: it must outlive whatever a sweep meets; what is left is met again
                 logger.exception("will try again in %g s", _AFTER_FAILURE_S)
                 time.sleep(_AFTER_FAILURE_S)
         lock.close()

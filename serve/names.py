@@ -28,7 +28,8 @@ class SessionNames:
     """(client, its own session id) -> our session id. Made once however many ask at the same time.
 
     A name keeps its meaning until the session's lifetime is over, also when the session ended before: whoever asks then
-    is told, and never gets a fresh session in the place of a lost one.
+    is told, and gets no fresh session in the place of a lost one. The names are in memory: they end with this actor,
+    and a client that comes back after its death begins anew.
     """
 
     def __init__(self, service: SandboxService, *, ttl_s: float, idle_ttl_s: float) -> None:

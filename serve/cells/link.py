@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from sandbox_image.proto import cell_pb2, cell_pb2_grpc
+from sandbox_image.proto import MESSAGE_BYTES, cell_pb2, cell_pb2_grpc
 from serve.cells import BackendUnavailable, Cell, CellBackend
 from serve.errors import CannotFork, FileRefused
 from serve.schema import (
@@ -26,7 +26,6 @@ from serve.schema import (
 
 _CONTROL_S = 15.0
 _KILL_GRACE_S = 20.0  # the supervisor answers at t+2 s; forking anew after a death, and a loaded machine, take longer
-_MESSAGE_BYTES = 128 << 20  # three texts of 16 MB and 16 MB of figures, and room
 _POLL_S = 0.01
 _LOOK_EVERY = 20
 _FILE_STATUS = {
@@ -53,8 +52,8 @@ class CellLink:
         self._channel = grpc.aio.insecure_channel(
             f"unix:{cell.socket}",
             options=[
-                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-                ("grpc.max_send_message_length", _MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.enable_retries", 0),  # an execute that may have run is never sent again
                 ("grpc.use_local_subchannel_pool", 1),
             ],
