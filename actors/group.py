@@ -39,10 +39,7 @@ _AFTERMATH_S = 10.0  # how long the peers of a failed rank get to say why, befor
 _CLOSE_S = 20.0
 _POLL_S = 0.2
 _ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-_DEVICE_ENV = {
-    "cpu": {"OMP_NUM_THREADS": "1"},  # spinning OpenMP threads of several actors on few cores slow each other down
-    "cuda": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},  # packed rows differ in length at every step
-}
+_CUDA_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # packed rows differ in length at every step
 
 
 class _InActor:
@@ -113,7 +110,8 @@ class RayLearnerGroup:
         own = None
         if placement is None:
             own = placement = await reserve(learner_bundles(recipe), name="learner gang", timeout_s=start_s)
-        env = {**_ENV, **_DEVICE_ENV[learner_device(recipe)]}
+        on_cpu = learner_device(recipe) == "cpu"
+        env = {**_ENV, **({"OMP_NUM_THREADS": str(recipe.learner.cpu_threads)} if on_cpu else _CUDA_ENV)}
         world_size = recipe.learner.world_size
         kind = LearnerRank if recipe.learner.backend in LearnerRank.backends else ZeroRank
         ranks = [

@@ -215,6 +215,9 @@ class LearnerConfig(_Section):
     """Most tokens of one packed row; a longer single sample gets a row of its own."""
     logprob_chunk_tokens: int = Field(default=512, ge=1)
     """Rows of logits alive at once; about three times so many x vocabulary x 4 bytes are needed."""
+    cpu_threads: int = Field(default=1, ge=1)
+    """Threads of a rank on CPU. More than one only where nothing else computes meanwhile (SFT): threads that spin for
+    each other on busy cores cost more than they bring."""
     offload_optimizer: bool = False
     """Keep fp32 masters, gradients and optimizer state in host memory and step there: 16 bytes per parameter less on
     the device, a slower step."""

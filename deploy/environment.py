@@ -135,7 +135,8 @@ def install(*, extra: str, venv: Path) -> None:
     lock = REQUIREMENTS / f"{extra}.lock.txt"
     uv = make_venv(venv, uv_version=pinned(lock, "uv"))
     python = venv / "bin" / "python"
-    into = ["--python", str(python), "--no-deps"]
+    # Byte code now, once: a run starts a dozen processes that import torch, some where nobody may write beside them.
+    into = ["--python", str(python), "--no-deps", "--compile-bytecode"]
     # The lock is complete, so nothing is resolved again: --no-deps is what keeps the packages left out of it out.
     cure = "is the package index reachable, and is there a wheel for this interpreter?"
     run([*uv, "install", *into, *index_arguments(python, extra, lock), "-r", str(lock)], cure=cure)

@@ -19,7 +19,7 @@ from sandbox_image.outcome import Outcome
 from sandbox_image.output import Tap
 from sandbox_image.place import Limits, Place
 from sandbox_image.proc import is_live, name_of
-from sandbox_image.processes import Reaper, Zygote, ZygoteDied
+from sandbox_image.processes import Forker, ForkerDied, Reaper
 from sandbox_image.slot import CannotFork, NoRoom, SessionProcess
 
 _RETIRE_AFTER = 60_000  # uids of one cell; each session, and each rebuilt one, uses one up
@@ -29,7 +29,8 @@ class Cell:
     def __init__(
         self,
         *,
-        zygote: Zygote,
+        zygote: Forker,
+        attendant: Forker,
         reaper: Reaper,
         slots: int,
         warm: int,
@@ -42,7 +43,7 @@ class Cell:
         self.served = 0
         self.broken = ""
         self.slots = slots
-        self._zygote, self._reaper = zygote, reaper
+        self._zygote, self._attendant, self._reaper = zygote, attendant, reaper
         self._warm_target, self._root, self._uid_base, self._shared = warm, root, uid_base, tuple(shared)
         self._filtered = filtered
         self._uids_used = 0
@@ -55,7 +56,7 @@ class Cell:
     def why_broken(self) -> str:
         if self._uids_used >= _RETIRE_AFTER:
             return f"{self._uids_used} sessions served"
-        return self.broken or self._zygote.dead
+        return self.broken or self._zygote.dead or self._attendant.dead
 
     @property
     def free(self) -> int:
@@ -79,7 +80,7 @@ class Cell:
                 slot = self._free.pop()
                 try:
                     self._warm.append((slot, await self._fork(slot)))
-                except (ZygoteDied, OSError) as error:
+                except (ForkerDied, OSError) as error:
                     self._free.append(slot)
                     if not isinstance(error, BlockingIOError):
                         self.broken = self.broken or str(error)
@@ -93,7 +94,7 @@ class Cell:
         uid = None if self._uid_base is None else self._uid_base + self._uids_used
         self._uids_used += 1
         place = Place(directory or self._directory(slot), uid=uid, filtered=self._filtered, shared=self._shared)
-        process = SessionProcess(place, self._zygote, self._reaper)
+        process = SessionProcess(place, self._zygote, self._attendant, self._reaper)
         await process.start()
         return process
 
@@ -227,7 +228,7 @@ class Cell:
             if alone:
                 session.process = await self._fork(session.family.slot, directory=old.place.directory)
             else:
-                session.process = SessionProcess(old.place, self._zygote, self._reaper, by_tree=True)
+                session.process = SessionProcess(old.place, self._zygote, self._attendant, self._reaper, by_tree=True)
                 await session.process.start()
             await session.process.open(session.limits, in_family=not alone)
 
@@ -271,7 +272,7 @@ class Cell:
                 raise FileTrouble("not_found", "the session was closed")
             place = session.process.place
             request |= {"uid": place.uid, "home": place.home, "file_bytes": session.limits.file_bytes}
-            return await files.touch(self._zygote, request, content=content, room=room)
+            return await files.touch(self._attendant, request, content=content, room=room)
 
     # end -------------------------------------------------------------------------------------------------------------
 
@@ -299,7 +300,7 @@ class Cell:
         """False when something of it is left; then the cell is broken."""
         try:
             left = await process.destroy(alone=alone)
-        except (ZygoteDied, OSError) as error:
+        except (ForkerDied, OSError) as error:
             left = str(error)
         if process.place.directory.parent != self._root:
             process.place.remove()

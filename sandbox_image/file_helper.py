@@ -1,4 +1,4 @@
-"""What the zygote forks to touch a session's files: one request as the session's own user, then the end.
+"""What the attendant forks to touch a session's files: one request as the session's own user, then the end.
 
 It can do no more than the session itself; that a path stays below the home directory is a promise to the caller, not
 what protects anybody.

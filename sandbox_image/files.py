@@ -16,7 +16,7 @@ from typing import Any
 
 from sandbox_image import proc
 from sandbox_image.file_helper import DEADLINE_S, HEADER_BYTES, TROUBLES, FileTrouble
-from sandbox_image.processes import Zygote
+from sandbox_image.processes import Forker
 
 MAX_BYTES = 32 << 20
 """Largest file in or out."""
@@ -25,9 +25,9 @@ _PATH_BYTES = 4096
 
 
 async def touch(
-    zygote: Zygote, request: dict[str, Any], *, content: bytes = b"", room: int = 0
+    attendant: Forker, request: dict[str, Any], *, content: bytes = b"", room: int = 0
 ) -> tuple[dict[str, Any], bytes]:
-    """The helper's header, and up to `room` bytes behind it. Raises `FileTrouble`, `ZygoteDied`."""
+    """The helper's header, and up to `room` bytes behind it. Raises `FileTrouble`, `ForkerDied`."""
     if len(request.get("path", "").encode("utf-8", "surrogateescape")) > _PATH_BYTES:
         raise FileTrouble("invalid", f"a path has at most {_PATH_BYTES} bytes")
     if len(content) > MAX_BYTES:
@@ -38,7 +38,7 @@ async def touch(
     with ours:
         try:
             with theirs:
-                helper = await zygote.request({"op": "file", "size": len(content), **request}, (theirs.fileno(),))
+                helper = await attendant.request({"op": "file", "size": len(content), **request}, (theirs.fileno(),))
         except BlockingIOError as error:
             raise FileTrouble("no_room", str(error)) from None
         said = bytearray()

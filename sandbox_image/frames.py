@@ -10,7 +10,7 @@ import termios
 from typing import Any
 
 HEADER = struct.Struct(">I")
-_READ = 1 << 20
+_READ = 1 << 16
 _FDS = struct.Struct("3i")
 
 

@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_image.processes import Zygote
+from sandbox_image.processes import Forker
 
 _CLEAN_S = 10.0
 
@@ -50,7 +50,7 @@ class Place:
         with contextlib.suppress(OSError):
             os.rmdir(self.directory)
 
-    async def clean(self, zygote: Zygote, *, alone: bool) -> str:
+    async def clean(self, attendant: Forker, *, alone: bool) -> str:
         """Remove what the session left, as its own user; `alone` = nobody else lives under its uid, which ends too.
         Returns what could not be done, in words."""
         request = {
@@ -60,7 +60,7 @@ class Place:
             "shared": self.shared,
             "alone": alone,
         }
-        cleaner = await zygote.request(request)
+        cleaner = await attendant.request(request)
         done, _ = await asyncio.wait({cleaner.exit}, timeout=_CLEAN_S)
         if not done or cleaner.exit.result() != 0:
             return f"slot {self.directory.name} could not be cleaned"

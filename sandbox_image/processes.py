@@ -1,4 +1,4 @@
-"""The supervisor's children: who died and how (waitpid), and the zygote that forks, cleans and touches files for it."""
+"""The supervisor's children: who died and how (waitpid), and the two that fork for it, zygote and attendant."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sandbox_image.proc import children_of, describe_status, kill_tree, uid_of
 from sandbox_image.proc import descendants as descendants
 
 _UNCLAIMED = 256
-_ZYGOTE_ANSWER_S = 10.0
+_ANSWER_S = 10.0
 _STRAYS_S = 5.0
 
 
@@ -100,19 +100,20 @@ class Reaper:
             await asyncio.sleep(0.001)
 
 
-class ZygoteDied(RuntimeError):
-    """No further session can be forked in this cell; those that live go on."""
+class ForkerDied(RuntimeError):
+    """No session can begin or end in this cell any more; those that live go on."""
 
 
-class Zygote:
-    """Client of `zygote.py`. Requests are serialised; each is a few milliseconds of fork."""
+class Forker:
+    """Client of a process that forks on request (`forks.py`): `zygote` or `attendant`. Requests are serialised."""
 
-    def __init__(self, reaper: Reaper) -> None:
+    def __init__(self, role: Literal["zygote", "attendant"], reaper: Reaper) -> None:
+        self.role = role
         self._reaper = reaper
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # exec'd here, before the caller imports grpc: a process that has started gRPC threads is never forked
         process = subprocess.Popen(
-            [sys.executable, "-s", "-m", "sandbox_image.zygote", str(theirs.fileno())],
+            [sys.executable, "-s", "-m", f"sandbox_image.{role}", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
         )
@@ -126,23 +127,23 @@ class Zygote:
 
     async def ready(self, *, timeout_s: float) -> None:
         child = self._reaper.claim(self.pid)
-        child.exit.add_done_callback(lambda f: self._died(f"zygote {describe_status(f.result())}"))
+        child.exit.add_done_callback(lambda f: self._died(f"{self.role} {describe_status(f.result())}"))
         self.packages = (await self._receive(timeout_s))["packages"]
 
     def _died(self, why: str) -> None:
         self.dead = self.dead or why
 
     async def request(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> Child:
-        """The forked child. Raises `ZygoteDied`; BlockingIOError is the kernel's refusal to fork."""
+        """The forked child. Raises `ForkerDied`; BlockingIOError is the kernel's refusal to fork."""
         async with self._reaper.births:
             if self.dead:
-                raise ZygoteDied(self.dead)
+                raise ForkerDied(self.dead)
             try:
                 socket.send_fds(self._socket, [json.dumps(message).encode()], fds)
             except OSError as error:
-                self._died(f"zygote unreachable: {error}")
-                raise ZygoteDied(self.dead) from None
-            pid = int((await self._receive(_ZYGOTE_ANSWER_S))["pid"])
+                self._died(f"{self.role} unreachable: {error}")
+                raise ForkerDied(self.dead) from None
+            pid = int((await self._receive(_ANSWER_S))["pid"])
             if pid == 0:
                 raise BlockingIOError(f"the kernel refused to fork for {message['op']}")
             return self._reaper.claim(pid)
@@ -151,10 +152,10 @@ class Zygote:
         try:
             data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._socket, 1 << 16), timeout_s)
         except TimeoutError:
-            self._died(f"zygote gave no answer within {timeout_s:g} s")
-            raise ZygoteDied(self.dead) from None
+            self._died(f"{self.role} gave no answer within {timeout_s:g} s")
+            raise ForkerDied(self.dead) from None
         if not data:
-            self._died("zygote closed its socket")
-            raise ZygoteDied(self.dead)
+            self._died(f"{self.role} closed its socket")
+            raise ForkerDied(self.dead)
         answer: dict[str, Any] = json.loads(data)
         return answer

@@ -18,7 +18,7 @@ from sandbox_image.file_helper import FileTrouble
 from sandbox_image.outcome import Outcome, oom_kills
 from sandbox_image.output import Tap
 from sandbox_image.place import Limits
-from sandbox_image.processes import Zygote, ZygoteDied
+from sandbox_image.processes import Forker, ForkerDied
 from sandbox_image.proto import MESSAGE_BYTES, cell_pb2, cell_pb2_grpc
 from sandbox_image.slot import CannotFork, NoRoom
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class CellService(cell_pb2_grpc.CellServicer):
-    def __init__(self, cell: Cell, zygote: Zygote) -> None:
+    def __init__(self, cell: Cell, zygote: Forker) -> None:
         self._cell, self._zygote = cell, zygote
         self.heard = time.monotonic()
 
@@ -49,31 +49,51 @@ class CellService(cell_pb2_grpc.CellServicer):
             await self._cell.open(request.session_id, wanted)
         except KeyError:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "this session id is in use")
-        except (ZygoteDied, OSError, RuntimeError) as error:  # NoRoom is a RuntimeError
+        except (ForkerDied, OSError, RuntimeError) as error:  # NoRoom is a RuntimeError
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         return cell_pb2.OpenReply()
 
-    async def Execute(self, request: cell_pb2.ExecuteRequest, context: Context) -> cell_pb2.ExecuteReply:
-        await self._know(request.session_id, context)
-        return await self._execute(request, context, tap=None)
+    async def Execute(self, calls: AsyncIterator[cell_pb2.ExecuteCall], context: Context) -> None:
+        """Until the pool hangs up or is gone; cells that run then run on."""
+        writing = asyncio.Lock()  # a stream takes one message at a time
+        answers: set[asyncio.Task[None]] = set()
+        try:
+            async for call in calls:
+                answer = asyncio.create_task(self._answer(call, context, writing))
+                answers.add(answer)
+                answer.add_done_callback(answers.discard)
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _answer(self, call: cell_pb2.ExecuteCall, context: Context, writing: asyncio.Lock) -> None:
+        answer = cell_pb2.ExecuteAnswer(number=call.number)
+        try:
+            answer.reply.CopyFrom(await self._execute(call.request, tap=None))
+        except Exception as error:  # policy: whatever went wrong, the caller must not wait for its answer
+            answer.failure = _valid(f"{type(error).__name__}: {error}")
+        async with writing:
+            await context.write(answer)
 
     async def ExecuteStream(
         self, request: cell_pb2.ExecuteRequest, context: Context
     ) -> AsyncIterator[cell_pb2.ExecuteEvent]:
         await self._know(request.session_id, context)
         tap = Tap(request.max_output_bytes)
-        answer = asyncio.create_task(self._execute(request, context, tap=tap))
+        answer = asyncio.create_task(self._execute(request, tap=tap))
         try:
             async for is_stderr, text in tap:
                 yield cell_pb2.ExecuteEvent(output=cell_pb2.OutputChunk(is_stderr=is_stderr, text=text))
             yield cell_pb2.ExecuteEvent(reply=await answer)
+        except (ForkerDied, OSError) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         finally:  # a caller that has hung up: the cell itself runs on
             tap.close()
             answer.cancel()
 
-    async def _execute(
-        self, request: cell_pb2.ExecuteRequest, context: Context, *, tap: Tap | None
-    ) -> cell_pb2.ExecuteReply:
+    async def _execute(self, request: cell_pb2.ExecuteRequest, *, tap: Tap | None) -> cell_pb2.ExecuteReply:
+        """Raises KeyError: no such session; `ForkerDied`, OSError: its interpreter died and cannot be made anew."""
+        self.heard = time.monotonic()
         try:
             outcome, queue_s = await self._cell.execute(
                 request.session_id,
@@ -84,8 +104,6 @@ class CellService(cell_pb2_grpc.CellServicer):
                 with_figures=request.figures,
                 tap=tap,
             )
-        except (ZygoteDied, OSError) as error:  # the interpreter died before and cannot be made anew
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no fresh interpreter: {error}")
         finally:
             self.heard = time.monotonic()
         return reply(outcome, queue_s)
@@ -100,7 +118,7 @@ class CellService(cell_pb2_grpc.CellServicer):
             await self._cell.reset(request.session_id)
         except KeyError:
             await context.abort(grpc.StatusCode.NOT_FOUND, "the session was closed")
-        except (ZygoteDied, OSError, RuntimeError) as error:
+        except (ForkerDied, OSError, RuntimeError) as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"no fresh interpreter: {error}")
         return cell_pb2.ResetReply()
 
@@ -112,7 +130,7 @@ class CellService(cell_pb2_grpc.CellServicer):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error.args[0]))
         except CannotFork as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, _valid(str(error)))
-        except (NoRoom, ZygoteDied, OSError) as error:
+        except (NoRoom, ForkerDied, OSError) as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _valid(str(error)))
         return cell_pb2.ForkReply()
 
@@ -163,7 +181,7 @@ async def _of_files(work: Coroutine[Any, Any, T], context: Context) -> T:
         return await work
     except FileTrouble as trouble:
         await context.abort(_TROUBLE[trouble.kind], _valid(trouble.text))
-    except (ZygoteDied, OSError) as error:
+    except (ForkerDied, OSError) as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     raise AssertionError("abort raises")
 
@@ -204,7 +222,7 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def serve(cell: Cell, zygote: Zygote, *, socket: Path, idle_ttl_s: float, stop: asyncio.Event) -> None:
+async def serve(cell: Cell, zygote: Forker, *, socket: Path, idle_ttl_s: float, stop: asyncio.Event) -> None:
     """Until `stop` is set or nobody has spoken for `idle_ttl_s`. The socket gets its name when all is ready."""
     server = grpc.aio.server(
         options=[

@@ -17,19 +17,20 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from sandbox_image import figures, frames, newborn, proc
 from sandbox_image.outcome import Outcome, oom_kills
 from sandbox_image.output import HeadTail, Tap
 from sandbox_image.place import Limits, Place, Wires
-from sandbox_image.processes import Child, Reaper, Zygote
+from sandbox_image.processes import Child, Forker, Reaper
 
 FLOOD_BYTES = 64 << 20  # a cell that prints more is killed
 SECOND_SIGINT_S = 1.0
 KILL_S = 2.0
 _FRAME_SLACK = 1 << 20  # a traceback, a value and JSON's own weight
-_READ = 1 << 20
+_READ = 1 << 16  # what a pipe holds; a larger buffer would be mapped and unmapped for every read
 _DEFAULT_KEEP = 32 << 10
 _START_S = 20.0
 _FORK_S = 10.0
@@ -48,16 +49,45 @@ class NoRoom(RuntimeError):
     """No slot, no process, no memory, no disk: nothing was made."""
 
 
+class _Clock:
+    """The time limit of one cell: an interrupt when it is over, another, and the end."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float,
+        *,
+        interrupt: Callable[[], object],
+        kill: Callable[[], object],
+    ) -> None:
+        self.struck = False
+        self._loop = loop
+        self._steps = iter([(interrupt, SECOND_SIGINT_S), (interrupt, KILL_S - SECOND_SIGINT_S), (kill, None)])
+        self._timer = loop.call_later(timeout_s, self._strike)
+
+    def _strike(self) -> None:
+        self.struck = True
+        step, pause_s = next(self._steps)
+        step()
+        if pause_s is not None:
+            self._timer = self._loop.call_later(pause_s, self._strike)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
 class SessionProcess:
     """A forked session. `start` makes a warm one; `run` and `branch` are called by one caller at a time."""
 
-    def __init__(self, place: Place, zygote: Zygote, reaper: Reaper, *, by_tree: bool = False) -> None:
+    def __init__(
+        self, place: Place, zygote: Forker, attendant: Forker, reaper: Reaper, *, by_tree: bool = False
+    ) -> None:
         self.place = place
         self.by_tree = by_tree or place.uid is None  # its uid is not its alone: it is killed by its process tree
         self.child: Child | None = None
         self.death = ""  # why it is unusable; empty while it lives
         self._word = ""  # on whose word it was ended
-        self._zygote, self._reaper = zygote, reaper
+        self._zygote, self._attendant, self._reaper = zygote, attendant, reaper
         self._loop = asyncio.get_running_loop()
         self._decoder = frames.Decoder(limit=_FRAME_SLACK)
         self._event: asyncio.Future[Event] | None = None
@@ -114,7 +144,7 @@ class SessionProcess:
     async def branch(self, place: Place) -> SessionProcess:
         """A copy of this session as it is now, in `place`. Raises `CannotFork`, `NoRoom`; then none was made."""
         self.by_tree = True
-        copy = SessionProcess(place, self._zygote, self._reaper, by_tree=True)
+        copy = SessionProcess(place, self._zygote, self._attendant, self._reaper, by_tree=True)
         try:
             place.make()
             # without a uid that tells, any unclaimed child may be taken for a stray
@@ -171,7 +201,7 @@ class SessionProcess:
             self._wires.close()
         if self.by_tree:
             await self._reaper.kill_strays(self.place.uid)
-        return await self.place.clean(self._zygote, alone=alone)
+        return await self.place.clean(self._attendant, alone=alone)
 
     def end(self, why: str) -> None:
         """Kill it on somebody's word, which a running cell's answer repeats."""
@@ -213,18 +243,7 @@ class SessionProcess:
         self._tap = tap
         self._set_keep(keep)
         began = time.monotonic()
-        timed_out = False
-
-        def interrupt() -> None:
-            nonlocal timed_out
-            timed_out = True
-            self.interrupt()
-
-        timers = [
-            self._loop.call_later(timeout_s, interrupt),
-            self._loop.call_later(timeout_s + SECOND_SIGINT_S, interrupt),
-            self._loop.call_later(timeout_s + KILL_S, self.kill),
-        ]
+        clock = _Clock(self._loop, timeout_s, interrupt=self.interrupt, kill=self.kill)
         ooms = oom_kills()
         request = {"op": "run", "code": code, "cell": cell, "keep": keep, "figures": with_figures}
         self._runs = True
@@ -236,20 +255,19 @@ class SessionProcess:
             )
         finally:
             self._runs = False
-            for timer in timers:
-                timer.cancel()
+            clock.stop()
         self._drain()
         self._tap = None
         outcome = Outcome(status="ok", cell=cell, stdout=self.stdout, stderr=self.stderr, text=self.text)
         self._printed = 0
         if kind == "frame":
             try:
-                outcome.take(value, keep=keep, timed_out=timed_out)
+                outcome.take(value, keep=keep, timed_out=clock.struck)
             except frames.BadFrame as error:
                 kind, value = "protocol", str(error)
         if kind != "frame":
             outcome.state = "lost"
-            outcome.status, outcome.reason = await self._death(kind, value, timed_out=timed_out, ooms=ooms)
+            outcome.status, outcome.reason = await self._death(kind, value, timed_out=clock.struck, ooms=ooms)
             self.death = outcome.reason
         outcome.duration_s = time.monotonic() - began
         self._set_keep(keep)  # what comes from now on belongs to the next cell
@@ -293,11 +311,12 @@ class SessionProcess:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.EAGAIN):
                 raise
             self._resolve("eof", None)
+        silence = self._loop.call_later(wait_s, self._resolve, "silence", None)
         try:
-            await asyncio.wait({event}, timeout=wait_s)
+            return await event
         finally:
+            silence.cancel()
             self._event = None
-        return event.result() if event.done() else ("silence", None)
 
     def _resolve(self, kind: Kind, value: Any) -> None:
         if self._event is not None and not self._event.done():

@@ -1,4 +1,4 @@
-"""PID 1 of a cell: starts the zygote, answers the pool over gRPC on a Unix socket, ends when nobody speaks to it.
+"""PID 1 of a cell: starts zygote and attendant, answers the pool over gRPC on a Unix socket, ends after a silence.
 
     python -m sandbox_image.supervisor --socket /run/cell/cell.sock --slots 8 --slot-root /s --uid-base 200000
 
@@ -17,9 +17,11 @@ from pathlib import Path
 
 from sandbox_image import limits
 from sandbox_image.cell import Cell
-from sandbox_image.processes import Reaper, Zygote
+from sandbox_image.processes import Forker, Reaper
 
-_ZYGOTE_START_S = 60.0
+_START_S = 60.0
+# gRPC's older poller: one thread less between the socket and the event loop, a fifth off every exchange.
+_GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 
 
 def _arguments() -> argparse.Namespace:
@@ -40,13 +42,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Zygote) -> None:
+async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Forker, attendant: Forker) -> None:
     reaper.start()
-    await zygote.ready(timeout_s=_ZYGOTE_START_S)
+    await zygote.ready(timeout_s=_START_S)
+    await attendant.ready(timeout_s=_START_S)
     for slot in range(args.slots):
         (args.slot_root / str(slot)).mkdir(exist_ok=True)
     cell = Cell(
         zygote=zygote,
+        attendant=attendant,
         reaper=reaper,
         slots=args.slots,
         warm=min(args.warm, args.slots),
@@ -56,7 +60,8 @@ async def _serve(args: argparse.Namespace, reaper: Reaper, zygote: Zygote) -> No
         filtered=args.seccomp,
     )
     await cell.fill()
-    # only now, with the zygote running, may gRPC start its threads
+    # only now, with both forking processes running, may gRPC start its threads
+    os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
     from sandbox_image.service import serve
 
     stop = asyncio.Event()
@@ -75,8 +80,8 @@ def main() -> None:
     if args.die_with_parent:
         limits.die_with_parent()
     reaper = Reaper()
-    zygote = Zygote(reaper)
-    asyncio.run(_serve(args, reaper, zygote))
+    zygote, attendant = Forker("zygote", reaper), Forker("attendant", reaper)
+    asyncio.run(_serve(args, reaper, zygote, attendant))
     sys.stdout.flush()
     os._exit(0)  # gRPC's threads have nothing left to say
 

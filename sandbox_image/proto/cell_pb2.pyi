@@ -38,6 +38,24 @@ class ExecuteRequest(_message.Message):
     figures: bool
     def __init__(self, session_id: _Optional[str] = ..., code: _Optional[str] = ..., timeout_s: _Optional[float] = ..., call_id: _Optional[str] = ..., max_output_bytes: _Optional[int] = ..., figures: _Optional[bool] = ...) -> None: ...
 
+class ExecuteCall(_message.Message):
+    __slots__ = ("number", "request")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    request: ExecuteRequest
+    def __init__(self, number: _Optional[int] = ..., request: _Optional[_Union[ExecuteRequest, _Mapping]] = ...) -> None: ...
+
+class ExecuteAnswer(_message.Message):
+    __slots__ = ("number", "reply", "failure")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    reply: ExecuteReply
+    failure: str
+    def __init__(self, number: _Optional[int] = ..., reply: _Optional[_Union[ExecuteReply, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
+
 class SessionRequest(_message.Message):
     __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]

@@ -39,10 +39,10 @@ class CellStub:
                 request_serializer=sandbox__image_dot_proto_dot_cell__pb2.OpenRequest.SerializeToString,
                 response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.OpenReply.FromString,
                 _registered_method=True)
-        self.Execute = channel.unary_unary(
+        self.Execute = channel.stream_stream(
                 '/aster.sandbox.v1.Cell/Execute',
-                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
-                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.FromString,
+                request_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteCall.SerializeToString,
+                response_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteAnswer.FromString,
                 _registered_method=True)
         self.ExecuteStream = channel.unary_stream(
                 '/aster.sandbox.v1.Cell/ExecuteStream',
@@ -101,15 +101,16 @@ class CellServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Execute(self, request, context):
-        """Runs one cell of a session; calls of one session are serialised. NOT_FOUND: no such session.
+    def Execute(self, request_iterator, context):
+        """Runs cells, each as soon as it comes, and answers each as soon as it has ended; those of one session run one after
+        another. One stream for all calls of a pool: setting up an RPC for each costs twice as much as the exchange itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteStream(self, request, context):
-        """The same, with the output as it is printed; the last event is the reply.
+        """One cell, with the output as it is printed; the last event is the reply. NOT_FOUND: no such session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,10 +180,10 @@ def add_CellServicer_to_server(servicer, server):
                     request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.OpenRequest.FromString,
                     response_serializer=sandbox__image_dot_proto_dot_cell__pb2.OpenReply.SerializeToString,
             ),
-            'Execute': grpc.unary_unary_rpc_method_handler(
+            'Execute': grpc.stream_stream_rpc_method_handler(
                     servicer.Execute,
-                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.FromString,
-                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.SerializeToString,
+                    request_deserializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteCall.FromString,
+                    response_serializer=sandbox__image_dot_proto_dot_cell__pb2.ExecuteAnswer.SerializeToString,
             ),
             'ExecuteStream': grpc.unary_stream_rpc_method_handler(
                     servicer.ExecuteStream,
@@ -268,7 +269,7 @@ class Cell:
             _registered_method=True)
 
     @staticmethod
-    def Execute(request,
+    def Execute(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -278,12 +279,12 @@ class Cell:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/aster.sandbox.v1.Cell/Execute',
-            sandbox__image_dot_proto_dot_cell__pb2.ExecuteRequest.SerializeToString,
-            sandbox__image_dot_proto_dot_cell__pb2.ExecuteReply.FromString,
+            sandbox__image_dot_proto_dot_cell__pb2.ExecuteCall.SerializeToString,
+            sandbox__image_dot_proto_dot_cell__pb2.ExecuteAnswer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,6 +11,7 @@ import grpc
 
 from sandbox_image.proto import MESSAGE_BYTES, cell_pb2, cell_pb2_grpc
 from serve.cells import BackendUnavailable, Cell, CellBackend
+from serve.cells.exchange import Exchange, ExchangeFailed
 from serve.errors import CannotFork, FileRefused
 from serve.schema import (
     CellError,
@@ -59,6 +60,7 @@ class CellLink:
             ],
         )
         self._stub = cell_pb2_grpc.CellStub(self._channel)
+        self._exchange = Exchange(self._stub)
 
     async def open(self, session_id: str, limits: Limits) -> None:
         request = cell_pb2.OpenRequest(
@@ -75,10 +77,11 @@ class CellLink:
             raise self._lost(error) from None
 
     async def execute(self, session_id: str, request: ExecuteRequest) -> ExecuteResponse:
+        message = _message(session_id, request)
         try:
-            answer = await self._stub.Execute(_message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._lost(error) from None
+            answer = await self._exchange.execute(message, timeout_s=request.timeout_s + _KILL_GRACE_S)
+        except ExchangeFailed as error:
+            raise CellLost(f"cell {self.cell.cell_id}: {error}") from None
         return _response(answer)
 
     async def execute_stream(
@@ -170,7 +173,8 @@ class CellLink:
         return CellLost(f"cell {self.cell.cell_id}: {error.code().name.lower()}: {error.details()}")
 
     async def disconnect(self, *, grace_s: float | None = None) -> None:
-        """Calls under way get so long to end by themselves, and are cancelled then."""
+        """Calls under way get so long to end by themselves; then cells fail and the others are cancelled."""
+        await self._exchange.close(grace_s=grace_s or 0.0)
         await self._channel.close(grace=grace_s)
 
 

@@ -1,11 +1,11 @@
-"""Latency and memory of the sandbox against two yardsticks that are measured in the same run, interleaved with it.
+"""Latency, throughput and memory of the sandbox, each beside a yardstick of the same round (`yardsticks.py`).
 
-    B  a new `python -c "import numpy, sympy; exec(cell)"` per call: what a stateless sandbox costs
-    L  a persistent interpreter over a pipe: what no sandbox can beat
+    python tests/benchmarks/bench_sandbox.py [--backend docker|bwrap] [--rounds 5] [--no-serve]
 
-    python tests/benchmarks/bench_sandbox.py [--backend docker|bwrap] [--serve]      one JSON line; seconds, bytes
-
-Not a test: ratios depend on the machine. `--serve` adds the deployment handle and HTTP on a local Ray.
+Prints one JSON line: medians over the rounds, in seconds, bytes or ratios, and `targets` with what must hold. Not a
+test: figures depend on the machine. Three ways to the same cell are measured in turns: at the node (the pool in this
+process, gRPC over the cell's socket), by deployment handle, and over HTTP beside a Serve application that does nothing.
+`RAY_SERVE_THROUGHPUT_OPTIMIZED=1` and `RAY_SERVE_ENABLE_HA_PROXY=1`, set outside, measure Serve's other modes.
 """
 
 import argparse
@@ -14,176 +14,224 @@ import json
 import os
 import resource
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from serve.pool import PoolSettings, SandboxPool
-from serve.schema import CreateSession, ExecuteRequest
+from yardsticks import CELL, Figures, Yardsticks, timed, times
 
-CELL = "x = 1\nx + 1"
-_ECHO = "import sys\nfor line in sys.stdin:\n    exec('x = 1\\nx + 1'); print('2', flush=True)"
+from serve.cells.link import start_cell
+from serve.pool import SandboxPool
+from serve.schema import CreateSession, ExecuteRequest, ForkSession
+from serve.sessions import SandboxService
+from serve.settings import PoolSettings
 
+AT_LEAST = {
+    "node_p50_vs_b": 400,
+    "node_p95_vs_b": 150,
+    "handle_p50_vs_b": 100,
+    "http_p50_vs_b": 30,
+    "node_fresh_p50_vs_b": 20,
+    "node_16_clients_vs_b": 300,
+    "http_16_clients_vs_b": 25,
+}
+AT_MOST = {
+    "http_over_noop": 2.0,
+    "with_50_mb_array_ratio": 1.2,
+    "print_2_mb_s": 0.2,
+    "timeout_overshoot_kept_s": 0.2,
+    "timeout_overshoot_killed_s": 2.2,
+    "close_p95_s": 0.05,
+    "recycle_s": 0.05,
+    "cold_cell_s": 3.0,
+    "private_bytes_per_session": 5 << 20,
+}
+_CALLS = 60
+_CLIENTS = (1, 4, 16)
+_REQUEST = ExecuteRequest(code=CELL)
+_TOKEN = {"Authorization": "Bearer bench"}
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    return {"p50": float(np.percentile(seconds, 50)), "p95": float(np.percentile(seconds, 95)), "n": len(seconds)}
-
-
-async def timed(call: Callable[[], Awaitable[Any]]) -> float:
-    began = time.perf_counter()
-    await call()
-    return time.perf_counter() - began
-
-
-class Baselines:
-    """B and L, a few calls at a time, so that every figure is taken under the same load as its yardsticks."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._environment = environment
-        self._pipe = subprocess.Popen(
-            [sys.executable, "-c", _ECHO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
-        self.b: list[float] = []
-        self.limit: list[float] = []
-
-    def take(self, *, b: int, limit: int) -> None:
-        code = f"import numpy, sympy; exec({CELL!r})"
-        for _ in range(b):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, env=self._environment, timeout=60)
-            self.b.append(time.perf_counter() - began)
-        assert self._pipe.stdin is not None
-        assert self._pipe.stdout is not None
-        for _ in range(limit):
-            began = time.perf_counter()
-            self._pipe.stdin.write(b"\n")
-            self._pipe.stdin.flush()
-            self._pipe.stdout.readline()
-            self.limit.append(time.perf_counter() - began)
-
-    def close(self) -> None:
-        assert self._pipe.stdin is not None
-        self._pipe.stdin.close()
-        self._pipe.wait(10)
+Call = Callable[[], Awaitable[Any]]
 
 
-async def follow_ups(
-    call: Callable[[], Awaitable[Any]], baselines: Baselines, *, rounds: int, calls: int
-) -> list[float]:
-    out: list[float] = []
-    for _ in range(rounds):
-        baselines.take(b=1, limit=calls // 4)
-        out += [await timed(call) for _ in range(calls)]
-    return out
+class Node:
+    """One pool in this process, with the sessions that every round uses."""
 
+    def __init__(self, pool: SandboxPool) -> None:
+        self.pool = pool
 
-async def at_the_node(backend: str, baselines: Baselines) -> dict[str, Any]:
-    began = time.perf_counter()
-    pool = SandboxPool(PoolSettings(backend=backend, max_sessions=64, max_running=16), node="bench")
-    await pool.start()
-    out: dict[str, Any] = {"backend": pool.backend.name, "pool_start_s": time.perf_counter() - began}
-    try:
-        session = (await pool.create(CreateSession())).session_id
-        request = ExecuteRequest(code=CELL)
-        out["follow_up"] = percentiles(
-            await follow_ups(lambda: pool.execute(session, request), baselines, rounds=6, calls=100)
-        )
-        fresh, closes = [], []
-        for _ in range(12):
-            baselines.take(b=0, limit=5)
-            await asyncio.sleep(0.15)  # a slot is refilled in the background; this measures a warm one
-            began = time.perf_counter()
-            other = (await pool.create(CreateSession())).session_id
-            await pool.execute(other, request)
-            fresh.append(time.perf_counter() - began)
-            closes.append(await timed(lambda other=other: pool.close(other)))  # type: ignore[misc]
-        out["fresh_session_and_first_call"], out["close"] = percentiles(fresh), percentiles(closes)
-        big = (await pool.create(CreateSession())).session_id
-        await pool.execute(big, ExecuteRequest(code="import numpy as np; a = np.ones(50 << 17)"))
-        pairs = []
-        for _ in range(100):
-            one = await timed(lambda: pool.execute(session, request))
-            pairs.append((await timed(lambda: pool.execute(big, request))) / one)
-        out["with_50_mb_array_ratio"] = float(np.median(pairs))
+    async def start(self) -> None:
+        await self.pool.start()
+        self._empty = await self._session()
+        self._big = await self._session("import numpy as np; a = np.ones(50 << 17)")
+        self._many = await self._session("objects = [{'n': n} for n in range(100_000)]")
+        self._stubborn = await self._session()
+
+    async def _session(self, code: str = CELL) -> str:
+        session_id = (await self.pool.create(CreateSession())).session_id
+        answer = await self.pool.execute(session_id, ExecuteRequest(code=code))
+        assert answer.status == "ok", answer
+        return session_id
+
+    async def round(self, figures: Figures, yardsticks: Yardsticks) -> None:
+        pool, execute = self.pool, self.pool.execute
+        b = [yardsticks.new_python()]
+        seconds = await times(_CALLS, lambda: execute(self._empty, _REQUEST))
+        b.append(yardsticks.new_python())
+        figures.add_latency("node", seconds, b=b)
+        figures.add("new_python_s", sum(b) / 2)
+        figures.add("pipe_s", sorted(yardsticks.pipe() for _ in range(_CALLS))[_CALLS // 2])
+        await self._lives(figures, b)
+        for name, session in (("50_mb_array", self._big), ("100k_objects", self._many)):
+            figures.add(f"with_{name}_ratio", await self._ratio(session))
         two_mb = ExecuteRequest(code="print('x' * (2 << 20))")
-        out["print_2_mb"] = percentiles([await timed(lambda: pool.execute(session, two_mb)) for _ in range(5)])
-        over = []
-        for _ in range(3):
-            answer = await pool.execute(session, ExecuteRequest(code="import time; time.sleep(9)", timeout_s=0.2))
-            over.append(answer.duration_s - 0.2)
-        out["timeout_overshoot_kept"] = max(over)
-        stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
-        killed = await pool.execute(big, ExecuteRequest(code=stubborn, timeout_s=0.2))
-        out["timeout_overshoot_killed"] = killed.duration_s - 0.2
-        out["throughput_16_clients"] = await throughput(pool, 16, 60)
-        out["private_bytes_per_session"] = await private_bytes(pool)
-    finally:
+        figures.add("print_2_mb_s", min(await times(3, lambda: execute(self._empty, two_mb))))
+        slow = ExecuteRequest(code="import time; time.sleep(9)", timeout_s=0.2)
+        figures.add("timeout_overshoot_kept_s", (await execute(self._empty, slow)).duration_s - 0.2)
+        ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+        killed = await execute(self._stubborn, ExecuteRequest(code=ignoring, timeout_s=0.2))
+        figures.add("timeout_overshoot_killed_s", killed.duration_s - 0.2)
+        await execute(self._stubborn, _REQUEST)  # a fresh interpreter
+        for clients in _CLIENTS:
+            rate = await throughput(pool, clients)
+            figures.add(f"node_{clients}_clients_per_s", rate)
+            figures.add(f"node_{clients}_clients_vs_b", rate * sum(b) / 2)
+        figures.add("private_bytes_per_session", await self._private_bytes())
+        figures.add("cold_cell_s", await self._cold_cell())
+
+    async def _lives(self, figures: Figures, b: list[float]) -> None:
+        """Beginnings, copies and ends of sessions, of warm slots."""
+        fresh, closes, recycles = [], [], []
+        for _ in range(6):
+            await self._warm()
+            began = time.perf_counter()
+            other = (await self.pool.create(CreateSession())).session_id
+            await self.pool.execute(other, _REQUEST)
+            fresh.append(time.perf_counter() - began)
+            closed = time.perf_counter()
+            await self.pool.close(other)
+            closes.append(time.perf_counter() - closed)
+            await self._warm()
+            recycles.append(time.perf_counter() - closed)
+        figures.add_latency("node_fresh", fresh, b=b)
+        figures.add("close_p50_s", sorted(closes)[3])
+        figures.add("close_p95_s", max(closes))
+        figures.add("recycle_s", sorted(recycles)[3])
+        copies: list[str] = []
+
+        async def fork() -> None:
+            answer = await self.pool.fork(self._empty, ForkSession(count=4))
+            copies.extend(copy.session_id for copy in answer.sessions)
+
+        figures.add("fork_per_copy_s", await timed(fork) / 4)
+        for copy in copies:
+            await self.pool.close(copy)
+
+    async def _warm(self) -> None:
+        """Until every cell has forked its warm sessions again."""
+        while True:
+            states = [await cell.link.status() for cell in self.pool.fleet.cells]
+            if all(state.warm >= min(self.pool.settings.warm_sessions, state.free) for state in states):
+                return
+            await asyncio.sleep(0.001)
+
+    async def _ratio(self, session: str) -> float:
+        pairs = []
+        for _ in range(_CALLS):
+            alone = await timed(lambda: self.pool.execute(self._empty, _REQUEST))
+            pairs.append(await timed(lambda: self.pool.execute(session, _REQUEST)) / alone)
+        return sorted(pairs)[_CALLS // 2]
+
+    async def _private_bytes(self) -> float:
+        """Of a fresh session, numpy, scipy and sympy ready, as it counts its own pages."""
+        code = (
+            "import sys\nassert {'numpy', 'scipy', 'sympy'} <= set(sys.modules)\n"
+            "sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Private')) * 1024"
+        )
+        session = await self._session()
+        answer = await self.pool.execute(session, ExecuteRequest(code=code))
+        await self.pool.close(session)
+        assert answer.result, answer
+        return int(answer.result)
+
+    async def _cold_cell(self) -> float:
         began = time.perf_counter()
-        await pool.stop()
-        out["pool_stop_s"] = time.perf_counter() - began
-    return out
+        link = await start_cell(self.pool.backend, timeout_s=60)
+        seconds = time.perf_counter() - began
+        await link.disconnect()
+        await self.pool.backend.remove(link.cell)
+        return seconds
 
 
-async def throughput(pool: SandboxPool, clients: int, calls: int) -> float:
-    """Calls per second over all clients."""
-    sessions = [(await pool.create(CreateSession())).session_id for _ in range(clients)]
-    request = ExecuteRequest(code=CELL)
+async def throughput(service: SandboxService, clients: int) -> float:
+    """Calls per second over all clients, a session each."""
+    sessions = [(await service.create(CreateSession())).session_id for _ in range(clients)]
+    for session in sessions:
+        await service.execute(session, _REQUEST)
 
     async def client(session: str) -> None:
-        for _ in range(calls):
-            await pool.execute(session, request)
+        for _ in range(_CALLS // 2):
+            await service.execute(session, _REQUEST)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(client(session) for session in sessions))
-    seconds = time.perf_counter() - began
+    seconds = await timed(lambda: asyncio.gather(*(client(session) for session in sessions)))
     for session in sessions:
-        await pool.close(session)
-    return clients * calls / seconds
+        await service.close(session)
+    return clients * (_CALLS // 2) / seconds
 
 
-async def private_bytes(pool: SandboxPool) -> float:
-    """Median memory that a session has to itself, numpy, scipy and sympy ready, as it counts its own pages."""
-    code = (
-        "import sys\nassert 'numpy' in sys.modules and 'scipy' in sys.modules and 'sympy' in sys.modules\n"
-        "sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Private')) * 1024"
-    )
-    values = []
-    for _ in range(4):
-        session = (await pool.create(CreateSession())).session_id
-        await pool.execute(session, ExecuteRequest(code=CELL))
-        values.append(int((await pool.execute(session, ExecuteRequest(code=code))).result or 0))
-    return float(np.median(values))
+class Served:
+    """The application on a local Ray, by handle and by HTTP, beside one that does nothing."""
 
+    def __init__(self, port: int) -> None:
+        from ray import serve
 
-async def over_serve(port: int, baselines: Baselines) -> dict[str, Any]:
-    import httpx
+        from serve.app import APP_NAME, POOL
+        from serve.calls import PoolCalls
 
-    from actors.sandbox import HandleSandboxFactory
+        self._handle = PoolCalls(serve.get_deployment_handle(POOL, app_name=APP_NAME))
+        self._url = f"http://127.0.0.1:{port}"
 
-    sandbox = await HandleSandboxFactory().open("bench")
-    handle = await follow_ups(lambda: sandbox.execute(CELL, timeout_s=30, call_id=""), baselines, rounds=4, calls=100)
-    await sandbox.close()
-    headers = {"Authorization": "Bearer bench"}
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False) as client:
-        session = (await client.post("/v1/sessions")).json()["session_id"]
-        path = f"/v1/sessions/{session}/execute"
-        http, noop = [], []
-        for _ in range(8):  # in turns, so that both see the same load
-            http += await follow_ups(lambda: client.post(path, json={"code": CELL}), baselines, rounds=1, calls=25)
-            noop += [await timed(lambda: client.post("/noop/", json={"code": CELL})) for _ in range(25)]
-    return {
-        "handle_follow_up": percentiles(handle),
-        "http_follow_up": percentiles(http),
-        "http_noop_two_hops": percentiles(noop),
-    }
+    async def start(self) -> None:
+        from serve.client import AsyncSandboxClient
+
+        self._http = httpx.AsyncClient(base_url=self._url, headers=_TOKEN, trust_env=False)
+        self._client = AsyncSandboxClient(self._url, token="bench")
+        self._by_handle = (await self._handle.create(CreateSession())).session_id
+        self._by_http = (await self._client.create(CreateSession())).session_id
+
+    async def round(self, figures: Figures, yardsticks: Yardsticks) -> None:
+        b = [yardsticks.new_python()]
+        handle = await times(_CALLS, lambda: self._handle.execute(self._by_handle, _REQUEST))
+        b.append(yardsticks.new_python())
+        figures.add_latency("handle", handle, b=b)
+        path, body = f"/v1/sessions/{self._by_http}/execute", {"code": CELL}
+        http: list[float] = []
+        noop: list[float] = []
+        b = [yardsticks.new_python()]
+        for _ in range(_CALLS // 10):  # in turns, so that both see the same load
+            http += await times(10, lambda: self._http.post(path, json=body))
+            noop += await times(10, lambda: self._http.post("/noop/", json=body))
+        b.append(yardsticks.new_python())
+        figures.add_latency("http", http, b=b)
+        figures.add_latency("noop", noop, b=b)
+        figures.add("http_over_noop", sorted(http)[len(http) // 2] / sorted(noop)[len(noop) // 2])
+        for clients in _CLIENTS:
+            rate = await throughput(self._client, clients)
+            figures.add(f"http_{clients}_clients_per_s", rate)
+            figures.add(f"http_{clients}_clients_vs_b", rate * sum(b) / 2)
+
+    async def stop(self) -> None:
+        await self._handle.close(self._by_handle)
+        await self._client.close(self._by_http)
+        await self._http.aclose()
+        await self._client.aclose()
 
 
 def deploy_noop() -> None:
@@ -208,12 +256,13 @@ def deploy_noop() -> None:
             return await self._behind.remote(body)
 
     light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
-    behind = serve.deployment(name="Nothing", **light)(Nothing).bind()  # type: ignore[arg-type]
-    front = serve.deployment(name="Front", **light)(Front)  # type: ignore[arg-type]
+    behind = serve.deployment(name="Nothing", **light)(Nothing).bind()  # type: ignore[arg-type]  # ** of a plain dict
+    front = serve.deployment(name="Front", **light)(Front)  # type: ignore[arg-type]  # as above
     serve.run(front.bind(behind), name="noop", route_prefix="/noop")
 
 
-def with_serve(backend: str, baselines: Baselines) -> dict[str, Any]:
+@contextmanager
+def local_serve(backend: str) -> Iterator[Served]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
     from ray import serve
@@ -227,35 +276,50 @@ def with_serve(backend: str, baselines: Baselines) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as directory:
         ray.init(include_dashboard=False, _temp_dir=directory, log_to_driver=False, num_cpus=2)
         try:
-            deploy_sandbox(SandboxConfig(backend=backend, http_port=port), token="bench")  # type: ignore[arg-type]
+            deploy_sandbox(SandboxConfig(backend=backend, http_port=port), token="bench")  # type: ignore[arg-type]  # argparse has checked it
             deploy_noop()
-            return asyncio.run(over_serve(port, baselines))
+            yield Served(port)
         finally:
             serve.shutdown()
             ray.shutdown()
 
 
+async def measure(pool: SandboxPool, served: Served | None, *, rounds: int) -> Figures:
+    figures, node = Figures(), Node(pool)
+    try:
+        await node.start()
+        if served is not None:
+            await served.start()
+        with Yardsticks() as yardsticks:
+            yardsticks.new_python()  # from a warm disk
+            for _ in range(rounds):
+                await node.round(figures, yardsticks)
+                if served is not None:
+                    await served.round(figures, yardsticks)
+        if served is not None:
+            await served.stop()
+    finally:
+        await pool.stop()
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto", choices=["auto", "docker", "bwrap", "process"])
-    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-serve", action="store_true", help="only the pool in this process")
     args = parser.parse_args()
-    baselines = Baselines()
-    out = asyncio.run(at_the_node(args.backend, baselines))
-    if args.serve:
-        out |= with_serve(out["backend"], baselines)
-    baselines.close()
-    out["baseline_new_python"], out["limit_pipe"] = percentiles(baselines.b), percentiles(baselines.limit)
-    base = out["baseline_new_python"]["p50"]
-    out["times_faster_than_new_python"] = {
-        name: base / out[name]["p50"]
-        for name in ("follow_up", "fresh_session_and_first_call", "handle_follow_up", "http_follow_up")
-        if name in out
-    } | {"follow_up_p95": out["baseline_new_python"]["p95"] / out["follow_up"]["p95"]}
-    if args.serve:
-        out["http_over_noop"] = out["http_follow_up"]["p50"] / out["http_noop_two_hops"]["p50"]
-    out["throughput_vs_new_python"] = out["throughput_16_clients"] * base
+    settings = PoolSettings(backend=args.backend, max_sessions=64, max_running=16, sessions_per_cell=32)
+    pool = SandboxPool(settings, node="bench")
+    if args.no_serve:
+        figures = asyncio.run(measure(pool, None, rounds=args.rounds))
+    else:
+        with local_serve(args.backend) as served:
+            figures = asyncio.run(measure(pool, served, rounds=args.rounds))
+    out: dict[str, Any] = {"backend": pool.backend.name, "rounds": args.rounds, "cores": len(os.sched_getaffinity(0))}
+    out |= {name: float(f"{value:.4g}") for name, value in figures.medians().items()}
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out["targets"] = figures.verdicts(AT_LEAST, AT_MOST)
     print(json.dumps(out))
 
 

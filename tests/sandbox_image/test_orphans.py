@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from sandbox_image.processes import Reaper, Zygote
+from sandbox_image.processes import Forker, Reaper
 
 
 def _ends(process: Path, *, within_s: float) -> bool:
@@ -21,7 +21,7 @@ def _ends(process: Path, *, within_s: float) -> bool:
 async def test_a_session_that_finds_its_supervisor_gone_does_not_wait_for_it(tmp_path: Path) -> None:
     reaper = Reaper()
     reaper.start()
-    zygote = Zygote(reaper)
+    zygote = Forker("zygote", reaper)
     try:
         await zygote.ready(timeout_s=60)
         request = {"op": "fork", "uid": None, "filtered": False, "by_tree": False, "supervisor": 2**22 + 1}
