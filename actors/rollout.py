@@ -29,6 +29,7 @@ _GRACE_S = 60.0  # what an episode may take past its own deadline to close its s
 _CLOSE_S = 20.0
 
 _CPU_ENV = {
+    "TORCHDYNAMO_DISABLE": "1",  # compiling two small sampling functions takes longer than they ever run
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with 1, vLLM on CPU silently turns the `uni` executor into `mp`
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # `auto` pins every engine of the machine to core 0
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on a busy core spin against each other: 5x slower
