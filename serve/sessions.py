@@ -88,7 +88,8 @@ class AsyncSession:
         self._service = service
         self._request = request or CreateSession()
         self._rebuild = rebuild
-        self._history: list[_Ran] | None = list(history) if history is not None else None  # None: cannot be repeated
+        # by call id; None: the past cannot be repeated
+        self._history = None if history is None else {ran.request.call_id: ran for ran in history}
         self._closed = False
 
     @classmethod
@@ -172,15 +173,14 @@ class AsyncSession:
     async def reset(self) -> None:
         """A fresh interpreter and empty directories under the same id."""
         await self._service.reset(self.session_id)
-        self._history = []
+        self._history = {}
 
     async def fork(self, count: int = 1) -> list[AsyncSession]:
         """Copies of the session as it is now, each of which lives and ends by itself."""
         answer = await self._service.fork(self.session_id, ForkSession(count=count))
+        past = None if self._history is None else list(self._history.values())
         return [
-            AsyncSession(
-                self._service, copy.session_id, request=self._request, rebuild=self._rebuild, history=self._history
-            )
+            AsyncSession(self._service, copy.session_id, request=self._request, rebuild=self._rebuild, history=past)
             for copy in answer.sessions
         ]
 
@@ -210,11 +210,11 @@ class AsyncSession:
 
     def _remember(self, request: ExecuteRequest, answer: ExecuteResponse) -> None:
         if answer.state is State.LOST:  # the interpreter is a fresh one: what ran in the old one has left no trace
-            self._history = []
-        if self._history is None or any(ran.request.call_id == request.call_id for ran in self._history):
+            self._history = {}
+        if self._history is None or request.call_id in self._history:
             return
         if answer.status in _REPEATABLE:
-            self._history.append(_Ran.of(request, answer))
+            self._history[request.call_id] = _Ran.of(request, answer)
         elif answer.state is not State.LOST:  # how far an interrupted cell came is chance
             self._history = None
 
@@ -226,7 +226,7 @@ class AsyncSession:
             raise SessionLost(self.session_id, f"{lost.reason}; its past cannot be repeated") from lost
         fresh = await self._service.create(self._request)
         try:
-            for number, ran in enumerate(self._history, 1):
+            for number, ran in enumerate(self._history.values(), 1):
                 again = _Ran.of(ran.request, await self._service.execute(fresh.session_id, ran.request))
                 if again != ran:
                     reason = f"{lost.reason}; when run again, cell {number} had another outcome"

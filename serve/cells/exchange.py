@@ -45,26 +45,37 @@ class Exchange:
             self._waiting.pop(number, None)
 
     async def _run(self) -> None:
-        stream = self._stub.Execute()
-        writer = asyncio.create_task(self._write(stream))
         why = "its stream was closed"
         try:
-            while (answer := await stream.read()) is not grpc.aio.EOF:
-                self._deliver(answer)
+            stream = self._stub.Execute()
+            writer = asyncio.create_task(self._write(stream, self._outbox))
+            try:
+                while (answer := await stream.read()) is not grpc.aio.EOF:
+                    self._deliver(answer)
+            finally:
+                writer.cancel()
+                stream.cancel()
         except grpc.aio.AioRpcError as error:
             why = f"{error.code().name.lower()}: {error.details()}"
+        except grpc.aio.UsageError as error:  # the channel is closed
+            why = str(error)
         finally:
-            writer.cancel()  # which cancels the stream, too, if it was in the middle of a message
-            stream.cancel()
-            self._stream, self._outbox = None, asyncio.Queue()
-            for reply in self._waiting.values():
-                if not reply.done():
-                    reply.set_exception(ExchangeFailed(why))
-            self._waiting = {}
+            self._forget(why)
 
-    async def _write(self, stream: grpc.aio.StreamStreamCall[cell_pb2.ExecuteCall, cell_pb2.ExecuteAnswer]) -> None:
+    def _forget(self, why: str) -> None:
+        """Every call under way fails; the next one opens a stream of its own."""
+        self._stream, self._outbox = None, asyncio.Queue()
+        waiting, self._waiting = self._waiting, {}
+        for reply in waiting.values():
+            if not reply.done():
+                reply.set_exception(ExchangeFailed(why))
+
+    @staticmethod
+    async def _write(
+        stream: grpc.aio.StreamStreamCall[cell_pb2.ExecuteCall, cell_pb2.ExecuteAnswer],
+        outbox: asyncio.Queue[cell_pb2.ExecuteCall],
+    ) -> None:
         """Alone with the stream: a caller who was cancelled in the middle of a message would take all others along."""
-        outbox = self._outbox
         try:
             while True:
                 await stream.write(await outbox.get())
@@ -84,6 +95,7 @@ class Exchange:
         """Calls under way get so long to end, and fail then."""
         if self._waiting and grace_s > 0:
             await asyncio.wait(list(self._waiting.values()), timeout=grace_s)
-        if self._stream is not None:
-            self._stream.cancel()
-            await asyncio.wait({self._stream})
+        if (stream := self._stream) is not None:
+            stream.cancel()
+            await asyncio.wait({stream})
+            self._forget("its stream was closed")  # one that was cancelled before it began has told nobody

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_sandbox.py [--backend docker|bwrap] [--rounds 5] [--no-serve]
 
 Prints one JSON line: medians over the rounds, in seconds, bytes or ratios, and `targets` with what must hold. Not a
-test: figures depend on the machine. Three ways to the same cell are measured in turns: at the node (the pool in this
-process, gRPC over the cell's socket), by deployment handle, and over HTTP beside a Serve application that does nothing.
+test: figures depend on the machine. First the node alone (the pool in this process, gRPC over the cell's socket); then,
+with Ray running, the deployment handle, and HTTP in turns with a Serve application of two hops that does nothing.
 `RAY_SERVE_THROUGHPUT_OPTIMIZED=1` and `RAY_SERVE_ENABLE_HA_PROXY=1`, set outside, measure Serve's other modes.
 """
 
@@ -284,38 +284,37 @@ def local_serve(backend: str) -> Iterator[Served]:
             ray.shutdown()
 
 
-async def measure(pool: SandboxPool, served: Served | None, *, rounds: int) -> Figures:
-    figures, node = Figures(), Node(pool)
+async def at_the_node(pool: SandboxPool, figures: Figures, *, rounds: int) -> None:
+    node = Node(pool)
     try:
         await node.start()
-        if served is not None:
-            await served.start()
         with Yardsticks() as yardsticks:
-            yardsticks.new_python()  # from a warm disk
             for _ in range(rounds):
                 await node.round(figures, yardsticks)
-                if served is not None:
-                    await served.round(figures, yardsticks)
-        if served is not None:
-            await served.stop()
     finally:
         await pool.stop()
-    return figures
+
+
+async def over_serve(served: Served, figures: Figures, *, rounds: int) -> None:
+    await served.start()
+    with Yardsticks() as yardsticks:
+        for _ in range(rounds):
+            await served.round(figures, yardsticks)
+    await served.stop()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto", choices=["auto", "docker", "bwrap", "process"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-serve", action="store_true", help="only the pool in this process")
+    parser.add_argument("--no-serve", action="store_true", help="only the pool in this process, without Ray")
     args = parser.parse_args()
-    settings = PoolSettings(backend=args.backend, max_sessions=64, max_running=16, sessions_per_cell=32)
-    pool = SandboxPool(settings, node="bench")
-    if args.no_serve:
-        figures = asyncio.run(measure(pool, None, rounds=args.rounds))
-    else:
+    figures = Figures()
+    pool = SandboxPool(PoolSettings(backend=args.backend, max_sessions=64, max_running=16), node="bench")
+    asyncio.run(at_the_node(pool, figures, rounds=args.rounds))
+    if not args.no_serve:
         with local_serve(args.backend) as served:
-            figures = asyncio.run(measure(pool, served, rounds=args.rounds))
+            asyncio.run(over_serve(served, figures, rounds=args.rounds))
     out: dict[str, Any] = {"backend": pool.backend.name, "rounds": args.rounds, "cores": len(os.sched_getaffinity(0))}
     out |= {name: float(f"{value:.4g}") for name, value in figures.medians().items()}
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -43,6 +43,7 @@ class Yardsticks:
         self._pipe = subprocess.Popen(
             [sys.executable, "-c", _ECHO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment
         )
+        self.new_python()  # from a warm disk from here on
         return self
 
     def __exit__(
