@@ -105,7 +105,7 @@ lint: $(STAMP)  ## ruff, formatting, and who may import whom
 .PHONY: types
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
-	$(BIN)/mypy --no-namespace-packages deploy/environment.py deploy/cluster.py  # deploy/docker is no package
+	$(BIN)/mypy --no-namespace-packages deploy/environment.py deploy/cluster.py deploy/cluster_parts.py  # deploy/docker is no package
 
 .PHONY: format
 format: $(STAMP)  ## let ruff rewrite what it can

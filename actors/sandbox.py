@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -36,14 +37,17 @@ class HandleSandboxFactory:
         self._memory_bytes = memory_bytes
         self._rebuild = rebuild
         self._calls: PoolCalls | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of `_calls`: Serve may bind a handle to it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": None}
+        return {**self.__dict__, "_calls": None, "_loop": None}
 
     async def open(self, key: str) -> ServiceSandbox:
         """A fresh session; `key` only names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
-        if self._calls is None:
+        loop = asyncio.get_running_loop()
+        if self._calls is None or self._loop is not loop:
             try:
+                self._loop = loop
                 self._calls = PoolCalls(serve.get_deployment_handle(POOL, app_name=self._app_name))
             except RayServeException as error:
                 raise SandboxLost("", f"{key}: no sandbox application {self._app_name!r} runs: {error}") from None

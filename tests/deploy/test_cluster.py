@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from deploy_scripts import ROOT, load
 
-cluster = load("cluster")
+cluster, parts = load("cluster"), load("cluster_parts")
 
 _TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
 _STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -80,7 +80,7 @@ def test_a_process_that_left_the_session_is_known_by_its_environment() -> None:
     )
     try:
         deadline = time.monotonic() + 5
-        while not cluster.has_mark(stray.pid, "0123abcd") and time.monotonic() < deadline:
+        while not parts.has_mark(stray.pid, "0123abcd") and time.monotonic() < deadline:
             time.sleep(0.02)  # the environment is there after exec
         state = cluster.State("0123abcd", 2**22 + 1, 0, 1, 1, 1, "/nowhere")
         assert cluster.processes_of(state) == [stray.pid]
