@@ -35,14 +35,15 @@ from aster.types import OptimStats, PromptRow, RolloutWork, Sample, StepStats, T
 
 
 class Prompts(Protocol):
-    """What the loop needs of `data.prompts.PromptStream`: the next P rows, and a position that survives a restart."""
+    """What the loop needs of `data.prompts.PromptStream`: rows, and a restart that loses and repeats none of them."""
 
     total_steps: int
 
     @property
     def epoch(self) -> int: ...
 
-    def next(self) -> list[PromptRow]: ...
+    def take(self) -> PromptRow: ...
+    def done(self, row: PromptRow) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -86,7 +87,6 @@ class GrpoLoop:
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._outstanding = 0
-        self._rows: deque[PromptRow] = deque()
         self._inbox = Inbox(self.pool.groups())
 
     async def run(self) -> None:
@@ -133,6 +133,7 @@ class GrpoLoop:
             self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
             group = await self._inbox.next("train")
             self._outstanding -= 1
+            self.prompts.done(group.row)
             if self._oldest_version(group) < self.step - 1 - r.max_staleness:
                 self.stale_groups += 1
                 continue
@@ -243,7 +244,8 @@ class GrpoLoop:
         if self.checkpoints is None:
             return
         began = time.monotonic()
-        await self.checkpoints.save(self.step, self.learners, {"prompts": self.prompts.state_dict()})
+        state: dict[str, object] = {"prompts": self.prompts.state_dict(), "stale_groups": self.stale_groups}
+        await self.checkpoints.save(self.step, self.learners, state)
         self.log.log(self.step, {"timing_s/save_checkpoint": time.monotonic() - began})
 
     async def resume(self) -> None:
@@ -255,7 +257,7 @@ class GrpoLoop:
         if path is None:
             return
         state = await self.checkpoints.restore(path, self.learners)
-        self.step = int(str(state["step"]))
+        self.step, self.stale_groups = int(str(state["step"])), int(str(state["stale_groups"]))
         prompts = state["prompts"]
         assert isinstance(prompts, Mapping)
         self.prompts.load_state_dict(prompts)
@@ -264,12 +266,10 @@ class GrpoLoop:
 
     def _submit(self, count: int) -> None:
         for _ in range(count):
-            if not self._rows:
-                self._rows.extend(self.prompts.next())
             self._outstanding += 1
             self.pool.submit(
                 RolloutWork(
-                    row=self._rows.popleft(),
+                    row=self.prompts.take(),
                     group_size=self.recipe.rollout.group_size,
                     budget=self.recipe.train_budget(),
                     sampling=self.recipe.sampling.sampling(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,10 @@ def write_prompts(path: str | Path, rows: Sequence[PromptRow]) -> None:
 
 
 class PromptStream:
-    """Batches of rows in the order of (seed, epoch), last incomplete batch of an epoch dropped; resumes exactly.
+    """Rows in the order of (seed, epoch), the last incomplete batch of an epoch dropped; resumes exactly.
+
+    A row is open from `take` until `done`. The state remembers the open ones, whatever was taken after them, and a
+    resumed stream hands them out first: a killed run loses no prompt and shows none twice.
 
     >>> stream = PromptStream(rows, batch=128, seed=1, epochs=3)       # doctest: +SKIP
     >>> stream.total_steps                                             # 17,398 rows: 3 x 135
@@ -88,23 +91,37 @@ class PromptStream:
         self.rows = rows
         self.batch = batch
         self.seed = seed
-        self.steps_per_epoch = len(rows) // batch
-        self.total_steps = self.steps_per_epoch * epochs
-        self.position = 0
+        self.rows_per_epoch = len(rows) // batch * batch
+        self.total_steps = len(rows) // batch * epochs
+        self.taken = 0  # of the endless order, in rows
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # of one epoch
+        self._open: list[PromptRow] = []
+        self._again: deque[PromptRow] = deque()
 
     @property
     def epoch(self) -> int:
-        return self.position // self.steps_per_epoch
+        return self.taken // self.rows_per_epoch
 
-    def next(self) -> list[PromptRow]:
-        """The next batch; goes on past the last epoch with further shuffles (a run with more `run.steps` than rows)."""
-        step = self.position % self.steps_per_epoch
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
-        self.position += 1
-        return [self.rows[i] for i in order[step * self.batch : (step + 1) * self.batch]]
+    def take(self) -> PromptRow:
+        """The next row; goes on past the last epoch with further shuffles (a run with more `run.steps` than rows)."""
+        row = self._again.popleft() if self._again else self._next()
+        self._open.append(row)
+        return row
+
+    def done(self, row: PromptRow) -> None:
+        """`row` was learnt from, or dropped for good. Another copy of it that is open, of a later epoch, stays so."""
+        index = next((i for i, other in enumerate(self._open) if other.row_id == row.row_id), None)
+        assert index is not None, f"row {row.row_id} is not open"
+        del self._open[index]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "seed": self.seed, "batch": self.batch, "rows": self._fingerprint()}
+        return {
+            "taken": self.taken,
+            "open": [row.row_id for row in (*self._open, *self._again)],
+            "seed": self.seed,
+            "batch": self.batch,
+            "rows": self._fingerprint(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position. Raises `DataError` when rows, seed or batch differ: the order would, too."""
@@ -116,7 +133,16 @@ class PromptStream:
                 + ", ".join(f"{k} was {state[k]!r}, is {mine[k]!r}" for k in changed)
                 + "; restore the old values or start a new run (another run.name, or run.resume=false)"
             )
-        self.position = int(state["position"])
+        by_id = {row.row_id: row for row in self.rows}
+        self.taken = int(state["taken"])
+        self._open, self._again = [], deque(by_id[row_id] for row_id in state["open"])
+
+    def _next(self) -> PromptRow:
+        epoch, place = divmod(self.taken, self.rows_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        self.taken += 1
+        return self.rows[self._order[1][place]]
 
     def _fingerprint(self) -> str:
         return hashlib.sha256("\n".join(r.row_id for r in self.rows).encode()).hexdigest()[:16]

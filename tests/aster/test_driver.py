@@ -179,17 +179,18 @@ async def test_the_soft_overlong_penalty_enters_the_advantages(tmp_path):
     assert short.advantage > 0 > punished.advantage
 
 
-async def test_a_resumed_run_sees_the_prompts_of_an_uninterrupted_one(tmp_path):
-    def checkpoints(r):
-        return DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
+def _checkpoints(r, tmp_path):
+    return DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
 
+
+async def test_a_resumed_run_sees_the_prompts_of_an_uninterrupted_one(tmp_path):
     async def prompts_of(directory, *steps):
         seen = []
         for until in steps:
             r = recipe(directory, f"run.steps={until}", "run.save_every=1")
             events = []
             learners = FakeLearners(events)
-            await loop(r, events, learners=learners, checkpoints=checkpoints(r)).run()
+            await loop(r, events, learners=learners, checkpoints=_checkpoints(r, tmp_path)).run()
             seen += [e.split(" ")[2] for e in events if e.startswith("submit")]
         return seen, learners.updates
 
@@ -197,6 +198,35 @@ async def test_a_resumed_run_sees_the_prompts_of_an_uninterrupted_one(tmp_path):
     parts = await prompts_of(tmp_path / "b", 2, 3, 6)
     assert parts == whole
     assert whole[1] == 12  # two updates a step
+
+
+@pytest.mark.parametrize("option", ["rollout.max_staleness=1", "algo.dynamic_sampling=true"])
+async def test_prompts_in_flight_or_drawn_in_advance_at_a_kill_are_shown_by_the_resumed_run(tmp_path, option):
+    """Of 8 rows, 4 a step, one has no variance. Two steps and, resumed, two more learn from what four at once do."""
+
+    async def learnt(directory, *steps):
+        rows_of_steps = []
+        for until in steps:
+            r = recipe(directory, option, f"run.steps={until}", "run.save_every=1", "rollout.prompts_per_step=4")
+            pool = FakePool([], reward=lambda row, i: 1.0 if row.row_id == "row-3" else float(i % 2))
+            await loop(r, [], pool=pool, checkpoints=_checkpoints(r, tmp_path)).run()
+            for step in range(len(rows_of_steps) + 1, until + 1):
+                lines = (r.run.path / "rollout_data" / f"{step}.jsonl").read_text().splitlines()
+                rows_of_steps.append([json.loads(line)["row_id"] for line in lines])
+        return rows_of_steps
+
+    whole = await learnt(tmp_path / "a", 4)
+    assert await learnt(tmp_path / "b", 2, 4) == whole
+    assert max(len(set(step)) for step in whole) == (5 if "dynamic" in option else 4)
+
+
+async def test_the_count_of_stale_groups_goes_on_after_a_restart(tmp_path):
+    for until in (1, 2):
+        r, log = recipe(tmp_path, f"run.steps={until}", "run.save_every=1"), MemoryLog()
+        run = loop(r, [], log=log, checkpoints=_checkpoints(r, tmp_path))
+        run.stale_groups = 7 * (2 - until)  # as if the first had dropped seven; the second begins with none
+        await run.run()
+    assert log.lines[0][1]["training/stale_groups"] == 7
 
 
 async def test_validation_uses_the_evaluation_budget_and_is_written(tmp_path):

@@ -106,9 +106,10 @@ def test_bad_files_are_named_with_the_cure(tmp_path):
 def test_a_stream_shows_every_row_once_an_epoch_and_drops_the_last_incomplete_batch():
     stream = PromptStream(rows(10), batch=3, seed=1, epochs=2)
     assert stream.total_steps == 6
-    epochs = [[r.row_id for _ in range(3) for r in stream.next()] for _ in range(2)]
-    assert all(max(Counter(e).values()) == 1 and len(e) == 9 for e in epochs)
+    epochs = [[stream.take().row_id for _ in range(9)] for _ in range(2)]
+    assert all(max(Counter(e).values()) == 1 for e in epochs)
     assert epochs[0] != epochs[1], "each epoch has its own order"
+    assert stream.epoch == 2
 
 
 def test_total_steps_of_the_paper_s_first_stage():
@@ -117,12 +118,37 @@ def test_total_steps_of_the_paper_s_first_stage():
 
 def test_a_stream_resumes_in_the_middle_of_an_epoch_with_the_same_rows():
     whole = PromptStream(rows(10), batch=3, seed=1, epochs=3)
-    expected = [whole.next() for _ in range(9)]
+    expected = [whole.take() for _ in range(27)]
     first = PromptStream(rows(10), batch=3, seed=1, epochs=3)
-    got = [first.next() for _ in range(4)]
+    got = [first.take() for _ in range(11)]
+    for row in got:
+        first.done(row)
     second = PromptStream(rows(10), batch=3, seed=1, epochs=3)
     second.load_state_dict(first.state_dict())
-    assert got + [second.next() for _ in range(5)] == expected
+    assert got + [second.take() for _ in range(16)] == expected
+
+
+def test_rows_that_were_taken_and_not_finished_come_first_after_a_restart_and_once():
+    first = PromptStream(rows(6), batch=2, seed=1, epochs=3)
+    a, b, c, d = (first.take() for _ in range(4))
+    first.done(c)  # out of order: c was faster than a and b
+    second = PromptStream(rows(6), batch=2, seed=1, epochs=3)
+    second.load_state_dict(first.state_dict())
+    second.done(second.take())  # a; killed again with b and d still waiting to be taken
+    third = PromptStream(rows(6), batch=2, seed=1, epochs=3)
+    third.load_state_dict(second.state_dict())
+    rest = [third.take() for _ in range(4)]
+    assert [r.row_id for r in rest[:2]] == [b.row_id, d.row_id]
+    assert {r.row_id for r in (a, b, c, d, *rest)} == {r.row_id for r in rows(6)}
+
+
+def test_a_row_that_is_open_twice_is_finished_once_at_a_time():
+    stream = PromptStream(rows(2), batch=2, seed=1, epochs=2)
+    row = stream.take()
+    others = [stream.take() for _ in range(3)]
+    assert row.row_id in {r.row_id for r in others}
+    stream.done(row)
+    assert stream.state_dict()["open"] == [r.row_id for r in others]
 
 
 def test_a_stream_refuses_a_state_of_other_data():
