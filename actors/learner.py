@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors import persist
+from actors.adamw import adamw, clipped_step, set_learning_rate
 from actors.attention import Packing
 from actors.context_parallel import ContextParallel, slice_row
 from actors.fsdp import ShardedPolicy, join_group, open_store
 from actors.lora import without_adapters
 from actors.saver import Saver
-from aster.algo.losses import aggregate, kl_penalty, policy_loss, sft_loss, token_weights
-from aster.algo.schedule import learning_rate, warmup_length
+from actors.token_losses import SUMS, token_losses
+from aster.algo.losses import aggregate, token_weights
 from aster.config import Recipe
-from aster.errors import AsterError, ConfigError, DataError
+from aster.errors import AsterError, ConfigError
 from aster.types import MicroBatch, OptimStats, StepStats, TensorMeta, TokenScores
 
 if TYPE_CHECKING:
@@ -127,12 +126,12 @@ class Learner:
         if mask.any():
             on = self._tensor(np.flatnonzero(mask))
             logprobs, entropy = logprobs.index_select(0, on), entropy.index_select(0, on)
-            losses, extra = self._token_losses(logprobs, microbatch)
+            losses, extra = token_losses(self.recipe, logprobs, microbatch)
             loss = aggregate(losses, weights)
             counted = torch.stack([loss.detach(), entropy.sum(), *extra])
         else:
             loss = logprobs.sum() * 0.0  # nothing to learn here, but the peers wait for the gradient's collectives
-            counted = torch.zeros(8)
+            counted = torch.zeros(2 + SUMS)
         self._backward(loss * self.world_size)
         sums = counted.double().tolist()  # waits for the device, so only now that the backward pass is queued
         return StepStats(
@@ -155,7 +154,7 @@ class Learner:
         Raises `AsterError` after `optim.max_skipped_in_a_row` such steps: the run has diverged.
         """
         began = time.monotonic()
-        lr = self._set_lr()
+        lr = set_learning_rate(self.optimizer, self.recipe.optim, step=self.steps, total_steps=self.total_steps)
         norm = self._update()
         skipped = not np.isfinite(norm)
         if skipped:
@@ -191,7 +190,7 @@ class Learner:
         """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
         self._saver.wait()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
-        self._check_lora(path)
+        persist.check_adapters(path, self._lora())
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -279,43 +278,7 @@ class Learner:
     def _update(self) -> float:
         """Clip by global norm, step, forget the gradients. Returns the norm; one that is not finite changes nothing."""
         parameters = list(self.model.trained().values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            raise AsterError("optim_step() without forward_backward(): there is no gradient")
-        total = get_total_norm(gradients)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if np.isfinite(norm):
-            clip_grads_with_norm_(parameters, self.recipe.optim.max_grad_norm, torch.tensor(norm, device=self.device))
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _token_losses(
-        self, logprobs: torch.Tensor, microbatch: MicroBatch
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Losses [N], the five sums of `TokenSums`, and that of the KL estimate."""
-        mask = microbatch.loss_mask
-        on = torch.ones_like(logprobs, dtype=torch.bool)
-        if self.recipe.stage == "sft":
-            return sft_loss(logprobs, mask_R=on), (torch.zeros((), device=self.device),) * 6
-        algo = self.recipe.algo
-        old, behaviour = _reference_log_probs(microbatch, proximal=algo.proximal_pass, tis=algo.tis_cap is not None)
-        losses, sums = policy_loss(
-            logprobs,
-            old_R=self._tensor(old),
-            behaviour_R=self._tensor(behaviour),
-            advantages_R=self._tensor(microbatch.advantages[mask]),
-            mask_R=on,
-            segments_R=self._tensor(microbatch.segment_ids[mask].astype(np.int64)),
-            algo=algo,
-        )
-        if algo.kl_coef == 0.0:
-            return losses, (*sums, torch.zeros((), device=self.device))
-        reference = microbatch.reference_logprobs[mask]
-        if not np.isfinite(reference).all():
-            raise ValueError("loss tokens have no reference log-probs: run log_probs(reference=True) over the batch")
-        kl = kl_penalty(logprobs, self._tensor(reference), estimator=algo.kl_estimator)
-        return losses + algo.kl_coef * kl, (*sums, kl.detach().sum())
+        return clipped_step(self.optimizer, parameters, max_grad_norm=self.recipe.optim.max_grad_norm)
 
     def _load(self, path: str) -> ShardedPolicy:
         return ShardedPolicy(
@@ -341,50 +304,10 @@ class Learner:
         return reference
 
     def _adamw(self) -> torch.optim.AdamW:
-        """AdamW on the fp32 shards, its state made now: memory is honest from the start and loading has a target."""
-        optim = self.recipe.optim
-        parameters = list(self.model.trained().values())
-        adamw = torch.optim.AdamW(
-            parameters,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        for parameter in parameters:
-            adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-        return adamw
-
-    def _set_lr(self) -> float:
-        optim = self.recipe.optim
-        lr = learning_rate(
-            self.steps,
-            lr=optim.lr,
-            min_lr=optim.min_lr or 0.0,
-            schedule=optim.schedule,
-            warmup=warmup_length(
-                total_steps=self.total_steps, warmup_ratio=optim.warmup_ratio, warmup_steps=optim.warmup_steps
-            ),
-            total_steps=self.total_steps,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        return adamw(list(self.model.trained().values()), self.recipe.optim)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds, by stable name; the live shards themselves, so that loading writes into them."""
-        out: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.trained().items():
-            state = self.optimizer.state[parameter]
-            out[f"model.{name}"] = parameter.detach()
-            out[f"optim.{name}.exp_avg"] = state["exp_avg"]
-            out[f"optim.{name}.exp_avg_sq"] = state["exp_avg_sq"]
-        return out
+        return persist.training_tensors(self.model.trained(), self.optimizer)
 
     def _counters(self) -> dict[str, Any]:
         counters: dict[str, Any] = {
@@ -396,24 +319,7 @@ class Learner:
         return counters | ({"lora": self._lora()} if self.recipe.lora.rank else {})
 
     def _lora(self) -> dict[str, Any]:
-        """What it takes to make a model of the adapters in a checkpoint."""
-        return {
-            "rank": self.recipe.lora.rank,
-            "scale": self.recipe.lora.scale,
-            "base": str(self.model.path.resolve()),
-            "base_dtype": self.recipe.model.compute_dtype,
-        }
-
-    def _check_lora(self, path: str) -> None:
-        """A scale fits any adapter, so nothing else would notice another one."""
-        counters: dict[str, Any] = persist.read_counters(path)
-        saved = counters.get("lora", {})
-        for key, value in self._lora().items() if saved or self.recipe.lora.rank else ():
-            if key != "base" and saved.get(key) != value:
-                raise DataError(
-                    f"checkpoint {path} was saved with lora {key}={saved.get(key)}, this run has {value}: resume with "
-                    "the lora section that the run began with, or start a new run directory"
-                )
+        return persist.adapter_facts(self.recipe.lora, base=self.model.path, base_dtype=self.recipe.model.compute_dtype)
 
     def _weight_sender(self) -> WeightSender:
         if self._sender is None:
@@ -440,21 +346,3 @@ def _device(recipe: Recipe) -> torch.device:
     device = torch.device("cuda", 0)  # Ray shows each actor its own device only
     torch.cuda.set_device(device)
     return device
-
-
-def _reference_log_probs(microbatch: MicroBatch, *, proximal: bool, tis: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(old, behaviour) under the mask. Without a proximal pass pi_old is the behaviour policy; else absence raises."""
-    mask = microbatch.loss_mask
-    old, behaviour = microbatch.old_logprobs[mask], microbatch.behaviour_logprobs[mask]
-    absent = np.isnan(old)
-    if absent.any():
-        if proximal:
-            raise ValueError(
-                f"{int(absent.sum())} of {len(old)} loss tokens have no old_logprobs: run log_probs() over the batch "
-                "before the first update, or set algo.proximal_pass=false"
-            )
-        old = np.where(absent, behaviour, old)
-    needed = behaviour if tis else old
-    if not np.isfinite(needed).all() or not np.isfinite(old).all():
-        raise ValueError("behaviour or old log-probs of loss tokens are not finite: the rollout did not record them")
-    return old, behaviour

@@ -27,13 +27,45 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from actors import lora
+from actors.adamw import MOMENTS
 from aster.checkpoints import copy_model_files
+from aster.config import LoraConfig
 from aster.errors import DataError
 from aster.types import TensorMeta
 
 COUNTERS = "learner.json"
 _MODEL = "model."
 _FILE_BYTES = 4 << 30  # of one safetensors file
+
+
+def training_tensors(trained: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by stable name; the live shards themselves, so that loading writes into them."""
+    out: dict[str, torch.Tensor] = {}
+    for name, parameter in trained.items():
+        state = optimizer.state[parameter]
+        out[f"{_MODEL}{name}"] = parameter.detach()
+        out |= {f"optim.{name}.{moment}": state[moment] for moment in MOMENTS}
+    return out
+
+
+def adapter_facts(config: LoraConfig, *, base: Path, base_dtype: str) -> dict[str, Any]:
+    """What it takes to make a model of the adapters in a checkpoint."""
+    return {"rank": config.rank, "scale": config.scale, "base": str(base.resolve()), "base_dtype": base_dtype}
+
+
+def check_adapters(path: str, facts: Mapping[str, Any]) -> None:
+    """Raises `DataError` unless checkpoint `path` has adapters of this run's kind, or none where its rank is 0.
+
+    A scale fits any adapter, so nothing else would notice another one. The base may have moved.
+    """
+    counters: dict[str, Any] = read_counters(path)
+    saved = counters.get("lora", {})
+    for key, value in facts.items() if saved or facts["rank"] else ():
+        if key != "base" and saved.get(key) != value:
+            raise DataError(
+                f"checkpoint {path} was saved with lora {key}={saved.get(key)}, this run has {value}: resume with "
+                "the lora section that the run began with, or start a new run directory"
+            )
 
 
 def load(path: str, *, tensors: dict[str, torch.Tensor], rank: int) -> dict[str, int]:

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import nn
 
 from actors import persist
+from actors.adamw import MOMENTS
 from actors.attention import choose
 from actors.fsdp import DTYPES, Policy, _skeleton, _tied_aliases
 from actors.learner import Learner
@@ -41,7 +42,6 @@ from aster.errors import AsterError, ConfigError
 from aster.types import TensorMeta
 
 _STAGES = {"deepspeed_zero2": 2, "deepspeed_zero3": 3}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroLearner(Learner):
@@ -70,7 +70,7 @@ class ZeroLearner(Learner):
         self._saver.wait()
         counters = persist.read_counters(path)
         for name, shape in self.model.shapes.items():  # one parameter at a time: whole tensors are large
-            keys = (f"model.{name}", *(f"optim.{name}.{moment}" for moment in _MOMENTS))
+            keys = (f"model.{name}", *(f"optim.{name}.{moment}" for moment in MOMENTS))
             tensors = {key: torch.empty(shape) for key in keys}
             persist.load(path, tensors=tensors, rank=self.rank)
             self.model.fill(name, *tensors.values())
@@ -176,7 +176,7 @@ class ZeroPolicy:
         """This rank's share of a checkpoint, on the CPU: every world_size-th parameter with its moments, whole."""
         out: dict[str, torch.Tensor] = {}
         for index, name in enumerate(self.shapes):
-            for key, state in ((f"model.{name}", None), *((f"optim.{name}.{moment}", moment) for moment in _MOMENTS)):
+            for key, state in ((f"model.{name}", None), *((f"optim.{name}.{moment}", moment) for moment in MOMENTS)):
                 full = self._full(name, state)
                 if index % self.world_size == self.rank:
                     out[key] = full.to("cpu", copy=True)
@@ -189,13 +189,13 @@ class ZeroPolicy:
         if self._stage == 2:
             api.safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
-            for key, moment in zip(_MOMENTS, moments, strict=False):
+            for key, moment in zip(MOMENTS, moments, strict=False):
                 api.safe_set_full_optimizer_state(parameter, moment, key)
             return
         parts = [self._own_part(parameter, tensor) for tensor in (value, *moments)]
         api.safe_set_local_fp32_param(parameter, parts[0])
         parameter.ds_tensor.data.copy_(parts[0])
-        for key, part in zip(_MOMENTS, parts[1:], strict=False):
+        for key, part in zip(MOMENTS, parts[1:], strict=False):
             api.safe_set_local_optimizer_state(parameter, part, key)
 
     def _full(self, name: str, state: str | None = None) -> torch.Tensor:

@@ -1,11 +1,7 @@
-"""One learner rank on CPU, against plain transformers and plain torch."""
+"""One learner rank on CPU, against plain transformers and plain torch: log-probs, losses, gradients, steps."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from learners import (
-    VOCAB,
     accumulate,
     gradients,
     hf_log_probs,
@@ -26,18 +21,13 @@ from learners import (
     weights,
     write_model,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors import persist, saver
-from actors.learner import Learner
 from actors.log_probs import label_log_probs
-from actors.persist import merge_checkpoint
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, pack, padding_row, unpack
 from aster.config import AlgoConfig
-from aster.errors import AsterError, ConfigError, DataError
-from aster.types import Sample
+from aster.errors import AsterError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -336,278 +326,3 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(model_dir):
 def test_a_step_without_gradients_is_refused(model_dir):
     with learner_on(model_dir, recipe()) as learner, pytest.raises(AsterError, match="without forward_backward"):
         learner.optim_step()
-
-
-# checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_is_bit_equal(model_dir, tmp_path):
-    batches = [some_samples(seed=i) for i in range(5)]
-    schedule = {"lr": 1e-2, "schedule": "cosine_with_min_lr", "warmup_steps": 2}
-    with learner_on(model_dir, recipe(optim=schedule), total_steps=5) as learner:
-        for batch in batches[:3]:
-            train(learner, batch)
-        learner.save(str(tmp_path / "ck"))
-        tail = [train(learner, batch) for batch in batches[3:]]
-        straight = weights(learner)
-    with learner_on(model_dir, recipe(optim=schedule), total_steps=5) as learner:
-        train(learner, batches[4])  # whatever it was before must not matter
-        assert learner.load(str(tmp_path / "ck")) == 3
-        again = [train(learner, batch) for batch in batches[3:]]
-        for name, tensor in weights(learner).items():
-            assert torch.equal(tensor, straight[name]), name
-    for (stats, optim), (stats_again, optim_again) in zip(tail, again, strict=True):
-        assert (stats.loss, stats.entropy_sum) == (stats_again.loss, stats_again.entropy_sum)
-        assert (optim.grad_norm, optim.lr) == (optim_again.grad_norm, optim_again.lr)
-
-
-def test_saving_does_not_disturb_the_run(model_dir, tmp_path):
-    results = []
-    for save in (True, False):
-        with learner_on(model_dir, recipe()) as learner:
-            if save:
-                learner.save(str(tmp_path / "fresh"))  # before any step: Adam's state must not count this as one
-            train(learner, some_samples())
-            results.append(weights(learner))
-    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
-
-
-def test_log_probs_see_loaded_weights_at_once(model_dir, tmp_path):
-    row = one_row(some_samples())
-    with learner_on(model_dir, recipe()) as learner:
-        before = learner.log_probs(row).logprobs
-        learner.save(str(tmp_path / "ck"))
-        train(learner, some_samples())
-        after = learner.log_probs(row).logprobs
-        assert not np.array_equal(before, after)
-        learner.load(str(tmp_path / "ck"))
-        np.testing.assert_array_equal(learner.log_probs(row).logprobs, before)
-
-
-def test_loading_after_a_forward_that_failed_reaches_the_next_one(model_dir, tmp_path):
-    samples = some_samples()
-    with learner_on(model_dir, recipe()) as learner:
-        learner.save(str(tmp_path / "ck"))
-        before = learner.log_probs(one_row(samples)).logprobs
-        train(learner, samples)
-        with pytest.raises(ValueError, match="no old_logprobs"):  # the full weights stay in memory without a backward
-            accumulate(learner, [replace(s, old_logprobs=None) for s in samples])
-        learner.load(str(tmp_path / "ck"))
-        np.testing.assert_array_equal(learner.log_probs(one_row(samples)).logprobs, before)
-
-
-def test_random_state_comes_back(model_dir, tmp_path):
-    with learner_on(model_dir, recipe()) as learner:
-        torch.rand(3)
-        learner.save(str(tmp_path / "ck"))
-        expected = torch.rand(4)
-        learner.load(str(tmp_path / "ck"))
-        assert torch.equal(torch.rand(4), expected)
-
-
-def test_a_save_that_fails_leaves_the_checkpoint_before_it_and_says_so_at_the_next_call(
-    model_dir, tmp_path, monkeypatch
-):
-    path = str(tmp_path / "ck")
-
-    def disk_full(*_):
-        raise OSError("no space left")
-
-    with learner_on(model_dir, recipe()) as learner:
-        learner.save(path)
-        train(learner, some_samples())
-        for call in (
-            learner.saved,
-            lambda: learner.load(path),
-            lambda: learner.save(path),
-            lambda: learner.save_hf(str(tmp_path / "hf")),
-        ):
-            learner.saved()
-            with monkeypatch.context() as patch:
-                patch.setattr(persist, "replace_directory", disk_full)
-                learner.save(path)
-                with pytest.raises(AsterError, match=rf"checkpoint {path} was not written: .*no space left"):
-                    call()
-            assert learner.load(path) == 0
-        assert not (tmp_path / "hf").exists()
-        learner.save(path)  # over the ruins of the last attempt and the old checkpoint
-        learner.saved()
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["ck"]
-    learner = Learner(recipe(), model_path=str(model_dir), total_steps=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(persist, "replace_directory", disk_full)
-        learner.save(str(tmp_path / "late"))
-        with pytest.raises(AsterError, match="no space left"):  # closing is a call too, and closes
-            learner.close()
-    assert not torch.distributed.is_initialized()
-
-
-def test_a_save_holds_what_was_when_it_was_asked_for_while_training_goes_on(model_dir, tmp_path, monkeypatch):
-    path, go = tmp_path / "ck", threading.Event()
-    write = saver.dcp.save
-
-    def slow(*args, **kwargs):
-        assert go.wait(30)
-        write(*args, **kwargs)
-
-    monkeypatch.setattr(saver.dcp, "save", slow)
-    with learner_on(model_dir, recipe()) as learner:
-        train(learner, some_samples())
-        before = weights(learner)
-        learner.save(str(path))
-        train(learner, some_samples(seed=1))  # while the files are not even begun
-        torch.rand(3)
-        assert not path.exists()
-        assert not learner.saved(wait=False)
-        go.set()
-        assert learner.saved()
-        assert not all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
-        assert learner.load(str(path)) == 1
-        assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
-
-
-def _save_twice_and_hang(_rank: int, _world_size: int, model: str, root: str) -> None:
-    """Complete one checkpoint, then stop for ever in the middle of the next one's files."""
-    with learner_on(Path(model), recipe()) as learner:
-        train(learner, some_samples())
-        learner.save(f"{root}/first")
-        learner.saved()
-        write = saver.dcp.save
-
-        def half(*args, **kwargs):
-            write(*args, **kwargs)
-            Path(root, "now").touch()
-            time.sleep(600)
-
-        saver.dcp.save = half
-        train(learner, some_samples(seed=1))
-        learner.save(f"{root}/second")
-        time.sleep(600)
-
-
-def test_sigkill_in_the_middle_of_a_write_leaves_the_checkpoint_before_it(model_dir, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_save_twice_and_hang, args=(0, 1, str(model_dir), str(tmp_path)), daemon=True
-    )
-    process.start()
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "now").exists():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.kill()
-    process.join(10)
-    assert {p.name for p in tmp_path.iterdir()} == {"first", "second.tmp", "now"}
-    with learner_on(model_dir, recipe()) as learner:
-        train(learner, some_samples())
-        straight = weights(learner)
-        assert learner.load(str(tmp_path / "first")) == 1
-        assert all(torch.equal(a, b) for a, b in zip(straight.values(), weights(learner).values(), strict=True))
-        learner.save(str(tmp_path / "second"))  # over the ruin
-        learner.saved()
-    assert {p.name for p in tmp_path.iterdir()} == {"first", "second", "now"}
-
-
-def test_what_is_no_checkpoint_or_another_models_is_named(model_dir, tmp_path):
-    other = write_model(tmp_path / "other", num_hidden_layers=3)
-    with learner_on(model_dir, recipe()) as learner:
-        with pytest.raises(DataError, match=r"not a learner checkpoint.*learner\.json"):
-            learner.load(str(tmp_path / "nothing"))
-        learner.save(str(tmp_path / "ck"))
-    with learner_on(other, recipe()) as learner, pytest.raises(DataError, match=r"lacks \d+ tensors.*layers\.2"):
-        learner.load(str(tmp_path / "ck"))
-
-
-@pytest.mark.parametrize("which", ["model_dir", "untied_dir"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_export_is_bit_equal_and_loads_in_transformers(which, dtype, request, tmp_path):
-    path = request.getfixturevalue(which)
-    with learner_on(path, recipe()) as learner:
-        train(learner, some_samples())
-        learner.save_hf(str(tmp_path / "hf"), dtype=dtype)
-        learner.save(str(tmp_path / "ck"))
-        gathered = {n: t.to(getattr(torch, dtype)) for n, t in weights(learner).items()}
-    on_disk = load_file(tmp_path / "hf" / "model.safetensors")
-    assert on_disk.keys() == gathered.keys()
-    assert ("lm_head.weight" in on_disk) == (which == "untied_dir")
-    assert all(torch.equal(on_disk[n], gathered[n]) for n in on_disk)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert str(loaded.dtype).removeprefix("torch.") == dtype
-    assert all(torch.equal(p, gathered[n]) for n, p in loaded.named_parameters())
-    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (path / "chat_template.jinja").read_text()
-    assert (tmp_path / "hf" / "tokenizer.json").is_file()
-    merge_checkpoint(str(tmp_path / "ck"), str(tmp_path / "merged"), source=str(path), dtype=dtype)
-    for file in (tmp_path / "hf").iterdir():
-        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes(), file.name
-
-
-def test_a_large_export_is_cut_into_files_with_an_index(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(persist, "_FILE_BYTES", 20_000)
-    with learner_on(model_dir, recipe()) as learner:
-        learner.save_hf(str(tmp_path / "hf"))
-        ours = weights(learner)
-    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 2
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert all(torch.equal(p, ours[n]) for n, p in loaded.named_parameters())
-    with learner_on(tmp_path / "hf", recipe()) as again:  # and our own reader follows the index
-        assert all(torch.equal(t, ours[n]) for n, t in weights(again).items())
-
-
-# weights for the engines --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_wire_carries_every_tensor_once_as_announced(model_dir, dtype):
-    with learner_on(model_dir, recipe(rollout={"dtype": dtype})) as learner:
-        metadata = learner.weight_metadata()
-        sent = list(learner.model.named_full_tensors(dtype))
-        assert [(m.name, m.shape) for m in metadata] == [(n, tuple(t.shape)) for n, t in sent]
-        assert {m.dtype for m in metadata} == {dtype}
-        assert "lm_head.weight" not in dict(sent)
-        masters = weights(learner)
-        assert all(torch.equal(t, masters[n].to(getattr(torch, dtype))) for n, t in sent)
-
-
-# what cannot be used is said ----------------------------------------------------------------------------------------
-
-
-def test_a_directory_without_weights_is_refused(model_dir, tmp_path):
-    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
-    with (
-        pytest.raises(ConfigError, match=r"holds no model\.safetensors \(found: config\.json\)"),
-        learner_on(tmp_path, recipe()),
-    ):
-        pass
-
-
-def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path):
-    path = write_model(tmp_path / "model")
-    tensors = load_file(path / "model.safetensors")
-    norm = tensors.pop("model.norm.weight")
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"1 tensors are in none.*model\.norm\.weight"), learner_on(path, recipe()):
-        pass
-    save_file({**tensors, "model.norm.weight": torch.cat([norm, norm])}, path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight has shape \(64,\)"), learner_on(path, recipe()):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"model": {"attention": "flash", "compute_dtype": "float32"}}, "attention=flash needs CUDA"),
-        ({"learner": {"backend": "deepspeed_zero2"}}, "is not for Learner: it takes fsdp2"),
-    ],
-)
-def test_what_this_machine_or_class_cannot_do_is_a_config_error(model_dir, section, words):
-    with pytest.raises(ConfigError, match=words), learner_on(model_dir, recipe("sft", **section)):
-        pass
-
-
-def test_reading_arrays_that_ray_made_read_only_works(model_dir):
-    row = one_row([Sample(ids=np.arange(5, dtype=np.int32) % VOCAB, mask=np.ones(5, bool))])
-    for array in (row.input_ids, row.labels, row.loss_mask, row.position_ids):
-        array.setflags(write=False)
-    with learner_on(model_dir, recipe("sft")) as learner:
-        assert np.isfinite(learner.forward_backward(row, num_loss_tokens=4, num_groups=1).loss)
