@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -29,9 +29,18 @@ def run_verb(verb: str, argv: Sequence[str] | None = None) -> int:
 
 
 def parse_recipe(
-    verb: str, argv: Sequence[str] | None, *, stage: str, about: str, default: str
+    verb: str,
+    argv: Sequence[str] | None,
+    *,
+    stage: str,
+    about: str,
+    default: str,
+    options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> tuple[Recipe, argparse.Namespace]:
-    """Read `[--recipe NAME|FILE] [--dry-run] [key=value ...]`. `ConfigError` also for a recipe of another stage."""
+    """Read `[--recipe NAME|FILE] [--dry-run] [key=value ...]`, and what `options` adds for the verb.
+
+    `ConfigError` also for a recipe of another stage.
+    """
     parser = argparse.ArgumentParser(prog=f"aster {verb}", description=about)
     parser.add_argument(
         "--recipe", default=default, help=f"a file, or one of: {', '.join(recipe_names())} (%(default)s)"
@@ -39,6 +48,7 @@ def parse_recipe(
     parser.add_argument(
         "--dry-run", action="store_true", help="print every resolved value and stop; needs nothing else"
     )
+    options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-6 run.name=mine")
     args = parser.parse_args(argv)
     recipe = Recipe.load(args.recipe, args.overrides)

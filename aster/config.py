@@ -44,7 +44,7 @@ class RunConfig(_Section):
     resume: bool = True
     """Continue from the newest checkpoint of the run directory when there is one."""
     deterministic: bool = False
-    """One engine, one sequence at a time, FIFO: bit-equal runs at the price of speed."""
+    """One engine, one sequence at a time, FIFO: a repeated or resumed run is bit-equal, at the price of speed."""
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -250,6 +250,10 @@ class SftConfig(_Section):
     """False: conversations in file order, every epoch; for a curriculum."""
     train_on_newline: bool = False
     """True = parity with the reference, which also trains on the newline after <|im_end|>."""
+    format: Literal["auto", "raw", "openai", "sharegpt"] = "auto"
+    """How conversation files are written; auto: told apart file by file (`aster.data.formats` says what each is)."""
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Keep about this share of the problems in `data.train_files` for validation; or name `data.val_files`."""
     seed: int = 42
 
 
@@ -336,6 +340,11 @@ class Recipe(_Section):
                     f"algo.dual_clip={self.algo.dual_clip} must exceed 1 + clip_high = {1 + self.algo.clip_high}, "
                     "else it binds before the clip does"
                 )
+        if self.sft.val_fraction and self.data.val_files:
+            yield (
+                f"sft.val_fraction={self.sft.val_fraction} and data.val_files={list(self.data.val_files)} both name a "
+                "validation set: give one of them"
+            )
         if self.learner.world_size % self.learner.context_parallel:
             yield (
                 f"learner.world_size={self.learner.world_size} is not a multiple of learner.context_parallel="
@@ -360,6 +369,11 @@ class Recipe(_Section):
             yield (
                 f"run.deterministic needs rollout.engines=1 and rollout.max_num_seqs=1, got "
                 f"{self.rollout.engines} and {self.rollout.max_num_seqs}: a batch changes log-probs in the last bits"
+            )
+        if self.run.deterministic and self.rollout.max_staleness:
+            yield (
+                f"run.deterministic needs rollout.max_staleness=0, got {self.rollout.max_staleness}: which tokens the "
+                "new weights sample would depend on the time"
             )
         if self.optim.min_lr is not None and self.optim.min_lr > self.optim.lr:
             yield f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}: swap them"

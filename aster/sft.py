@@ -1,53 +1,80 @@
 """`aster sft`: supervised fine-tuning on conversations, loss on what the sampler would emit.
 
-aster sft --recipe sft model.path=models/base data.train_files=[data/sft.parquet]
+    aster sft --recipe sft model.path=models/base data.train_files=[data/sft.parquet] sft.val_fraction=0.02
+    aster sft --recipe sft model.path=models/base data.train_files=[data/sft.parquet] --show 3     # tokens and masks
+
+Conversations are our own, OpenAI's `messages` or ShareGPT's (`aster.data.formats`). Every `run.val_every` steps the
+validation set is scored: its loss, and of how many of its calls the form would come out right.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
 
 from aster import launch, metrics
+from aster.agent.call_format import call_forms
 from aster.agent.chat import ChatRenderer
-from aster.algo.packing import denominators, pack
+from aster.agent.masks import masks_text
+from aster.algo.packing import denominators, pack, unpack
 from aster.checkpoints import DirectoryCheckpointer, finishing
 from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe, SftConfig
-from aster.data.conversations import read_conversations, to_samples
+from aster.data.conversations import Messages, read_conversations, split, to_samples
 from aster.errors import ConfigError, DataError
 from aster.roles import LearnerGroup
 from aster.tracking import Tracker
 from aster.types import OptimStats, Sample, StepStats
 
+_MORE_LIKELY_THAN_NOT = float(np.log(0.5))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run trains on and what it is validated on; `dropped`: training conversations that were too long."""
+
+    train: list[Sample]
+    val: list[Sample]
+    dropped: int
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    recipe, args = parse_recipe("sft", argv, stage="sft", about=__doc__ or "", default="sft")
+    recipe, args = parse_recipe("sft", argv, stage="sft", about=__doc__ or "", default="sft", options=_options)
     if args.dry_run:
         print_resolved(recipe)
         return 0
     launch.require_model(recipe)
+    if args.show is not None:
+        if args.show < 1:
+            raise ConfigError(f"--show {args.show} must be at least 1")
+        renderer = ChatRenderer.from_model_dir(recipe.model.path)
+        show(load_samples(recipe, renderer), renderer, count=args.show, console=Console(highlight=False))
+        return 0
     with launch.cluster(recipe):
         asyncio.run(run(recipe))
     return 0
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--show", type=int, metavar="N", help="print the first N samples, tokens that are trained on in green, and stop"
+    )
+
+
 async def run(recipe: Recipe) -> None:
     """Train for `data.epochs` or `run.steps`, resuming from the newest checkpoint of the run directory."""
-    if not recipe.data.train_files:
-        raise ConfigError("data.train_files is empty: name at least one parquet of conversations")
     renderer = ChatRenderer.from_model_dir(recipe.model.path)
-    conversations = read_conversations(recipe.data.train_files)
-    samples, dropped = to_samples(
-        conversations, renderer, max_length=recipe.sft.max_length, train_on_newline=recipe.sft.train_on_newline
-    )
-    if not samples:
-        raise DataError(f"all {dropped} conversations are longer than sft.max_length={recipe.sft.max_length} tokens")
-    plan = [b for epoch in range(recipe.data.epochs) for b in epoch_batches(samples, recipe.sft, epoch=epoch)]
+    samples = load_samples(recipe, renderer)
+    forms = [call_forms(s.ids, s.mask, renderer) for s in samples.val]
+    row_tokens = recipe.learner.micro_batch_tokens
+    plan = [b for epoch in range(recipe.data.epochs) for b in epoch_batches(samples.train, recipe.sft, epoch=epoch)]
     steps = min(recipe.run.steps or len(plan), len(plan))
     checkpoints = DirectoryCheckpointer(
         recipe.run.path / "checkpoints",
@@ -63,10 +90,12 @@ async def run(recipe: Recipe) -> None:
             path = checkpoints.latest()
             if path is not None:
                 step = int(str((await checkpoints.restore(path, learners))["step"]))
+            elif samples.val and recipe.run.val_before_train and recipe.run.val_every:
+                tracker.log(0, await validate(learners, samples.val, forms, row_tokens=row_tokens))
             for batch in plan[step:steps]:
                 step += 1
                 began = time.monotonic()
-                stats, optim = await update(learners, batch, row_tokens=recipe.learner.micro_batch_tokens)
+                stats, optim = await update(learners, batch, row_tokens=row_tokens)
                 seconds = time.monotonic() - began
                 tokens = sum(len(s) for s in batch)
                 tracker.log(
@@ -74,15 +103,60 @@ async def run(recipe: Recipe) -> None:
                     metrics.update_metrics([stats], [optim])
                     | {
                         "train/loss": stats.loss,
-                        "data/dropped_too_long": float(dropped),
+                        "data/dropped_too_long": float(samples.dropped),
                         "perf/total_num_tokens": float(tokens),
                         "perf/throughput": tokens / seconds,
                         "timing_s/step": seconds,
                         "training/global_step": float(step),
                     },
                 )
+                if samples.val and recipe.run.val_every and (step % recipe.run.val_every == 0 or step == steps):
+                    tracker.log(step, await validate(learners, samples.val, forms, row_tokens=row_tokens))
                 if step % recipe.run.save_every == 0 or step == steps:
                     await checkpoints.save(step, learners, {})
+
+
+def load_samples(recipe: Recipe, renderer: ChatRenderer) -> Samples:
+    """The recipe's conversations as samples. Raises `DataError` when nothing is left on a side that was asked for."""
+    if not recipe.data.train_files:
+        raise ConfigError("data.train_files is empty: name at least one file of conversations")
+    form = None if recipe.sft.format == "auto" else recipe.sft.format
+    conversations = read_conversations(recipe.data.train_files, form=form)[: recipe.data.max_rows]
+    heldout: list[Messages] = []
+    if recipe.sft.val_fraction:
+        conversations, heldout = split(conversations, fraction=recipe.sft.val_fraction, seed=recipe.sft.seed)
+        if not conversations or not heldout:
+            raise DataError(
+                f"sft.val_fraction={recipe.sft.val_fraction} leaves {len(conversations)} conversations to train on "
+                f"and {len(heldout)} to validate with: the problems are too few; name data.val_files"
+            )
+    elif recipe.data.val_files:
+        heldout = read_conversations(recipe.data.val_files, form=form)
+
+    def render(some: list[Messages]) -> tuple[list[Sample], int]:
+        samples, dropped = to_samples(
+            some, renderer, max_length=recipe.sft.max_length, train_on_newline=recipe.sft.train_on_newline
+        )
+        if some and not samples:
+            raise DataError(
+                f"all {dropped} conversations are longer than sft.max_length={recipe.sft.max_length} tokens"
+            )
+        return samples, dropped
+
+    train, dropped = render(conversations)
+    return Samples(train, render(heldout[: recipe.data.val_max_rows])[0], dropped)
+
+
+def show(samples: Samples, renderer: ChatRenderer, *, count: int, console: Console) -> None:
+    """Print the first `count` training samples with their masks, then what the set holds."""
+    for number, sample in enumerate(samples.train[:count]):
+        console.rule(f"sample {number}: {len(sample)} tokens, {int(sample.mask.sum())} trained on", align="left")
+        console.print(masks_text(sample, renderer), soft_wrap=True)
+    tokens, trained = sum(map(len, samples.train)), sum(int(s.mask.sum()) for s in samples.train)
+    console.print(
+        f"{len(samples.train):,} samples of {tokens:,} tokens, {trained:,} of them trained on; {samples.dropped:,} "
+        f"conversations dropped as too long; {len(samples.val):,} samples for validation"
+    )
 
 
 def epoch_batches(samples: Sequence[Sample], config: SftConfig, *, epoch: int) -> list[list[Sample]]:
@@ -114,6 +188,29 @@ async def update(learners: LearnerGroup, batch: Sequence[Sample], *, row_tokens:
     for per_rank in pack(batch, row_tokens=row_tokens, dp_size=learners.dp_size):
         total += await learners.forward_backward(per_rank, num_loss_tokens=tokens, num_groups=conversations)
     return total, await learners.optim_step()
+
+
+async def validate(
+    learners: LearnerGroup, samples: Sequence[Sample], forms: Sequence[Sequence[np.ndarray]], *, row_tokens: int
+) -> dict[str, float]:
+    """`val/loss`: nats per target token. `val/tool_format_accuracy`: the share of calls in `forms` (per sample, one
+    array of positions per call) where each token of the form has a probability above 1/2, given what stands before
+    it: greedy sampling would write it. `val/tokens` and `val/tool_calls`: over how many.
+    """
+    rows = pack(samples, row_tokens=row_tokens, dp_size=learners.dp_size)
+    scores = [await learners.log_probs(per_rank) for per_rank in rows]
+    logprobs = unpack([[s.logprobs for s in ranks] for ranks in scores], rows, [len(s) for s in samples])
+    tokens, _ = denominators(samples)
+    total = sum(float(lp[1:][s.mask[1:]].sum(dtype=np.float64)) for lp, s in zip(logprobs, samples, strict=True))
+    out = {"val/loss": -total / tokens, "val/tokens": float(tokens)}
+    right = [
+        bool((lp[form] > _MORE_LIKELY_THAN_NOT).all())
+        for lp, calls in zip(logprobs, forms, strict=True)
+        for form in calls
+    ]
+    if right:
+        out |= {"val/tool_format_accuracy": float(np.mean(right)), "val/tool_calls": float(len(right))}
+    return out
 
 
 if __name__ == "__main__":

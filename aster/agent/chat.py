@@ -17,14 +17,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aster.agent.grammar import CODE_INTERPRETER, HermesGrammar, ParsedTurn, ToolGrammar
+from aster.agent.grammar import (
+    CODE_INTERPRETER,
+    FormatError,
+    HermesGrammar,
+    ParsedCall,
+    ParsedTurn,
+    ToolGrammar,
+    read_code,
+)
 from aster.agent.tokenization import ChatTemplate, ModelTokenizer
 from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
@@ -127,8 +135,8 @@ class ChatRenderer:
         """SFT ids int32 [S] and loss mask bool [S]; the ids of a rollout that went the same way.
 
         `content` of an assistant message is the raw turn: what is sampled after the generation prompt, without the
-        end of turn. The mask covers it and the end of turn, nothing else; `train_on_newline` adds what the template
-        writes after an end of turn.
+        end of turn; one with `reasoning_content` or `tool_calls` is written by `raw_turn`. The mask covers turn and
+        end of turn, nothing else; `train_on_newline` adds what the template writes after an end of turn.
         Raises DataError when the roles are out of order.
         """
         roles = [str(message["role"]) for message in messages]
@@ -141,7 +149,7 @@ class ChatRenderer:
         mask = [False] * len(ids)
         at = first
         while at < len(messages):
-            turn = [*self._tokenizer.encode_turn(str(messages[at]["content"])), self.turn_end_id]
+            turn = [*self._tokenizer.encode_turn(self.raw_turn(messages[at])), self.turn_end_id]
             ids += turn
             mask += [True] * len(turn)
             at += 1
@@ -157,6 +165,39 @@ class ChatRenderer:
             ids += delta
             mask += [True] * newline + [False] * (len(delta) - newline)
         return _int32(ids), np.array(mask, dtype=bool)
+
+    def raw_turn(self, message: Mapping[str, Any]) -> str:
+        """What a sampler emits for an assistant message with `reasoning_content` (str) and `tool_calls`
+        ([{"name", "arguments"}]), as the template writes its last turn; `content` itself where it has neither key.
+
+        Raises DataError for a call that a rollout would refuse, and for a turn that no generation prompt leads to.
+        """
+        if "reasoning_content" not in message and "tool_calls" not in message:
+            return str(message["content"])
+        calls = message.get("tool_calls") or ()
+        for call in calls:
+            try:
+                read_code(ParsedCall(call["name"], call["arguments"]), self.tools)
+            except FormatError as error:
+                raise DataError(f"a call that a rollout would refuse: {error}") from None
+        # templates read a call's name from `function` or from the call itself
+        written = [{"type": "function", "id": _CALL_ID, "function": dict(call), **call} for call in calls]
+        user = {"role": "user", "content": _USER}
+        text = self._render([user, {**message, "tool_calls": written}], add_generation_prompt=False)
+        opened = self._render([user], add_generation_prompt=True)
+        if not text.startswith(opened):
+            begins = text[len(opened) - len(self.generation_prompt) :][:40]
+            raise DataError(
+                f"a turn that {self._template.where} begins with {begins!r}, where its generation prompt is "
+                f"{self.generation_prompt!r}: a sampler could not write it; give the turn a thought"
+            )
+        raw = text[len(opened) :].rpartition(self._turn_end)[0]
+        parsed = self.grammar.parse(raw).calls
+        if calls and parsed[len(parsed) - len(calls) :] != tuple(ParsedCall(c["name"], c["arguments"]) for c in calls):
+            raise TemplateError(
+                f"{self._template.where} writes calls that our grammar does not read back: {raw[-80:]!r}"
+            )
+        return raw
 
     # ids to text -----------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,8 @@
-"""SFT samples: conversations from parquet, rendered by the one renderer that rollouts use, loss where the model spoke.
-
-A row's `messages` are user, assistant and tool turns; an assistant's content is its raw turn, exactly what a sampler
-emits after the generation prompt, without the end-of-turn token.
-"""
+"""SFT samples: conversations from files, rendered by the one renderer that rollouts use, loss where the model spoke."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aster.data.formats import Form, Message, form_of, read_messages
+from aster.data.raw import read_records
 from aster.errors import DataError
 from aster.types import Sample
 
-Messages = list[dict[str, str]]
-_ROLES = frozenset({"system", "user", "assistant", "tool"})
+Messages = list[Message]
 
 
 class Renderer(Protocol):
@@ -27,21 +25,22 @@ class Renderer(Protocol):
     def conversation(self, messages: Messages, *, train_on_newline: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def read_conversations(files: Sequence[str | Path]) -> list[Messages]:
-    """The `messages` column of all files in order. Raises `DataError` naming the file, the row and the cure."""
+def read_conversations(files: Sequence[str | Path], *, form: Form | None = None) -> list[Messages]:
+    """The conversations of all files (.parquet, .jsonl, .json) in order; `form` null = told apart file by file.
+
+    Nothing is skipped: a row that cannot be read is a `DataError` naming the file, the row and what is wrong with it.
+    """
     out: list[Messages] = []
     for file in files:
-        path = Path(file)
-        if not path.is_file():
-            raise DataError(f"{path} does not exist")
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a readable parquet file: {error}") from None
-        if "messages" not in table.column_names:
-            raise DataError(f"{path} lacks the column messages; it has {table.column_names}")
-        for index, messages in enumerate(table.column("messages").to_pylist()):
-            out.append(_checked(messages, where=f"{path}, row {index}"))
+        records = []
+        for index, record in enumerate(read_records(Path(file))):
+            if isinstance(record, str):
+                raise DataError(f"{file}, row {index}: {record}")
+            records.append(record)
+        if not records:
+            raise DataError(f"{file} holds no conversation")
+        kind = form or form_of(records, where=str(file))
+        out += [read_messages(record, kind, where=f"{file}, row {index}") for index, record in enumerate(records)]
     return out
 
 
@@ -53,27 +52,37 @@ def write_conversations(path: str | Path, conversations: Sequence[Messages]) -> 
     partial.replace(target)
 
 
+def split(conversations: Sequence[Messages], *, fraction: float, seed: int) -> tuple[list[Messages], list[Messages]]:
+    """(training, validation), each in the order given; about `fraction` of the problems are kept for validation.
+
+    The side is a property of the text before the first assistant turn, and so two answers to one problem are never on
+    different sides, and a conversation keeps its side when others join the file.
+    """
+    sides: tuple[list[Messages], list[Messages]] = ([], [])
+    for messages in conversations:
+        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        problem = "\n".join(m["content"] for m in messages[:first])
+        digest = hashlib.sha256(f"{seed}/{problem}".encode("utf-8", "backslashreplace")).digest()
+        sides[int.from_bytes(digest[:8], "big") < fraction * 2.0**64].append(messages)
+    return sides
+
+
 def to_samples(
     conversations: Sequence[Messages], renderer: Renderer, *, max_length: int, train_on_newline: bool = False
 ) -> tuple[list[Sample], int]:
-    """Rendered samples and how many conversations were longer than `max_length` tokens (dropped whole, never cut)."""
+    """Rendered samples and how many conversations were longer than `max_length` tokens (dropped whole, never cut).
+
+    Raises `DataError` with the number of a conversation that the renderer refuses.
+    """
     samples: list[Sample] = []
     dropped = 0
-    for messages in conversations:
-        ids, mask = renderer.conversation(messages, train_on_newline=train_on_newline)
+    for index, messages in enumerate(conversations):
+        try:
+            ids, mask = renderer.conversation(messages, train_on_newline=train_on_newline)
+        except DataError as error:
+            raise DataError(f"conversation {index}: {error}") from None
         if len(ids) > max_length:
             dropped += 1
         else:
             samples.append(Sample(ids=ids, mask=mask, group=len(samples)))
     return samples, dropped
-
-
-def _checked(messages: Messages | None, *, where: str) -> Messages:
-    if not messages or not any(m["role"] == "assistant" for m in messages):
-        raise DataError(f"{where}: a conversation needs at least one assistant turn")
-    for turn, message in enumerate(messages):
-        if message["role"] not in _ROLES:
-            raise DataError(f"{where}, turn {turn}: role {message['role']!r} is none of {sorted(_ROLES)}")
-        if not isinstance(message["content"], str):
-            raise DataError(f"{where}, turn {turn}: content must be text, got {type(message['content']).__name__}")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aster.data.conversations import read_conversations, to_samples, write_conversations
+from aster.data.conversations import read_conversations, split, to_samples, write_conversations
 from aster.errors import DataError
 
 TALK = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "easy\n</think>\n\n2"}]
@@ -31,7 +31,7 @@ def test_bad_rows_are_named(tmp_path):
     for rows, words in [
         ([{"messages": TALK[:1]}], "row 0: a conversation needs at least one assistant turn"),
         ([{"messages": TALK}, {"messages": [{"role": "robot", "content": ""}, *TALK]}], r"row 1, turn 0: role 'robot'"),
-        ([{"text": "x"}], r"lacks the column messages; it has \['text'\]"),
+        ([{"text": "x"}], r"lacks the column messages \(or conversations\); it has \['text'\]"),
     ]:
         pq.write_table(pa.Table.from_pylist(rows), path)
         with pytest.raises(DataError, match=words):
@@ -43,3 +43,29 @@ def test_a_conversation_over_the_length_is_dropped_whole_and_counted():
     samples, dropped = to_samples([TALK, long, TALK], Words(), max_length=50)
     assert (len(samples), dropped) == (2, 1)
     assert all(s.mask.sum() == len(TALK[1]["content"]) and len(s) <= 50 for s in samples)
+
+
+def test_validation_keeps_whole_problems_and_a_side_is_for_ever():
+    talks = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": a}] for n in range(400) for a in "ab"
+    ]
+    train, val = split(talks, fraction=0.1, seed=1)
+    assert len(train) + len(val) == 800
+    assert 40 <= len(val) <= 120, "400 problems at 0.1: 40 +- 6 of them, two conversations each"
+    problems = [{c[0]["content"] for c in side} for side in (train, val)]
+    assert not problems[0] & problems[1]
+    fewer = split(talks[:400], fraction=0.1, seed=1)
+    assert fewer[1] == [c for c in val if c in talks[:400]]
+    assert split(talks, fraction=0.1, seed=2)[1] != val
+    assert split(talks, fraction=0.0, seed=1) == (talks, [])
+
+
+def test_a_conversation_that_cannot_be_rendered_is_numbered():
+    class Refuses(Words):
+        def conversation(self, messages, *, train_on_newline=False):
+            if messages == TALK:
+                return super().conversation(messages)
+            raise DataError("no thought")
+
+    with pytest.raises(DataError, match="conversation 1: no thought"):
+        to_samples([TALK, TALK[1:]], Refuses(), max_length=50)
