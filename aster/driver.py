@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +88,8 @@ class GrpoLoop:
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._outstanding = 0
+        self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
+        self._places = count()
         self._inbox = Inbox(self.pool.groups())
 
     async def run(self) -> None:
@@ -121,8 +124,9 @@ class GrpoLoop:
     # the steps of the algorithm --------------------------------------------------------------------------------------
 
     async def sample(self) -> list[TrajectoryGroup]:
-        """P scored groups, in order of completion. Groups older than k versions are dropped and replaced.
+        """P scored groups, in the order they were asked for: who was faster must not decide on mini-batches.
 
+        Groups older than k versions are dropped and replaced.
         With dynamic sampling so are groups without variance, until `dynamic_sampling_limit` * P groups were seen.
         """
         r, algo = self.recipe.rollout, self.recipe.algo
@@ -141,7 +145,7 @@ class GrpoLoop:
                 self._replaced.append(group)
                 continue
             groups.append(group)
-        return groups
+        return sorted(groups, key=lambda g: self._asked[g.row.row_id])
 
     async def learn(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups."""
@@ -267,9 +271,11 @@ class GrpoLoop:
     def _submit(self, count: int) -> None:
         for _ in range(count):
             self._outstanding += 1
+            row = self.prompts.take()
+            self._asked[row.row_id] = next(self._places)
             self.pool.submit(
                 RolloutWork(
-                    row=self.prompts.take(),
+                    row=row,
                     group_size=self.recipe.rollout.group_size,
                     budget=self.recipe.train_budget(),
                     sampling=self.recipe.sampling.sampling(),

@@ -81,6 +81,7 @@ def test_sft_and_eval_hold_the_numbers_of_the_paper():
         ("sampling.temperature=0", "groups of equal samples"),
         ("rollout.max_num_batched_tokens=1000", "raise it to 18432"),
         ("run.deterministic=true", "rollout.engines=1"),
+        ("run.deterministic=true rollout.max_num_seqs=1 rollout.max_staleness=1", "needs rollout.max_staleness=0"),
         ("optim.min_lr=1", "above optim.lr"),
         ("algo.dual_clip=1.1", "must exceed 1 + clip_high"),
         ("optim.lr", "section.key=value"),
@@ -88,7 +89,7 @@ def test_sft_and_eval_hold_the_numbers_of_the_paper():
 )
 def test_a_bad_override_names_the_value_and_the_cure(override, says):
     with pytest.raises(ConfigError) as caught:
-        Recipe.load("rl_stage1_18k", [override])
+        Recipe.load("rl_stage1_18k", override.split())
     assert says in str(caught.value)
 
 

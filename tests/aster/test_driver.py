@@ -1,5 +1,6 @@
 """The loop on fakes: order of events, denominators, failures that stay out of the statistics, resume, staleness."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -69,6 +70,30 @@ async def test_with_staleness_one_the_next_step_is_sampled_ahead_and_never_furth
     pool = FakePool(events)
     await loop(recipe(tmp_path, "run.steps=3", "rollout.max_staleness=1"), events, pool=pool).run()
     assert [e.rsplit(" ", 1)[1] for e in events if e.startswith("submit")] == ["v0"] * 4 + ["v1"] * 2 + ["v2"] * 2
+
+
+class BackwardsPool(FakePool):
+    """The prompt that was asked for last is finished first."""
+
+    async def groups(self):
+        while True:
+            asked = [await asyncio.wait_for(self.queue.get(), timeout=5)]
+            while not self.queue.empty():
+                asked.append(self.queue.get_nowait())
+            for of, version in reversed(asked):
+                members = tuple(trajectory(of, i, version=version, reward=float(i)) for i in range(of.group_size))
+                yield TrajectoryGroup(of.row, of.step, members, of.kind)
+
+
+async def test_who_is_finished_first_does_not_decide_on_the_mini_batches(tmp_path):
+    written = []
+    for kind in (FakePool, BackwardsPool):
+        r = recipe(tmp_path / kind.__name__, "run.steps=3")
+        await loop(r, [], pool=kind([])).run()
+        lines = (r.run.path / "rollout_data" / "2.jsonl").read_text().splitlines()
+        written.append([json.loads(line)["row_id"] for line in lines])
+    assert written[0] == written[1]
+    assert len(set(written[0])) == 2
 
 
 async def test_denominators_are_the_tokens_and_groups_of_the_whole_mini_batch(tmp_path):
