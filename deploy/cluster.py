@@ -128,9 +128,10 @@ SERVE_MODES = {
 
 
 def haproxy_files(directory: str) -> dict[str, str]:
-    """HAProxy's own files; by default every cluster of a machine would take the same."""
-    names = {"CONFIG_FILE_LOC": "cfg", "SOCKET_PATH": "sock", "SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "state"}
-    return {f"RAY_SERVE_HAPROXY_{key}": str(Path(directory, "haproxy", name)) for key, name in names.items()}
+    """HAProxy's own files; by default every cluster of a machine would take the same. Short names: Ray puts 56 digits
+    between directory and file, and a socket's path has at most 97 characters there."""
+    names = {"CONFIG_FILE_LOC": "cfg", "SOCKET_PATH": "s", "SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "state"}
+    return {f"RAY_SERVE_HAPROXY_{key}": str(Path(directory, "h", name)) for key, name in names.items()}
 
 
 # --- up ---------------------------------------------------------------------------------------------------------------
@@ -374,8 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--serve",
         choices=tuple(SERVE_MODES),
-        default="standard",
-        help="haproxy: a fraction of the time per request, but HTTP listens on every interface, and on 8404 and 9101",
+        default="throughput",
+        help="how HTTP passes through Serve (%(default)s); haproxy takes a fraction of the time, but listens on every "
+        "interface, also on 8404 and 9101",
     )
     parser.add_argument("--num-cpus", type=int, help="logical CPUs of the head; default: all")
     parser.add_argument(

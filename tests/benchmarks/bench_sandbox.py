@@ -5,7 +5,8 @@
 Prints one JSON line: medians over the rounds, in seconds, bytes or ratios, and `targets` with what must hold. Not a
 test: figures depend on the machine. First the node alone (the pool in this process, gRPC over the cell's socket); then,
 with Ray running, the deployment handle, and HTTP in turns with a Serve application of two hops that does nothing.
-`RAY_SERVE_THROUGHPUT_OPTIMIZED=1` and `RAY_SERVE_ENABLE_HA_PROXY=1`, set outside, measure Serve's other modes.
+Serve runs in its throughput mode, as `make cluster-up` has it; `RAY_SERVE_THROUGHPUT_OPTIMIZED=0` or
+`RAY_SERVE_ENABLE_HA_PROXY=1`, set outside, measure its other modes.
 """
 
 import argparse
@@ -265,6 +266,7 @@ def deploy_noop() -> None:
 @contextmanager
 def local_serve(backend: str) -> Iterator[Served]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     import ray
     from ray import serve
 
@@ -318,6 +320,7 @@ def main() -> None:
             asyncio.run(over_serve(served, figures, rounds=args.rounds))
     out: dict[str, Any] = {"backend": pool.backend.name, "rounds": args.rounds, "cores": len(os.sched_getaffinity(0))}
     out |= {name: float(f"{value:.4g}") for name, value in figures.medians().items()}
+    out["serve_environment"] = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out["targets"] = figures.verdicts(AT_LEAST, AT_MOST)
     print(json.dumps(out))
