@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -181,6 +182,8 @@ def accuracies(
         for index in indices or ():
             correct[index] += seen.correct
             judged[index] += seen.judged
+    if not per_step:
+        raise DataError(f"the {len(files)} rollout files hold no rollout: were they written by a run that was killed?")
     if not joined_by_id + joined_by_text:
         raise DataError(
             f"none of the {unmatched} rollouts in {len(files)} files belongs to a row of the dataset, neither by "
@@ -218,9 +221,11 @@ def tally(path: Path) -> list[Seen]:
         accuracy = row.get("acc") if row.get("acc") is not None else row.get("score")
         if accuracy is None:
             entry[2] += 1
-        else:
+        elif isinstance(accuracy, int | float) and math.isfinite(accuracy):  # bool is an int
             entry[0] += 1
             entry[1] += float(accuracy)
+        else:
+            raise DataError(f"{path}, row {number}: acc (or score) must be true, false or a number, got {accuracy!r}")
     return [Seen(i, text, int(n), correct, int(lost)) for (i, text), (n, correct, lost) in sums.items()]
 
 

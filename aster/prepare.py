@@ -101,7 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(smollm2(out))
         return 0
     if args.data:
-        print(raw_problems(out, args))
+        print(
+            raw_problems(
+                out,
+                args.data,
+                source=args.source,
+                columns=_columns(args.columns),
+                evaluation_sets=args.decontaminate,
+                ngram=args.ngram,
+                tokenizer=args.tokenizer,
+                max_prompt_tokens=args.max_prompt_tokens,
+            )
+        )
         return 0
     recipe = Recipe.load("cpu_quickstart", args.overrides)
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
@@ -183,22 +194,37 @@ def write_tiny_model(path: Path, texts: Sequence[str], *, seed: int) -> int:
 # raw problems ---------------------------------------------------------------------------------------------------------
 
 
-def raw_problems(out: Path, args: argparse.Namespace) -> str:
-    """`--data`: OUT/train.parquet, OUT/card.md and OUT/dropped.jsonl; returns a summary."""
-    if not args.source:
+def raw_problems(
+    out: Path,
+    names: Sequence[str],
+    *,
+    source: str,
+    columns: Columns,
+    evaluation_sets: Sequence[str] = (),
+    ngram: int = 10,
+    tokenizer: str = "",
+    max_prompt_tokens: int = 2048,
+) -> str:
+    """`--data`: OUT/train.parquet, OUT/card.md and OUT/dropped.jsonl from the files, URLs or data sets `names`.
+
+    Problems that share `ngram` words in a row with one of `evaluation_sets` are dropped, and with a `tokenizer` (a
+    model directory) those above `max_prompt_tokens`. Returns a summary; `DataError` when nothing is left.
+    """
+    if not source:
         raise ConfigError("--source is missing: name the data set as its rows should, e.g. --source math_dapo")
-    columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    if unknown := sorted(columns.keys() - {"problem", "answer", "row_id"}):
-        raise ConfigError(f"--columns {unknown[0]}=...: only problem, answer and row_id can be named")
-    count = _token_counter(args.tokenizer)
+    if ngram < 1:
+        raise ConfigError(f"--ngram {ngram} must be at least 1")
+    count = _token_counter(tokenizer)
     found = collect(
-        [file for name in args.data for file in local_files(name)],
-        source=args.source,
-        columns=Columns(**columns),
-        contaminated_by=Overlap(read_prompts(args.decontaminate), n=args.ngram) if args.decontaminate else lambda _: "",
+        [file for name in names for file in local_files(name)],
+        source=source,
+        columns=columns,
+        contaminated_by=Overlap(read_prompts(evaluation_sets), n=ngram) if evaluation_sets else lambda _: "",
         prompt_tokens=count,
-        max_prompt_tokens=args.max_prompt_tokens,
+        max_prompt_tokens=max_prompt_tokens,
     )
+    if not found.records:
+        raise DataError(f"{', '.join(names)}: no record in these files")
     out.mkdir(parents=True, exist_ok=True)
     listed = "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in found.dropped)
     (out / "dropped.jsonl").write_text(listed, "utf-8")
@@ -208,10 +234,21 @@ def raw_problems(out: Path, args: argparse.Namespace) -> str:
         raise DataError(f"{counts}; see {out / 'dropped.jsonl'}")
     target = out / "train.parquet"
     write_prompts(target, found.rows)
-    (out / "card.md").write_text(
-        card(target, prompt_tokens=count).markdown(title=args.source) + f"\n{counts}\n", "utf-8"
-    )
+    (out / "card.md").write_text(card(target, prompt_tokens=count).markdown(title=source) + f"\n{counts}\n", "utf-8")
     return f"{target}: {counts}"
+
+
+def _columns(pairs: Sequence[str]) -> Columns:
+    """`["problem=aufgabe", ...]` as Columns."""
+    given = {}
+    for pair in pairs:
+        what, equals, name = pair.partition("=")
+        if what not in ("problem", "answer", "row_id"):
+            raise ConfigError(f"--columns {pair}: only problem, answer and row_id can be named")
+        if not equals or not name:
+            raise ConfigError(f"--columns {pair} must look like {what}=NAME")
+        given[what] = name
+    return Columns(**given)
 
 
 def _token_counter(model_dir: str) -> Callable[[PromptRow], int] | None:

@@ -158,26 +158,51 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     missing = [c for c in _REQUIRED if c not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{path} lacks the columns {missing}; it has {file.schema_arrow.names}")
-    for batch in file.iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+    try:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a sound footer, and broken pages before it
+        raise DataError(f"{path} is not a readable parquet file: {error}") from None
 
 
 def _row(record: Mapping[str, Any], seen: Counter[str], *, where: str) -> PromptRow:
-    messages = tuple({"role": m["role"], "content": m["content"]} for m in record["prompt"] or ())
-    if not messages:
-        raise DataError(f"{where}: column prompt is empty")
-    truth = (record["reward_model"] or {}).get("ground_truth")
+    messages = _messages(record["prompt"], where)
+    reward_model = record["reward_model"]
+    if not isinstance(reward_model, dict | None):
+        raise DataError(f"{where}: reward_model must be a struct with ground_truth, got {type(reward_model).__name__}")
+    truth = (reward_model or {}).get("ground_truth")
     if truth is None:
         raise DataError(f"{where}: reward_model.ground_truth is missing")
     extra = {
         k: v for k, v in (record.get("extra_info") or {}).items() if k not in {"tools_kwargs", "need_tools_kwargs"}
     }
     source = str(record["data_source"])
-    row_id = _own_id(record, extra, source) or _hash(messages)
-    seen[row_id] += 1
-    if seen[row_id] > 1:
-        row_id = f"{row_id}#{seen[row_id]}"
+    row_id = _unique(_own_id(record, extra, source) or _hash(messages), seen)
     return PromptRow(row_id, messages, str(truth), source, record.get("agent_name") or "code_agent", extra)
+
+
+def _messages(prompt: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not prompt:
+        raise DataError(f"{where}: column prompt is empty")
+    whole = isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    )
+    if not whole:
+        raise DataError(
+            f"{where}: prompt must be a list of messages with a role and a text, got {str(prompt)[:80]!r}: "
+            "`aster prepare --data` makes such a file"
+        )
+    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+
+
+def _unique(own: str, seen: Counter[str]) -> str:
+    """`own`, or with the first suffix that no other row has, whatever ids the file itself gives."""
+    row_id = own
+    while row_id in seen:
+        seen[own] += 1
+        row_id = f"{own}#{seen[own]}"
+    seen[row_id] = 1
+    return row_id
 
 
 def _own_id(record: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> str | None:

@@ -176,14 +176,16 @@ def rollout_files(folder: Path, *, step_min: int | None = None, step_max: int | 
 
 def read_rows(path: Path, *, on_bad_line: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of one file, one at a time. A line that is no JSON object is a `DataError`, or goes to `on_bad_line`."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 problem = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
-            except json.JSONDecodeError as error:
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 ({error.reason} at byte {error.start})"
+            except ValueError as error:
                 problem = f"not JSON ({error})"
             if not problem:
                 yield row

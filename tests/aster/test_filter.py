@@ -191,6 +191,15 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
         run(out, dataset=data, rollouts=rollouts(tmp_path / "noacc", 1, {"input": rendered("a")}))
     with pytest.raises(DataError, match=r"1\.jsonl, row 1 has neither row_id nor input"):
         run(out, dataset=data, rollouts=rollouts(tmp_path / "noinput", 1, {"acc": True}))
+    for number, (accuracy, words) in enumerate((("yes", "got 'yes'"), (float("nan"), "got nan"), ([1], r"got \[1\]"))):
+        folder = rollouts(tmp_path / f"odd{number}", 1, {"input": rendered("a"), "acc": accuracy})
+        with pytest.raises(DataError, match=rf"1\.jsonl, row 1: acc \(or score\) must be true, .* {words}"):
+            run(out, dataset=data, rollouts=folder)
+    with pytest.raises(DataError, match="the 1 rollout files hold no rollout"):
+        run(out, dataset=data, rollouts=rollouts(tmp_path / "empty", 1))
+    (good / "4.jsonl").write_bytes(b'{"input": "\xe9", "acc": true}\n')
+    with pytest.raises(DataError, match=r"4\.jsonl, line 1: not UTF-8"):
+        run(out, dataset=data, rollouts=good)
     assert not out.exists()
 
 

@@ -58,7 +58,12 @@ def pipeline(root: Path) -> Path:
         )
 
     first = recipe(
-        "cpu_sft", "sft", f"model.path={root / 'data/model'}", f"data.train_files=[{root / 'data/sft.parquet'}]"
+        "cpu_sft",
+        "sft",
+        f"model.path={root / 'data/model'}",
+        f"data.train_files=[{root / 'data/sft.parquet'}]",
+        "sft.val_fraction=0.1",
+        "run.val_every=20",
     )
     with launch.cluster(first), launch.sandboxes(first) as sandboxes:
         assert sandboxes is not None
@@ -95,6 +100,14 @@ def steps(path: Path) -> dict[int, dict[str, float]]:
 def test_sft_learns(pipeline):
     losses = [m["train/loss"] for m in metrics(pipeline / "sft") if "train/loss" in m]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_sft_is_validated_before_during_and_after(pipeline):
+    seen = {int(m["step"]): m for m in metrics(pipeline / "sft") if "val/loss" in m}
+    assert list(seen)[:3] == [0, 20, 40]
+    last = seen[max(seen)]
+    assert last["val/loss"] < 0.5 * seen[0]["val/loss"]
+    assert (seen[0]["val/tool_format_accuracy"], last["val/tool_format_accuracy"] > 0.5) == (0.0, True)
 
 
 def test_a_resumed_run_goes_on_at_step_three(pipeline):

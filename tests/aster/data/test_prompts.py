@@ -33,7 +33,7 @@ def record(text="1+1?", **more):
 
 
 def parquet(path, records):
-    pq.write_table(pa.Table.from_pylist(records), path)
+    pq.write_table(records if isinstance(records, pa.Table) else pa.Table.from_pylist(records), path)
     return path
 
 
@@ -90,6 +90,27 @@ def test_duplicates_are_numbered_in_order_of_appearance(tmp_path):
     assert [r.row_id for r in read_prompts([path, path])] == ["a", "b", "a#2", "a#3", "b#2", "a#4"]
 
 
+def test_a_suffix_that_the_file_itself_uses_is_passed_over(tmp_path):
+    for order, ids in ((["a#2", "a", "a"], ["a#2", "a", "a#3"]), (["a", "a", "a#2"], ["a", "a#2", "a#2#2"])):
+        path = parquet(tmp_path / "ids.parquet", [record(row_id=i) for i in order])
+        assert [r.row_id for r in read_prompts([path])] == ids
+
+
+def test_files_of_different_columns_read_together(tmp_path):
+    first = parquet(tmp_path / "1.parquet", [record(row_id="own", ability="MATH")])
+    second = parquet(tmp_path / "2.parquet", [record(extra_info={"index": "idx"}, id=3)])
+    assert [r.row_id for r in read_prompts([first, second])] == ["own", "idx"]
+
+
+def test_broken_pages_under_a_sound_footer_are_an_error(tmp_path):
+    path = parquet(tmp_path / "pages.parquet", [record(str(n) * 50) for n in range(500)])
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"pages\.parquet is not a readable parquet file"):
+        read_prompts([path])
+
+
 def test_bad_files_are_named_with_the_cure(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.parquet does not exist"):
         read_prompts([tmp_path / "nowhere.parquet"])
@@ -99,6 +120,16 @@ def test_bad_files_are_named_with_the_cure(tmp_path):
     lacking = {k: v for k, v in record().items() if k != "reward_model"}
     with pytest.raises(DataError, match=r"lacks the columns \['reward_model'\]"):
         read_prompts([parquet(tmp_path / "lacking.parquet", [lacking])])
+    with pytest.raises(DataError, match=r"no rows in .*empty\.parquet"):
+        read_prompts([parquet(tmp_path / "empty.parquet", pa.Table.from_pylist([record()]).slice(1))])
+    for name, wrong, words in (
+        ("text", {"prompt": "1+1?"}, r"row 0: prompt must be a list of messages with a role and a text, got '1\+1\?'"),
+        ("void", {"prompt": [{"role": "user", "content": None}]}, "prompt must be a list of messages"),
+        ("none", {"prompt": []}, "row 0: column prompt is empty"),
+        ("truth", {"reward_model": "2"}, "reward_model must be a struct with ground_truth, got str"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_prompts([parquet(tmp_path / f"{name}.parquet", [record(**wrong)])])
     with pytest.raises(DataError, match=r"row 1: reward_model\.ground_truth is missing"):
         read_prompts([parquet(tmp_path / "hole.parquet", [record(), record(reward_model={"ground_truth": None})])])
 

@@ -168,6 +168,35 @@ def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
     assert "| mine | 1 |" in (tmp_path / "out/card.md").read_text()
 
 
+def test_a_prepare_that_cannot_work_says_so(tmp_path, capsys):
+    raw, empty = lines(tmp_path / "a.jsonl", {"problem": "1+1?", "answer": "2"}), lines(tmp_path / "empty.jsonl")
+    array = tmp_path / "latin.json"
+    array.write_bytes('[{"problem": "é"}]'.encode("latin-1"))
+    for options, words in (
+        (["--data", str(raw)], "--source is missing"),
+        (["--data", str(empty), "--source", "s"], "empty.jsonl: no record in these files"),
+        (["--data", str(array), "--source", "s"], "latin.json is not a readable JSON file"),
+        (["--data", str(raw), "--source", "s", "--columns", "solution=x"], "only problem, answer and row_id can be"),
+        (
+            ["--data", str(raw), "--source", "s", "--columns", "problem"],
+            "--columns problem must look like problem=NAME",
+        ),
+        (["--data", str(raw), "--source", "s", "--ngram", "0"], "--ngram 0 must be at least 1"),
+    ):
+        assert main(["prepare", "--out", str(tmp_path / "out"), *options]) == 1
+        assert words in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_different_schemas_are_read_one_by_one(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "final_answer": "4"}]), tmp_path / "b.parquet")
+    raw = lines(tmp_path / "a.jsonl", {"problem": "1+1?", "answer": "2"}, {"problem": "3+3?", "answer": "6", "id": 9})
+    found = collect([raw, tmp_path / "b.parquet"], source="t")
+    assert [r.ground_truth for r in found.rows] == ["2", "6", "4"]
+    with pytest.raises(DataError, match=r"c\.jsonl:1: no column .* for the answer; the record has problem"):
+        collect([lines(tmp_path / "c.jsonl", {"problem": "a", "answer": "1"}, {"problem": "b"})], source="t")
+
+
 @needs_real_data
 def test_the_card_of_the_published_set_names_the_rows_that_were_never_judged():
     found = card(REAL / "dapo_filter_all_correct.parquet")

@@ -223,6 +223,12 @@ def test_a_torn_line_is_an_error_that_names_file_and_line(tmp_path: Path) -> Non
     path.write_text('{"a": 1}\n{"a": 2\n')
     with pytest.raises(DataError, match=r"1\.jsonl, line 2: not JSON"):
         list(read_rows(path))
+    (tmp_path / "2.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n[3]\n')
+    with pytest.raises(DataError, match=r"2\.jsonl, line 2: not UTF-8 \(invalid start byte at byte 7\)"):
+        list(read_rows(tmp_path / "2.jsonl"))
+    skipped: list[str] = []
+    assert list(read_rows(tmp_path / "2.jsonl", on_bad_line=skipped.append)) == [{"a": 1}]
+    assert skipped[1].endswith("line 3: a JSON list, not an object")
     seen: list[str] = []
     assert list(read_rows(path, on_bad_line=seen.append)) == [{"a": 1}]
     assert len(seen) == 1
