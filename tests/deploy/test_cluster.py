@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from deploy_scripts import ROOT, load
 
-cluster, parts = load("cluster"), load("cluster_parts")
+cluster = load("cluster")
+parts = sys.modules["cluster_parts"]  # which it imports
 
 _TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
 _STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -52,7 +53,7 @@ def head() -> Iterator[subprocess.Popen[bytes]]:
 def test_down_ends_the_head_and_a_child_that_ignores_sigterm_and_nobody_else(
     head: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "TERM_S", 0.5)
+    monkeypatch.setattr(parts, "TERM_S", 0.5)
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
         state = _state(head.pid)
