@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.learner import Learner
@@ -102,6 +104,16 @@ def gradients(learner: Learner) -> dict[str, np.ndarray]:
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
     """Full fp32 masters by Hugging Face name, copied."""
     return {n: _full(p.detach()).cpu().clone() for n, p in learner.model.parameters().items()}
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors by name (model.*, optim.*) out of a learner checkpoint, without a process group."""
+    stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    into = {name: torch.full(entry.size, torch.nan) for name, entry in stored.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch announces that one process reads alone
+        dcp.load(into, checkpoint_id=str(path), no_dist=True)
+    return into
 
 
 def _full(tensor: Any) -> torch.Tensor:
