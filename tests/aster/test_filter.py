@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aster.errors import ConfigError, DataError
-from aster.filter import main
+from aster.filter import main, tally
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "filter"
 
@@ -224,6 +225,21 @@ def test_rows_can_be_bounded_from_below_and_unseen_ones_stay(
     assert [line.split()[-3:] for line in shown.splitlines() if line.startswith("Chinese")] == [["1", "0.2500", "0.0%"]]
     with pytest.raises(ConfigError, match=r"--accuracy-min 0\.9 is not below --threshold 0\.5"):
         kept("--accuracy-min", "0.9", "--threshold", "0.5")
+
+
+def test_memory_grows_with_the_prompts_and_not_with_the_rollouts(tmp_path: Path) -> None:
+    def peak(rows_of_each: int) -> int:
+        texts = [{"input": rendered(p), "output": "x" * 20_000, "acc": True} for p in "abcd"]
+        folder = rollouts(tmp_path / str(rows_of_each), 1, *texts * rows_of_each)
+        tracemalloc.start()
+        try:
+            assert [s.judged for s in tally(folder / "1.jsonl")] == [rows_of_each] * 4
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(2), peak(200)  # 0.16 and 16 MB of rollouts
+    assert many < few + 200_000
 
 
 def test_it_runs_as_a_module() -> None:
