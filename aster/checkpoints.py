@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from aster.errors import DataError
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"global_step_(\d+)$")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|\.index\.json$")
+_LAST_NUMBER = re.compile(r"(?:step|checkpoint)[-_](\d+)$")
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -128,6 +129,27 @@ def _complete(directory: Path) -> dict[int, Path]:
         return {}
     found = ((_NAME.search(p.name), p) for p in directory.iterdir())
     return {int(m.group(1)): p for m, p in found if m and (p / "driver.json").is_file()}
+
+
+def checkpoints_of(paths: Sequence[Path]) -> dict[int, Path]:
+    """`{step: directory}` in order of step: model directories, global_step_N, and runs with several of these.
+
+    The step is the number at the end of the directory's name, else its place among `paths`. Raises `DataError` for a
+    path that holds no model, and where two have one step.
+    """
+    found: dict[int, Path] = {}
+    for place, path in enumerate(paths):
+        inside = _complete(path / "checkpoints") or _complete(path)
+        if not inside:
+            if not any((path / name).is_file() for name in ("config.json", "driver.json")):
+                raise DataError(f"{path} is no model directory, no global_step_N, and no run with checkpoints")
+            number = _LAST_NUMBER.search(path.name)
+            inside = {int(number.group(1)) if number else place: path}
+        for step, directory in inside.items():
+            if step in found:
+                raise DataError(f"{found[step]} and {directory} both stand for step {step}: evaluate one of them alone")
+            found[step] = directory
+    return dict(sorted(found.items()))
 
 
 def copy_model_files(source: Path, target: Path) -> None:

@@ -264,7 +264,6 @@ class EvalConfig(_Section):
     budget: BudgetConfig | None = None
     """null = the training budget."""
     max_num_batched_tokens: int | None = None
-    bootstrap: int = Field(default=2000, ge=100)
 
 
 class SandboxConfig(_Section):

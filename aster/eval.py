@@ -1,32 +1,60 @@
-"""`aster eval`: sample a benchmark with the tool, score it with both verifiers, put an interval on the score.
+"""`aster eval`: sample a benchmark with the tool, score it with both verifiers, put an interval on every score.
 
     aster eval --recipe eval_90k model.path=models/rl data.val_files=[data/aime25.parquet] eval.preset=paper
+    aster eval --checkpoint runs/rl_stage1_18k data.val_files=[...]     every checkpoint of a run: the step curve
+    aster eval --against runs/other --until-decided ...                 paired comparison; stop when it is decided
+    aster eval --compare runs/a runs/b                                  two evaluations that are there, paired
+    aster eval --rescore runs/a                                         judge stored answers again
 
-Writes `val_rollout_data/0.jsonl`, metrics and `eval.json` under the run directory. Needs neither optimizer nor learner.
+Writes val_rollout_data/STEP.jsonl, trajectories/STEP.parquet, disagreements.jsonl (answers that the two verifiers judge
+differently), metrics, eval.json with the hashes of weights, data and config, and curve.csv for several checkpoints. An
+evaluation that was killed goes on where it was. Needs neither optimizer nor learner.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from aster import launch, metrics
+from aster import launch, merge, metrics
+from aster.agent.chat import ChatRenderer
+from aster.checkpoints import checkpoints_of
 from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe
+from aster.data.evaluations import (
+    Parts,
+    Scores,
+    compare,
+    disagreements,
+    files_hash,
+    fingerprint,
+    joined,
+    look_at,
+    read_scores,
+    write_json,
+)
 from aster.data.prompts import read_prompts
-from aster.data.rollouts import write_validation
+from aster.data.rollouts import write_trajectories_parquet, write_validation
 from aster.driver import Inbox, evaluate
 from aster.errors import ConfigError
+from aster.rescore import Rescored, rescore
 from aster.roles import SandboxFactory
 from aster.tracking import Tracker
-from aster.types import TrajectoryGroup
+from aster.types import PromptRow, TrajectoryGroup
+
+ROUNDS = 8  # with --until-decided the samples of a problem are drawn in so many rounds, with a look after each
+ALPHA = 0.05  # chance that two equally good models are told apart by --until-decided
 
 
 @dataclass(frozen=True)
@@ -38,22 +66,90 @@ class EvalResult:
     values: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Rival:
+    """A finished evaluation to compare with; `until_decided`: stop sampling when the difference is decided."""
+
+    path: Path
+    scores: Scores
+    until_decided: bool = False
+
+    def is_decided(self, groups: Sequence[TrajectoryGroup], *, planned: int) -> bool:
+        if not self.until_decided:
+            return False
+        seen = look_at(self.scores, scores_of(groups), planned=planned, alpha=ALPHA)
+        return seen is not None and seen.decided
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    recipe, args = parse_recipe("eval", argv, stage="eval", about=__doc__ or "", default="eval_90k")
+    recipe, args = parse_recipe(
+        "eval", argv, stage="eval", about=__doc__ or "", default="eval_90k", options=_add_options
+    )
+    if args.until_decided and not args.against:
+        raise ConfigError("--until-decided compares with a finished evaluation: name it with --against RUN")
     if args.dry_run:
         print_resolved(recipe)
         return 0
-    launch.require_model(recipe)
+    console = Console()
+    if args.rescore:
+        print_rescored(rescore(args.rescore), console)
+        return 0
+    if args.compare:
+        a, b = args.compare
+        console.print(comparison_table(read_scores(a), read_scores(b), names=(str(a), str(b))))
+        return 0
+    rival = Rival(args.against, read_scores(args.against), args.until_decided) if args.against else None
+    models = checkpoints_of(args.checkpoint) if args.checkpoint else {0: Path(recipe.model.path)}
+    if not args.checkpoint:
+        launch.require_model(recipe)
+    results = {}
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
-        (result,) = asyncio.run(run([recipe], sandboxes))
-    Console().print(summary_table([result]))
+        for step, path in models.items():
+            with _as_model_directory(path, recipe) as model:
+                one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(model)})})
+                weights = files_hash([path])
+                (results[step],) = asyncio.run(run([one], sandboxes, step=step, weights=weights, rival=rival))
+    if len(results) > 1:
+        curve = curve_of(results)
+        (recipe.run.path / "curve.csv").write_text(curve, "utf-8")
+        console.print(curve)
+    console.print(summary_table(list(results.values())))
+    if rival is not None:
+        last = scores_of(list(results.values())[-1].groups)
+        console.print(comparison_table(rival.scores, last, names=(str(rival.path), recipe.run.name)))
     return 0
 
 
-async def run(recipes: Sequence[Recipe], sandboxes: SandboxFactory | None) -> list[EvalResult]:
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        action="append",
+        help="instead of model.path, and as often as needed: a model directory, a global_step_N, or a run with several",
+    )
+    parser.add_argument("--against", type=Path, metavar="RUN", help="a finished evaluation to compare with, paired")
+    parser.add_argument(
+        "--until-decided",
+        action="store_true",
+        help=f"with --against: stop sampling when the difference on these problems is decided (error <= {ALPHA:g})",
+    )
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="compare two evaluations, sample nothing")
+    parser.add_argument("--rescore", type=Path, metavar="DIR", help="judge stored answers again, sample nothing")
+
+
+async def run(
+    recipes: Sequence[Recipe],
+    sandboxes: SandboxFactory | None,
+    *,
+    step: int = 0,
+    weights: str | None = None,
+    rival: Rival | None = None,
+) -> list[EvalResult]:
     """Evaluate one model under one or several settings (sampling, tool on or off), on engines that start once.
 
-    All recipes must agree on `model`, `rollout` and `budget`: these shape the engine.
+    All recipes must agree on `model`, `rollout` and `budget`: these shape the engine. `step` names the files, `weights`
+    is the hash of the model where it was taken of other files than `model.path`.
     """
     first = recipes[0]
     for other in recipes[1:]:
@@ -64,23 +160,155 @@ async def run(recipes: Sequence[Recipe], sandboxes: SandboxFactory | None) -> li
             "data.val_files is empty: name at least one parquet, e.g. data.val_files=[data/aime25.parquet]"
         )
     rows_of = [read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) for recipe in recipes]
+    launch.require_model(first)
+    weights = weights or files_hash([first.model.path])
+    decode = ChatRenderer.from_model_dir(first.model.path).decode
     results = []
-    async with launch.rollouts(first, sandboxes=sandboxes) as rollouts:
-        inbox = Inbox(rollouts.pool.groups())
+    async with contextlib.AsyncExitStack() as stack:
+        sampler = _Sampler(first, sandboxes, stack)
         for recipe, rows in zip(recipes, rows_of, strict=True):
+            made_of = fingerprint(recipe, weights=weights)
+            path = recipe.run.path
+            parts = Parts(path / "parts" / str(step), rows, made_of=made_of, resume=recipe.run.resume)
             with Tracker.open(recipe, total_steps=1) as tracker:
                 began = time.monotonic()
-                groups = await evaluate(recipe, rollouts.pool, inbox, rows, step=0)
-                values = metrics.validation_metrics(groups, n=recipe.eval.samples, decode=rollouts.renderer.decode)
+                groups = await _sample(recipe, rows, parts, sampler, step=step, rival=rival)
+                n = max(len(g.trajectories) for g in groups)
+                values = metrics.validation_metrics(groups, n=n, decode=decode)
                 values["timing_s/testing"] = time.monotonic() - began
-                tracker.log(0, values)
-            path = recipe.run.path
-            write_validation(path / "val_rollout_data", groups, step=0, decode=rollouts.renderer.decode)
-            (path / "eval.json").write_text(
-                json.dumps({"config_hash": recipe.config_hash, **values}, indent=1), "utf-8"
-            )
+                tracker.log(step, values)
+            write_validation(path / "val_rollout_data", groups, step=step, decode=decode)
+            write_trajectories_parquet(path / "trajectories", groups, step=step)
+            _write_result(recipe, groups, values, made_of=made_of, step=step, samples=n, rival=rival)
+            parts.remove()
             results.append(EvalResult(recipe, tuple(groups), values))
     return results
+
+
+class _Sampler:
+    """Engines that start when the first sample is needed; a finished evaluation that is only read needs none."""
+
+    def __init__(self, recipe: Recipe, sandboxes: SandboxFactory | None, stack: contextlib.AsyncExitStack) -> None:
+        self._recipe, self._sandboxes, self._stack = recipe, sandboxes, stack
+        self._running: tuple[launch.Rollouts, Inbox] | None = None
+
+    async def sample(
+        self, recipe: Recipe, rows: Sequence[PromptRow], parts: Parts, *, step: int, round_: int
+    ) -> dict[str, TrajectoryGroup]:
+        """By row id. Every problem is kept in `parts` as soon as it is done."""
+        if self._running is None:
+            rollouts = await self._stack.enter_async_context(launch.rollouts(self._recipe, sandboxes=self._sandboxes))
+            self._running = rollouts, Inbox(rollouts.pool.groups())
+        rollouts, inbox = self._running
+        keeping = KeepingInbox(inbox.stream, inbox.waiting, parts=parts, round_=round_)
+        return {g.row.row_id: g for g in await evaluate(recipe, rollouts.pool, keeping, rows, step=step)}
+
+
+class KeepingInbox(Inbox):
+    """An inbox that keeps every group it hands out in `parts`."""
+
+    def __init__(self, *inbox: object, parts: Parts, round_: int) -> None:
+        super().__init__(*inbox)  # type: ignore[arg-type]  # the fields of the inbox it stands in for
+        self._parts, self._round = parts, round_
+
+    async def next(self, kind: str) -> TrajectoryGroup:
+        group = await super().next(kind)
+        self._parts.add(group, round_=self._round)
+        return group
+
+
+async def _sample(
+    recipe: Recipe, rows: Sequence[PromptRow], parts: Parts, sampler: _Sampler, *, step: int, rival: Rival | None
+) -> list[TrajectoryGroup]:
+    """All samples of all rows, those of `parts` first; in one round, or in several with a look after each."""
+    planned = recipe.eval.samples
+    rounds: list[dict[str, TrajectoryGroup]] = []
+    for round_, size in enumerate(round_sizes(planned, looking=rival is not None and rival.until_decided)):
+        done = parts.read(round_=round_, step=step)
+        todo = [row for row in rows if row.row_id not in done]
+        if todo:
+            part = recipe.model_copy(
+                update={
+                    "eval": recipe.eval.model_copy(update={"samples": size}),
+                    "run": recipe.run.model_copy(update={"seed": recipe.run.seed + 1_000_003 * round_}),
+                }
+            )
+            done |= await sampler.sample(part, todo, parts, step=step, round_=round_)
+        rounds.append(done)
+        if rival is not None and rival.is_decided(joined(rounds, rows), planned=planned):
+            break
+    return joined(rounds, rows)
+
+
+def round_sizes(samples: int, *, looking: bool) -> list[int]:
+    """Samples of a problem per round. A look needs two of each, so there are at most samples / 2 rounds.
+
+    >>> round_sizes(16, looking=True), round_sizes(5, looking=True), round_sizes(16, looking=False)
+    ([2, 2, 2, 2, 2, 2, 2, 2], [3, 2], [16])
+    """
+    rounds = max(1, min(ROUNDS, samples // 2)) if looking else 1
+    return [samples // rounds + (i < samples % rounds) for i in range(rounds)]
+
+
+@contextlib.contextmanager
+def _as_model_directory(path: Path, recipe: Recipe) -> Iterator[Path]:
+    """A learner's checkpoint is merged for the body; a model directory is itself."""
+    if (path / "config.json").is_file():
+        yield path
+        return
+    recipe.run.path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=recipe.run.path, prefix="merged-") as scratch:
+        target = Path(scratch) / "model"
+        merge.merge(path, target, dtype=recipe.model.compute_dtype)
+        yield target
+
+
+# what is written -----------------------------------------------------------------------------------------------------
+
+
+def scores_of(groups: Sequence[TrajectoryGroup]) -> Scores:
+    scores: Scores = {}
+    for group in groups:
+        if group.scored:
+            verdicts = [float(metrics.is_right(t)) for t in group.scored]
+            scores.setdefault(group.row.data_source, {})[group.row.row_id] = verdicts
+    return scores
+
+
+def _write_result(
+    recipe: Recipe,
+    groups: Sequence[TrajectoryGroup],
+    values: dict[str, float],
+    *,
+    made_of: dict[str, str],
+    step: int,
+    samples: int,
+    rival: Rival | None,
+) -> None:
+    path = recipe.run.path
+    differing = [asdict(d) for d in disagreements(groups)]
+    lines = [json.dumps(d, ensure_ascii=False) + "\n" for d in differing]
+    (path / "disagreements.jsonl").write_text("".join(lines), "utf-8")
+    sampling = recipe.eval_sampling()
+    result: dict[str, object] = {
+        "config_hash": recipe.config_hash,
+        "hashes": made_of,
+        "step": step,
+        "samples": samples,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "verdicts_that_differ": len(differing),
+        **values,
+    }
+    if rival is not None:
+        mine = scores_of(groups)
+        seen = look_at(rival.scores, mine, planned=recipe.eval.samples, alpha=ALPHA)
+        result["against"] = {
+            "run": str(rival.path),
+            "paired": {source: asdict(d) for source, d in compare(rival.scores, mine).items()},
+            "these_problems": None if seen is None else asdict(seen),
+        }
+    write_json(path / "eval.json", result)
 
 
 def summary_table(results: Sequence[EvalResult]) -> Table:
@@ -97,12 +325,14 @@ def summary_table(results: Sequence[EvalResult]) -> Table:
     ):
         table.add_column(column)
     for result in results:
-        n = result.recipe.eval.samples
         sampling = result.recipe.eval_sampling()
         for source in dict.fromkeys(g.row.data_source for g in result.groups):
             mine = [g for g in result.groups if g.row.data_source == source]
             calls = [len(t.calls) for g in mine for t in g.scored]
-            core = f"val-core/{source}/acc"
+            n, core = _samples(result), f"val-core/{source}/acc"
+            if f"{core}/mean@{n}" not in result.values:  # our failures lost every sample
+                table.add_row(result.recipe.run.name, source, f"{len(mine)} x {n}", "", "lost", "", "")
+                continue
             table.add_row(
                 result.recipe.run.name,
                 source,
@@ -113,6 +343,51 @@ def summary_table(results: Sequence[EvalResult]) -> Table:
                 f"{sum(calls) / max(len(calls), 1):.2f}",
             )
     return table
+
+
+def comparison_table(a: Scores, b: Scores, *, names: tuple[str, str]) -> Table:
+    """The paired difference per data source, and what it rests on."""
+    table = Table(title=f"{names[1]} minus {names[0]}, on the same problems")
+    for column in ("data", "problems", "difference", "95 % interval", "p (sign flips)"):
+        table.add_column(column)
+    for source, d in compare(a, b).items():
+        table.add_row(source, str(d.problems), f"{d.mean:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}", f"{d.p_value:.4f}")
+    return table
+
+
+def curve_of(results: dict[int, EvalResult]) -> str:
+    """CSV by step and data source; p: paired against the first step."""
+    lines = ["step,data_source,mean,ci_low,ci_high,problems,samples,difference_to_first,p"]
+    first = scores_of(next(iter(results.values())).groups)
+    for step, result in results.items():
+        n, mine = _samples(result), scores_of(result.groups)
+        for source, difference in compare(first, mine).items():
+            core = f"val-core/{source}/acc/mean@{n}"
+            numbers = [result.values[key] for key in (core, f"{core}/ci_low", f"{core}/ci_high")]
+            tail = [difference.problems, n, f"{difference.mean:.6g}", f"{difference.p_value:.6g}"]
+            lines.append(",".join([str(step), source, *(f"{x:.6g}" for x in numbers), *map(str, tail)]))
+    return "\n".join(lines) + "\n"
+
+
+def _samples(result: EvalResult) -> int:
+    """Asked of each problem; fewer than the recipe's where sampling stopped early."""
+    return max(len(g.trajectories) for g in result.groups)
+
+
+def print_rescored(result: Rescored, console: Console) -> None:
+    table = Table(title="math-verify on the last 500 characters")
+    for column in ("data", "step", "rows", "accuracy"):
+        table.add_column(column)
+    for source, by_step in result.table.scores.items():
+        for step, value in sorted(by_step.items()):
+            table.add_row(source, str(step), str(result.table.rows[source][step]), f"{value:.4f}")
+    console.print(table)
+    for reason, count in sorted(result.table.skipped.items()):
+        console.print(f"left out, {reason}: {count}")
+    console.print(
+        f"{len(result.changed)} verdicts differ from the stored ones, {len(result.failures)} could not be given: "
+        "report/rescore.json lists them"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 
 from aster.algo.advantages import group_advantages
 from aster.algo.collapse import collapse_metrics
-from aster.algo.intervals import all_at_k, bootstrap_mean, majority_at_k, pass_at_k
+from aster.algo.intervals import all_at_k, majority_at_k, mean_interval, pass_at_k
 from aster.types import Cause, OptimStats, StepStats, ToolOutcome, Trajectory, TrajectoryGroup
 
 _MAX_LOG_RATIO = 20.0  # exp() of a broken engine's log-prob must not overflow; the objective clamps at the same value
@@ -307,14 +307,14 @@ def timing_metrics(
 
 
 def validation_metrics(
-    groups: Sequence[TrajectoryGroup], *, n: int, bootstrap: int = 2000, seed: int = 0, decode: Decode | None = None
+    groups: Sequence[TrajectoryGroup], *, n: int, seed: int = 0, decode: Decode | None = None
 ) -> dict[str, float]:
     """val-core/{source}/acc/* and val-aux/{source}/*; `n` = samples asked of each problem.
 
     acc is math_verify's verdict where it was asked, else the strict one, else reward > 0.5. mean@n: mean over samples,
     then over problems. best@k and worst@k are exact expectations over subsets of k samples (best@k = pass@k), maj@k a
     majority vote. A problem that lost samples to our failures uses those it has; one that lost all is left out and
-    counted. mean@n/ci_low and ci_high: 95 % bootstrap over problems and samples.
+    counted. {name}/ci_low and ci_high: the 95 % interval for problems like these (`intervals.mean_interval`).
     """
     out: dict[str, float] = {}
     for source in sorted({g.row.data_source for g in groups}):
@@ -328,27 +328,22 @@ def validation_metrics(
             continue
         acc_PG = [np.array([is_right(t) for t in g.scored], dtype=np.float64) for g in alive]
         correct, samples = np.array([a.sum() for a in acc_PG]), np.array([len(a) for a in acc_PG])
-        interval = bootstrap_mean(acc_PG, resamples=bootstrap, seed=seed)
-        out[f"{core}/acc/mean@{n}"] = interval.mean
-        out[f"{core}/acc/mean@{n}/ci_low"], out[f"{core}/acc/mean@{n}/ci_high"] = interval.low, interval.high
+        out |= _with_interval(f"{core}/acc/mean@{n}", [float(a.mean()) for a in acc_PG])
         out[f"{aux}/acc/std@{n}"] = float(np.mean([a.std(ddof=1) if len(a) > 1 else 0.0 for a in acc_PG]))
         for k in _subset_sizes(n):
             home = core if k == n else aux
-            out[f"{home}/acc/best@{k}/mean"] = _at_most(pass_at_k, correct, samples, k)
-            out[f"{home}/acc/maj@{k}/mean"] = float(
-                np.mean(
-                    [
-                        majority_at_k(
-                            [t.verdicts.pred for t in g.scored],
-                            [is_right(t) for t in g.scored],
-                            k=min(k, len(g.scored)),
-                            seed=seed + index,
-                        )
-                        for index, g in enumerate(alive)
-                    ]
+            majorities = [
+                majority_at_k(
+                    [t.verdicts.pred for t in g.scored],
+                    [is_right(t) for t in g.scored],
+                    k=min(k, len(g.scored)),
+                    seed=seed + index,
                 )
-            )
-            out[f"{aux}/acc/worst@{k}/mean"] = _at_most(all_at_k, correct, samples, k)
+                for index, g in enumerate(alive)
+            ]
+            out |= _with_interval(f"{home}/acc/best@{k}/mean", _at_most(pass_at_k, correct, samples, k))
+            out |= _with_interval(f"{home}/acc/maj@{k}/mean", majorities)
+            out |= _with_interval(f"{aux}/acc/worst@{k}/mean", _at_most(all_at_k, correct, samples, k))
         out |= _validation_details(alive, n=n, prefix=aux, decode=decode)
     return out
 
@@ -384,9 +379,14 @@ def _subset_sizes(n: int) -> list[int]:
     return [*(2**i for i in range(1, 20) if 2**i < n), n]
 
 
-def _at_most(estimator: Callable[..., np.ndarray], correct: np.ndarray, samples: np.ndarray, k: int) -> float:
-    """Mean over problems; a problem with fewer than k samples left is judged on all it has."""
-    values = [
-        estimator(correct[i : i + 1], samples[i : i + 1], k=min(k, int(samples[i])))[0] for i in range(len(samples))
+def _with_interval(name: str, values_P: Sequence[float]) -> dict[str, float]:
+    interval = mean_interval(values_P)
+    return {name: interval.mean, f"{name}/ci_low": interval.low, f"{name}/ci_high": interval.high}
+
+
+def _at_most(estimator: Callable[..., np.ndarray], correct: np.ndarray, samples: np.ndarray, k: int) -> list[float]:
+    """[P]; a problem with fewer than k samples left is judged on all it has."""
+    return [
+        float(estimator(correct[i : i + 1], samples[i : i + 1], k=min(k, int(samples[i])))[0])
+        for i in range(len(samples))
     ]
-    return float(np.mean(values))

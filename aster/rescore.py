@@ -1,0 +1,86 @@
+"""Judging stored validation rows again, as the reference's score script does: same rows, same average, same files.
+
+    DIR/STEP.jsonl -> DIR/report/SOURCE.csv (step,avg_score) and DIR/report/rescore.json
+
+Used by `aster eval --rescore DIR`. Reads our own files and the reference's; samples nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aster.agent.rewards import MATH_VERIFY_TAIL_CHARS, RewardPool
+from aster.data.evaluations import write_json
+from aster.data.rollouts import ScoreTable, average_scores
+from aster.errors import DataError, RewardFailed
+
+
+@dataclass
+class Rescored:
+    """The averages, every row whose verdict is not the one it was stored with, and those nobody could judge."""
+
+    table: ScoreTable
+    changed: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def rescore(folder: Path, *, timeout_s: float = 10.0) -> Rescored:
+    """Judge every row of `folder` (a run directory, or one with STEP.jsonl files) with math-verify.
+
+    An answer on which the verifier fails or hangs counts as wrong, as in the reference, and is listed.
+    """
+    inner = folder / "val_rollout_data"
+    folder = inner if inner.is_dir() else folder
+    result = Rescored(ScoreTable())
+    pool = RewardPool(reward="math_verify", timeout_s=timeout_s)
+    with asyncio.Runner() as runner:
+
+        def verify(text: str, truth: str) -> bool:
+            try:
+                return bool(runner.run(pool.score(text, truth))[1].math_verify)
+            except RewardFailed as error:
+                result.failures.append(str(error))
+                return False
+
+        def on_row(step: int, row: dict[str, Any], right: bool) -> None:
+            if row.get("acc") is not None and bool(row["acc"]) != right:
+                output = str(row.get("output") or "")
+                result.changed.append(
+                    {
+                        "step": step,
+                        "uid": row.get("uid") or row.get("non_tensor_uid"),
+                        "stored": bool(row["acc"]),
+                        "math_verify": right,
+                        "ground_truth": (row.get("non_tensor_reward_model") or {}).get("ground_truth"),
+                        "output_tail": output[-min(200, MATH_VERIFY_TAIL_CHARS) :],
+                    }
+                )
+
+        try:
+            result.table = average_scores(folder, verify=verify, on_row=on_row)
+        finally:
+            pool.close()
+    if not result.table.scores:
+        raise DataError(f"{folder} holds no row with a data source and a ground truth: nothing to judge")
+    _write(folder / "report", result)
+    return result
+
+
+def _write(folder: Path, result: Rescored) -> None:
+    folder.mkdir(exist_ok=True)
+    table = result.table
+    for source in table.scores:
+        (folder / f"{source}.csv").write_text(table.csv(source), "utf-8")
+    write_json(
+        folder / "rescore.json",
+        {
+            "scores": table.scores,
+            "rows": table.rows,
+            "skipped": table.skipped,
+            "verdicts_changed": result.changed,
+            "verifier_failures": result.failures,
+        },
+    )
