@@ -10,6 +10,7 @@ from aster.command import run_verb
 VERBS = {
     "quickstart": "everything on this machine: prepare, SFT, RL stage 1, filter, RL stage 2, merge, eval, report",
     "prepare": "model directory, prompts and cold-start conversations of a task",
+    "synthesize": "cold-start conversations from a teacher's trajectories",
     "sft": "cold-start supervised fine-tuning",
     "train": "GRPO",
     "filter": "drop the prompts that a stage already answers every time",
