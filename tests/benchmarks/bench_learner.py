@@ -1,11 +1,14 @@
-"""How fast one learner rank trains, against a plain torch loop on the same packed rows. Prints one JSON line.
+"""Packed rows against padded batches, and the log-prob head against full logits. Prints one JSON line.
 
-    python tests/benchmarks/bench_learner.py                       the CPU recipes' model (0.6M parameters, fp32)
-    python tests/benchmarks/bench_learner.py --size 0.6b --tokens 16384 --dtype bfloat16      one GPU
+    make bench-learner                                                   the quickstart's model, on this machine
+    make bench-learner ARGS="--lengths FILE --row-tokens 8192"           samples of other lengths: [prompt, completion]
+    make bench-learner ARGS="--size 0.6b --dtype bfloat16 --recompute"   one GPU
 
-`tokens_per_s` counts every token of the row through forward_backward; `plain_tokens_per_s` the same forward, cross
-entropy and backward without FSDP, chunking, entropy and statistics (fp32 or autocast, same attention, no
-recomputation unless asked for). Medians of wall time on CUDA, of process time on a CPU that others may share.
+Three ways to the gradient of the same samples, one after the other in every round, each under the same budget of
+places: our learner on packed rows; plain transformers with an attention mask on batches in the given order; the same
+on batches sorted by length. `tokens_per_s` counts real tokens, `waste` is the share of places that hold padding,
+`peak_mib` is what forward and backward need above the loaded models. The ratios under `targets` are medians over
+rounds of ratios within a round. On a CPU seconds are process time: others may share the machine.
 """
 
 from __future__ import annotations
@@ -15,158 +18,172 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from actors.attention import PACKED, Packing, choose
+from learner_work import (
+    SIZES,
+    Cost,
+    Head,
+    PaddedLoop,
+    cost,
+    dense_peak,
+    forward_flops,
+    interleaved,
+    lengths_of,
+    mfu,
+    padded_batches,
+    qwen3,
+    recipe,
+    samples_of,
+    waste,
+    write_random_model,
+)
+
 from actors.fsdp import DTYPES
 from actors.learner import Learner
 from aster.algo.packing import denominators, pack
-from aster.config import Recipe
-from aster.types import MicroBatch, Sample
 
-SIZES: dict[str, dict[str, Any]] = {
-    "quickstart": {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-    "0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
-    "4b": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
-}  # fmt: skip
+HEAD_VOCAB = 151_936
+MIB = 2**20
 
 
 def main() -> None:
+    print(json.dumps(measure(parsed())))
+
+
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="quickstart")
-    parser.add_argument("--tokens", type=int, default=1500, help="tokens of the packed row")
-    parser.add_argument("--mean-length", type=int, default=160, help="tokens of a sample, lognormal")
+    parser.add_argument("--lengths", metavar="FILE", help="JSON; default: 64 lognormal samples, always the same")
+    parser.add_argument("--samples", type=int, help="only the first so many")
+    parser.add_argument("--row-tokens", type=int, default=4096, help="places of a row or a padded batch")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--attention", choices=["auto", "sdpa", "flash", "varlen", "flex"], default="auto")
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, in both loops")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out (it keeps all logits)")
-    args = parser.parse_args()
-
-    with tempfile.TemporaryDirectory() as path:
-        config = Qwen3Config(**SIZES[args.size], tie_word_embeddings=True, max_position_embeddings=1 << 17)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-        recipe = Recipe.model_validate(
-            {
-                "stage": "rl",
-                "model": {
-                    "compute_dtype": args.dtype,
-                    "gradient_checkpointing": args.recompute,
-                    "attention": args.attention,
-                },
-                "rollout": {"prompts_per_step": 64, "enforce_eager": True},
-            }
-        )
-        learner = Learner(recipe, model_path=path, total_steps=100)
-        row, tokens = rows_of(args.tokens, args.mean_length, config.vocab_size)
-        result = {
-            "size": args.size,
-            "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "dtype": args.dtype,
-            "attention": learner.model.kernel,
-            "recompute": args.recompute,
-            "row_tokens": len(row.input_ids),
-            "segments": len(row.sample_index),
-            "parameters": sum(p.numel() for p in learner.model.parameters().values()),
-        }
-        seconds, peak = timed(
-            lambda: learner.forward_backward(row, num_loss_tokens=tokens, num_groups=1), learner.device, args.repeats
-        )
-        result["tokens_per_s"] = round(len(row.input_ids) / seconds, 1)
-        result["peak_gib"] = peak
-        result["optim_step_s"] = round(learner.optim_step().seconds, 4)
-        result["log_probs_tokens_per_s"] = round(
-            len(row.input_ids) / timed(lambda: learner.log_probs(row), learner.device, args.repeats)[0], 1
-        )
-        learner.close()
-        if not args.no_plain:
-            del learner
-            seconds, peak = timed(plain_loop(path, row, args), _device(), args.repeats)
-            result["plain_tokens_per_s"] = round(len(row.input_ids) / seconds, 1)
-            result["plain_peak_gib"] = peak
-            result["ratio"] = round(result["tokens_per_s"] / result["plain_tokens_per_s"], 3)
-    print(json.dumps(result))
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, in all three")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--head-rows", type=int, default=3072, help="loss tokens of the comparison; 0 leaves it out")
+    parser.add_argument("--head-hidden", type=int, default=64)
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of a device that is not in our table")
+    return parser.parse_args(argv)
 
 
-def rows_of(tokens: int, mean_length: int, vocab: int) -> tuple[MicroBatch, int]:
-    """One row of about `tokens` tokens and its loss tokens; lengths lognormal, 60 % of the tokens trained on."""
-    rng = np.random.default_rng(0)
-    samples: list[Sample] = []
-    left = tokens
-    while left > 8:
-        n = int(min(left, max(8, rng.lognormal(np.log(mean_length), 0.35))))
-        mask = rng.random(n) < 0.6
-        old = rng.normal(-5.0, 0.5, n).astype(np.float32)
-        samples.append(Sample(rng.integers(0, vocab, n).astype(np.int32), mask, 1.0, 0, old, old))
-        left -= n
-    [[row]] = pack(samples, row_tokens=tokens, dp_size=1)
-    return row, denominators(samples)[0]
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = qwen3(args.size)
+        path = write_random_model(Path(folder), config)
+        settings = recipe(dtype=args.dtype, attention=args.attention, recompute=args.recompute)
+        learner = Learner(settings, model_path=str(path), total_steps=100)
+        try:
+            return _measure(args, learner, path)
+        finally:
+            learner.close()
 
 
-def plain_loop(path: str, row: MicroBatch, args: argparse.Namespace) -> Callable[[], None]:
-    device = _device()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=PACKED).to(device)
-    model.train()
-    if args.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.tensor(row.input_ids, device=device)[None]
-    positions = torch.tensor(row.position_ids, device=device)[None]
-    labels = torch.tensor(np.where(row.loss_mask, row.labels, -100), device=device)
-    packing = Packing(
-        lengths=np.diff(row.cu_seqlens).tolist(),
-        boundaries=torch.tensor(row.cu_seqlens, device=device),
-        kernel=choose(args.attention, device=device, dtype=DTYPES[args.dtype]),
+def _measure(args: argparse.Namespace, learner: Learner, path: Path) -> dict[str, Any]:
+    config, device = qwen3(args.size), learner.device
+    chunk_tokens = learner.recipe.learner.logprob_chunk_tokens
+    samples = samples_of(lengths_of(args.lengths, count=args.samples), vocab=config.vocab_size)
+    tokens, groups = denominators(samples)
+    rows = [row for [row] in pack(samples, row_tokens=args.row_tokens, dp_size=1)]
+    padded = padded_batches(samples, tokens=args.row_tokens, by_length=False)
+    by_length = padded_batches(samples, tokens=args.row_tokens, by_length=True)
+    plain = PaddedLoop(path, device=device, dtype=args.dtype, recompute=args.recompute, chunk_tokens=chunk_tokens)
+
+    def through_rows() -> None:
+        for row in rows:
+            learner.forward_backward(row, num_loss_tokens=tokens, num_groups=groups)
+
+    def through(batches: list[Any]) -> None:
+        for batch in batches:
+            plain.forward_backward(batch, num_loss_tokens=tokens)
+
+    costs = interleaved(
+        {"packed": through_rows, "padded": lambda: through(padded), "sorted": lambda: through(by_length)},
+        device,
+        rounds=args.rounds,
     )
+    with cost(device) as step:
+        learner.optim_step()
+    with cost(device) as scores:
+        for row in rows:
+            learner.log_probs(row)
+    total = sum(map(len, samples))
+    seconds = statistics.median(c.seconds for c in costs["packed"]) + step.seconds
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else dense_peak(name)
+    flops = forward_flops(config, [len(s) for s in samples], loss_tokens=tokens)
+    shapes = {"packed": (len(rows), 0.0)} | {
+        kind: (len(batches), waste(batches)) for kind, batches in (("padded", padded), ("sorted", by_length))
+    }
+    result = {
+        "size": args.size,
+        "device": name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "attention": learner.model.kernel,
+        "recompute": args.recompute,
+        "samples": len(samples),
+        "tokens": total,
+        "row_tokens": args.row_tokens,
+        **{kind: _told(spent, total, *shapes[kind]) for kind, spent in costs.items()},
+        "optim_step_s": round(step.seconds, 4),
+        "log_probs_tokens_per_s": round(total / scores.seconds, 1),
+        "gflop_per_s": round(3 * flops / seconds / 1e9, 1),
+        "mfu": mfu(flops, seconds, peak=peak),
+        "head": _head(args, device, chunk_tokens) if args.head_rows else None,
+    }
+    return result | {"targets": _targets(costs, result["head"])}
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
-            logits = model.lm_head(out.last_hidden_state)[0]
-        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
 
-    return step
-
-
-def timed(step: Callable[[], Any], device: torch.device, repeats: int) -> tuple[float, float | None]:
-    """Median seconds of `step` after two warm-up calls, and the peak GiB on CUDA."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    for _ in range(2):
-        step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        _wait(device)
-        began = clock()
-        step()
-        _wait(device)
-        seconds.append(clock() - began)
-    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None
-    return statistics.median(seconds), peak
+def _told(spent: list[Cost], tokens: int, batches: int, padding: float) -> dict[str, float]:
+    return {
+        "tokens_per_s": round(tokens / statistics.median(c.seconds for c in spent), 1),
+        "peak_mib": round(statistics.median(c.peak_bytes for c in spent) / MIB, 1),
+        "batches": batches,
+        "waste": round(padding, 3),
+    }
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _head(args: argparse.Namespace, device: torch.device, chunk_tokens: int) -> dict[str, Any]:
+    head = Head(rows=args.head_rows, hidden=args.head_hidden, vocab=HEAD_VOCAB, device=device, dtype=DTYPES[args.dtype])
+    works = {"ours": lambda: head.ours(chunk_tokens=chunk_tokens), "full": head.full}
+    costs = interleaved(works, device, rounds=max(1, args.rounds // 2))
+    ours, full = ({"s": _median(c, "seconds"), "mib": _median(c, "peak_bytes") / MIB} for c in costs.values())
+    return {
+        "rows": args.head_rows,
+        "hidden": args.head_hidden,
+        "vocab": HEAD_VOCAB,
+        "chunk_tokens": chunk_tokens,
+        "seconds": round(ours["s"], 3),
+        "full_logits_seconds": round(full["s"], 3),
+        "peak_mib": round(ours["mib"], 1),
+        "full_logits_peak_mib": round(full["mib"], 1),
+        "peak_ratio": round(ours["mib"] / full["mib"], 3),
+    }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _targets(costs: dict[str, list[Cost]], head: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    def faster_than(kind: str) -> float:
+        pairs = zip(costs["packed"], costs[kind], strict=True)
+        return round(statistics.median(other.seconds / ours.seconds for ours, other in pairs), 3)
+
+    figures = {"packed_vs_padded": (faster_than("padded"), 1.3), "packed_vs_sorted": (faster_than("sorted"), 1.0)}
+    out = {name: {"is": it, "must": f">= {bound:g}", "met": it >= bound} for name, (it, bound) in figures.items()}
+    if head is not None:
+        ratio = head["peak_ratio"]
+        out["head_peak_vs_full_logits"] = {"is": ratio, "must": "<= 0.25", "met": ratio <= 0.25}
+    return out
+
+
+def _median(costs: list[Cost], field: str) -> float:
+    return float(statistics.median(getattr(c, field) for c in costs))
 
 
 if __name__ == "__main__":
