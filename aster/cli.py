@@ -17,6 +17,8 @@ VERBS = {
     "merge": "checkpoint -> Hugging Face directory",
     "eval": "sample a benchmark with the tool and score it",
     "report": "one offline HTML page for one or several runs",
+    "replay": "run a trajectory's cells again in a fresh session and compare the outputs",
+    "doctor": "what this machine has and lacks, each with its cure",
 }
 
 
