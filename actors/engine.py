@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _CALL_S = 60.0  # deadline of a call that the engine core answers at once
 _SHUTDOWN_S = 2.0  # what the core gets to leave by itself; on CPU it uses all of it
+_LIFE_S = 0.5  # how often a control call that waits looks whether the core still lives
 _CANARY_PRIORITY = -1  # before every episode's request (priority 0)
 
 
@@ -341,16 +342,25 @@ class RolloutEngine:
     # life ------------------------------------------------------------------------------------------------------------
 
     async def _within(self, timeout_s: float, call: Coroutine[Any, Any, T]) -> T:
-        """`call`, or `EngineLost` if the core is dead or does not answer in time."""
+        """`call`, or `EngineLost` if the core is dead or does not answer in time.
+
+        vLLM fails the requests of a core that dies, but not the control calls that it was working at: we watch those.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        answer = asyncio.ensure_future(call)
         try:
             async with asyncio.timeout(timeout_s):
-                return await call
+                while not (await asyncio.wait([answer], timeout=_LIFE_S))[0]:
+                    if self._engine.errored:
+                        raise EngineLost(f"{self.name}: the engine core is dead")
+                return answer.result()
         except TimeoutError:
             raise EngineLost(f"{self.name}: the engine core did not answer within {timeout_s:g} s") from None
         except EngineDeadError as error:
             raise EngineLost(f"{self.name}: the engine core is dead") from error
+        finally:
+            answer.cancel()
 
     async def shutdown(self) -> None:
         await asyncio.to_thread(self._engine.shutdown, timeout=_SHUTDOWN_S)

@@ -223,8 +223,14 @@ class Learner:
     def weight_open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
         self._weight_sender().open(backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s)
 
-    def weight_send(self, *, bucket_bytes: int) -> list[str]:
-        return self._weight_sender().send(bucket_bytes=bucket_bytes)
+    def weight_send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
+        return self._weight_sender().send(bucket_bytes=bucket_bytes, hold=hold)
+
+    def weight_keep(self) -> None:
+        self._weight_sender().keep()
+
+    def weight_resend(self, *, bucket_bytes: int) -> list[str]:
+        return self._weight_sender().resend(bucket_bytes=bucket_bytes)
 
     def weight_close(self) -> None:
         if self._sender is not None:

@@ -1,22 +1,49 @@
 """The sending end of a publication, one in every learner rank (`weight_sync.py` leads it).
 
-Rank 0 packs, seals and broadcasts; the others take part in the gathering and send nothing.
+Rank 0 packs, seals and broadcasts; the others take part in the gathering and send nothing. While a bucket is on the
+wire the next one is gathered, packed and sealed.
+
+Rank 0 also holds what was last published, as it went over the wire, in host memory: a roll-back is the same buckets
+sent again. All of it lies in rank 0, not in shards: only rank 0 sends, so a roll-back needs no gathering, and the old
+checksums prove the copy too. It takes the wire's bytes once (8 GB for 4B parameters in bf16), and twice from the start
+of a publication until it is accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
 
-from actors.wire import Bucket, Pending, WireGroup, dtype_of, plan_buckets, seal, sealed_digest, serve_store, view
+from actors.wire import (
+    Bucket,
+    Pending,
+    WireGroup,
+    blank,
+    dtype_of,
+    plan_buckets,
+    seal,
+    sealed_digest,
+    serve_store,
+    view,
+)
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
 _RENDEZVOUS_S = 300.0  # how long the store lets a rank wait for the others; the group's own timeout comes with open()
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One publication as it went over the wire."""
+
+    bucket_bytes: int
+    buckets: list[tuple[Bucket, torch.Tensor]]  # sealed, on the host
 
 
 class WeightSender:
@@ -39,6 +66,8 @@ class WeightSender:
         self._store: dist.TCPStore | None = None
         self._group: WireGroup | None = None
         self._stock: Any = None
+        self._sent: _Copy | None = None  # what `send` sent last
+        self._kept: _Copy | None = None  # what `keep` said is good
 
     def address(self) -> tuple[str, int]:
         """Rank 0: (host, port) of a fresh rendezvous, bound from now on. Ends a group that was open before."""
@@ -66,44 +95,85 @@ class WeightSender:
             ip=host,
         )
 
-    def send(self, *, bucket_bytes: int) -> list[str]:
+    def send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
         """One pass over the weights. Rank 0 returns the checksum of every bucket (none with `vllm_nccl`), others [].
 
-        On any failure the group is dropped, so that the receivers fail now rather than at their timeout.
+        `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped, so that the
+        receivers fail now rather than at their timeout.
         """
+        self._sent = None
         if self._rank != 0:
             for _ in self._tensors():
                 pass
             return []
-        try:
-            if self._stock is not None:
+        if self._stock is not None:
+            with self._closing():
                 self._stock.send_weights()
-                return []
-            return self._send(bucket_bytes)
-        except BaseException:
-            self.close()
-            raise
+            return []
+        copy = _Copy(bucket_bytes, []) if hold else None
+        digests = self._broadcast(self._packed(bucket_bytes), copy)
+        self._sent = copy
+        return digests
 
-    def _send(self, bucket_bytes: int) -> list[str]:
+    def keep(self) -> None:
+        """What was sent last verified: from here on `resend` sends it, and the copy before it is dropped."""
+        self._sent, self._kept = None, self._sent
+
+    def resend(self, *, bucket_bytes: int) -> list[str]:
+        """Rank 0: the kept buckets once more, under their old checksums. Other ranks: nothing.
+
+        Raises `WeightSyncError` when there is no copy, or one that was cut into buckets of another size.
+        """
+        if self._rank != 0:
+            return []
+        self._sent = None
+        if self._kept is None:
+            raise WeightSyncError("the learner holds no published weights to send again")
+        if self._kept.bucket_bytes != bucket_bytes:
+            raise WeightSyncError(
+                f"the learner holds buckets of {self._kept.bucket_bytes} bytes, the engines wait for {bucket_bytes}"
+            )
+        return self._broadcast(self._kept.buckets)
+
+    def _packed(self, bucket_bytes: int) -> Iterator[tuple[Bucket, torch.Tensor]]:
+        """The current weights, bucket by bucket, sealed, where the wire wants them."""
         assert self._group is not None, "open() comes before send()"
-        digests: list[str] = []
         pairs = self.checked()
-        in_flight: Pending | None = None
         for bucket in plan_buckets(self.metadata, bucket_bytes=bucket_bytes):
-            buffer = self._group.empty(bucket.size).zero_()  # equal weights, equal checksums: no garbage between them
+            buffer = self._group.empty(bucket.size)
+            blank(buffer, bucket)
             for slot in bucket.slots:
                 view(buffer, slot).copy_(next(pairs)[1])
             seal(buffer)
-            digests.append(sealed_digest(buffer))
-            posted = self._post(bucket, buffer)
-            if in_flight is not None:
-                in_flight.wait()
-            in_flight = posted
+            yield bucket, buffer
         for name, _ in pairs:
             raise WeightSyncError(f"the learner has tensor {name!r} that its metadata does not announce")
-        if in_flight is not None:
-            in_flight.wait()
+
+    def _broadcast(self, buckets: Iterable[tuple[Bucket, torch.Tensor]], copy: _Copy | None = None) -> list[str]:
+        assert self._group is not None, "open() comes before send()"
+        digests: list[str] = []
+        in_flight: Pending | None = None
+        with self._closing():
+            for bucket, held in buckets:
+                buffer = held.to(self._group.device)
+                digests.append(sealed_digest(buffer))
+                posted = self._post(bucket, buffer)
+                if copy is not None:
+                    copy.buckets.append((bucket, buffer.cpu()))  # over gloo it is the buffer itself
+                if in_flight is not None:
+                    in_flight.wait()
+                in_flight = posted
+            if in_flight is not None:
+                in_flight.wait()
         return digests
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _post(self, bucket: Bucket, buffer: torch.Tensor) -> Pending:
         assert self._group is not None
@@ -125,7 +195,7 @@ class WeightSender:
             raise WeightSyncError(f"the learner announced {missing.name!r} and did not send it")
 
     def close(self) -> None:
-        """Leave the group; idempotent."""
+        """Leave the group; idempotent. The kept copy stays."""
         if self._group is not None:
             self._group.close()
         if self._stock is not None:

@@ -4,13 +4,16 @@
     open, once               join the group (rank_offset each)         rank 0 serves the rendezvous and joins
     begin                    gate shut, pause(keep), reload started
     transfer                 receive, check, load each bucket    <---  pack, seal, broadcast; ranks > 0 gather along
-    commit                   reload finished, version set
-    verify                   resumed behind the gate: canary           canary, same ids
-    accept                   gate open                                                 or reject: gate stays shut
+    commit                   reload finished, version set              canary, while the engines still load
+    verify                   resumed behind the gate: canary
+    accept                   gate open                                 what was sent is kept       or reject: gate shut
 
 Invariant: no token leaves an engine that was sampled by weights whose bytes and whose canary did not agree with the
-learner's. A failed publication leaves the engines shut; the next one that succeeds opens them. All three backends run
-this control flow: `gloo` and `nccl` (ours, `wire.py`) and `vllm_nccl` (vLLM's own engine; canary only, no checksums).
+learner's. A publication that fails is rolled back: learner rank 0 sends what it published last once more (checksums
+and all), the canary must have the log-probs that were recorded then, and the engines serve that version again. They
+stay shut when there is nothing to go back to, or when that fails too; the next publication that succeeds opens them.
+All three backends run this control flow: `gloo` and `nccl` (ours, `wire.py`) and `vllm_nccl` (vLLM's own engine: canary
+only, no checksums and no roll-back).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -75,8 +78,17 @@ class RayWeightSource:
             "weight_open", backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s
         )
 
-    async def send(self, *, bucket_bytes: int) -> list[str]:
-        digests: list[str] = (await self._all("weight_send", bucket_bytes=bucket_bytes))[0]
+    async def send(self, *, bucket_bytes: int, hold: bool) -> list[str]:
+        digests: list[str] = (await self._all("weight_send", bucket_bytes=bucket_bytes, hold=hold))[0]
+        return digests
+
+    async def keep(self) -> None:
+        """What was sent last is good: rank 0 holds it for `resend`."""
+        await self._call(0, "weight_keep")
+
+    async def resend(self, *, bucket_bytes: int) -> list[str]:
+        """What was kept last, once more. Only rank 0 has it."""
+        digests: list[str] = await self._call(0, "weight_resend", bucket_bytes=bucket_bytes)
         return digests
 
     async def close(self) -> None:
@@ -105,6 +117,15 @@ class RayWeightSource:
             raise WeightSyncError(f"learner rank {rank}: {method} failed: {cause or error}") from error
 
 
+@dataclass(frozen=True)
+class _Good:
+    """The last publication that verified: what a roll-back restores."""
+
+    version: int
+    canary: np.ndarray  # float32 [len(canary ids) - 1], the learner's log-probs of it
+    ranks: tuple[Any, ...]  # the gang that published it; another one has no copy
+
+
 class WeightSync:
     """Publishes to a fixed set of engines (`router.Publisher`). One publication at a time."""
 
@@ -116,10 +137,13 @@ class WeightSync:
         bucket_bytes: int = 64 << 20,
         canary_ids: np.ndarray | None = None,
         canary_nats: float | None = None,
+        rollback: bool = True,
         timeout_s: float = 600.0,
     ) -> None:
         """`canary_ids` [n] int; null = fixed random ids. `canary_nats`: largest (fp32) or mean (bf16) difference of
-        log-probs that passes; null = 1e-4 or 0.2. `timeout_s` bounds every single step and every broadcast."""
+        log-probs that passes; null = 1e-4 or 0.2. `rollback`: learner rank 0 holds a copy of what was published, to
+        send it again after a failure (`weight_sender.py` says what it weighs). `timeout_s` bounds every single step and
+        every broadcast."""
         assert engines, "an engine at least"
         actual = engines[0].weight_backend
         if backend not in ("auto", actual):
@@ -133,6 +157,9 @@ class WeightSync:
         if canary_ids is None:
             canary_ids = np.random.default_rng(0).integers(0, engines[0].vocab_size, _CANARY_TOKENS)
         self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len - 1]
+        self._rollback = rollback and actual != "vllm_nccl"  # the stock sender's stream cannot be recorded
+        self._good: _Good | None = None
+        self._phases: dict[str, float] = {}  # seconds of the publication under way
         self._members: tuple[Any, ...] = ()  # who is in the open group; () = none is open
         self._lock = asyncio.Lock()
 
@@ -140,39 +167,85 @@ class WeightSync:
         """Bring every living engine to the learner's weights, labelled `version`.
 
         An engine that dies on the way is left out and the rest is served. Raises `WeightSyncError` naming the bucket or
-        the canary token that disagrees (the engines stay shut), `EngineLost` when no engine is left, `GangFailure`.
+        the canary token that disagrees, and in `restored` the version that was rolled back to; `EngineLost` when no
+        engine is left; `GangFailure`.
         """
         async with self._lock:
             began = time.perf_counter()
+            self._phases = {}
             tensors = await source.describe()
-            while True:
-                engines = [engine for engine in self._engines if not engine.lost]
-                if not engines:
-                    raise EngineLost(
-                        "no engine is left to publish to: "
-                        + "; ".join(f"{e.name} is dead: {e.lost}" for e in self._engines)
-                    )
-                try:
-                    await self._transfer(source, engines, tensors, version)
-                    worst = await self._verify(source, engines, version)
-                    await self._each(engines, "weight_accept")
-                    break
-                except EngineLost as error:
-                    await self._leave(source, engines)
-                    await asyncio.gather(*(engine.probe() for engine in engines))
-                    if not any(engine.lost for engine in engines):
-                        raise WeightSyncError(f"version {version} was not published: {error}") from error
-                    log.error("version %d is published again without the engine that died: %s", version, error)
-                except BaseException:
-                    await self._leave(source, engines)
-                    raise
+            try:
+                engines, worst = await self._deliver(source, tensors, version)
+            except WeightSyncError as error:
+                raise await self._roll_back(source, tensors, error) from error
             return PublishReport(
                 version=version,
                 bytes=sum(prod(m.shape) * dtype_of(m).itemsize for m in tensors),
                 seconds=time.perf_counter() - began,
-                engines=len(engines),
+                engines=engines,
                 canary_max_diff=worst,
+                phases=dict(self._phases),
             )
+
+    async def _roll_back(
+        self, source: RayWeightSource, tensors: list[TensorMeta], error: WeightSyncError
+    ) -> WeightSyncError:
+        """Bring the engines back to the last good version. Returns the error to raise: what failed, what serves."""
+        good = self._good
+        if not self._rollback:
+            return WeightSyncError(f"{error}; no copy of the last version is held, so the engines stay shut")
+        if good is None or good.ranks != tuple(source.ranks):
+            return WeightSyncError(f"{error}; this learner published nothing before, so the engines stay shut")
+        log.error("rolling back to version %d: %s", good.version, error)
+        try:
+            await self._deliver(source, tensors, good.version, recorded=good.canary)
+        except (WeightSyncError, EngineLost) as second:
+            return WeightSyncError(
+                f"{error}; the roll-back to version {good.version} failed too, so the engines stay shut: {second}"
+            )
+        return WeightSyncError(f"{error}; the engines serve version {good.version} again", good.version)
+
+    async def _deliver(
+        self,
+        source: RayWeightSource,
+        tensors: list[TensorMeta],
+        version: int,
+        *,
+        recorded: np.ndarray | None = None,
+    ) -> tuple[int, float]:
+        """One version to every living engine: (how many there are, the canary's largest difference in nats).
+
+        `recorded`: send the kept copy instead of the learner's weights, and expect these log-probs of the canary.
+        """
+        while True:
+            engines = [engine for engine in self._engines if not engine.lost]
+            if not engines:
+                raise EngineLost(
+                    "no engine is left to publish to: "
+                    + "; ".join(f"{e.name} is dead: {e.lost}" for e in self._engines)
+                )
+            try:
+                await self._join(source, engines)
+                ours, *_ = await _together(
+                    [self._feed(source, recorded), *(self._load(engine, tensors, version) for engine in engines)]
+                )
+                worst = await self._verify(engines, ours, version)
+                accepting = [self._one(engine, "weight_accept") for engine in engines]
+                if recorded is None and self._rollback:
+                    await _together([source.keep(), *accepting])
+                    self._good = _Good(version, ours, tuple(source.ranks))
+                else:
+                    await _together(accepting)
+                return len(engines), worst
+            except EngineLost as error:
+                await self._leave(source, engines)
+                await asyncio.gather(*(engine.probe() for engine in engines))
+                if not any(engine.lost for engine in engines):
+                    raise WeightSyncError(f"version {version} was not published: {error}") from error
+                log.error("version %d is published again without the engine that died: %s", version, error)
+            except BaseException:
+                await self._leave(source, engines)
+                raise
 
     async def _join(self, source: RayWeightSource, engines: Sequence[RayEngine]) -> None:
         """Open the group with exactly these engines, unless it is open already."""
@@ -208,52 +281,53 @@ class WeightSync:
             "timeout_s": self._timeout_s,
         }
 
-    async def _transfer(
-        self, source: RayWeightSource, engines: Sequence[RayEngine], tensors: list[TensorMeta], version: int
-    ) -> None:
-        await self._join(source, engines)
-        await self._each(engines, "weight_begin")
-        await _together(
-            [
-                source.send(bucket_bytes=self._bucket_bytes),
-                *(self._receive(engine, tensors) for engine in engines),
-            ]
-        )
-        await self._each(engines, "weight_commit", version)
+    async def _feed(self, source: RayWeightSource, recorded: np.ndarray | None) -> np.ndarray:
+        """The learner's part: send, then the canary. Returns its log-probs, float32 [len(canary) - 1]."""
+        if recorded is not None:
+            await self._timed("send", source.resend(bucket_bytes=self._bucket_bytes))
+            return recorded
+        await self._timed("send", source.send(bucket_bytes=self._bucket_bytes, hold=self._rollback))
+        ours: np.ndarray = await self._timed("canary", source.log_probs(self._canary))
+        return ours
 
-    async def _receive(self, engine: RayEngine, tensors: list[TensorMeta]) -> None:
+    async def _load(self, engine: RayEngine, tensors: list[TensorMeta], version: int) -> None:
+        """The part of one engine, up to the new weights behind its shut gate."""
         try:
+            await self._one(engine, "weight_begin")
             await self._one(engine, "weight_receive", tensors)
+            await self._one(engine, "weight_commit", version)
         except BaseException:
             await self._quietly(self._one(engine, "weight_close"))  # so that the sender does not wait for this engine
             raise
 
-    async def _verify(self, source: RayWeightSource, engines: Sequence[RayEngine], version: int) -> float:
-        """The canary through every engine and the learner. Returns the largest difference in nats."""
-        ours, *theirs = await _together(
-            [
-                source.log_probs(self._canary),
-                *(self._one(engine, "weight_verify", self._canary, 1) for engine in engines),
-            ]
+    async def _verify(self, engines: Sequence[RayEngine], ours: np.ndarray, version: int) -> float:
+        """The canary through every engine, against the learner's log-probs. Returns the largest difference in nats.
+
+        What an engine sampled behind its gate is lost unless all of them pass.
+        """
+        try:
+            theirs = await _together([self._one(engine, "weight_verify", self._canary, 1) for engine in engines])
+            return max(self._compare(e.name, t, ours, version) for e, t in zip(engines, theirs, strict=True))
+        except BaseException:
+            await self._quietly(*(self._one(engine, "weight_reject") for engine in engines if not engine.lost))
+            raise
+
+    def _compare(self, engine: str, theirs: np.ndarray, ours: np.ndarray, version: int) -> float:
+        """The largest difference; `WeightSyncError` if it is too large."""
+        gap = np.abs(theirs - ours)
+        if self._exact:
+            passes = bool((gap <= self._nats + _EXACT_RELATIVE * np.abs(ours)).all())
+        else:
+            passes = bool(gap.mean() <= self._nats)
+        if passes:
+            return float(gap.max())
+        at = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
+        raise WeightSyncError(
+            f"version {version} does not verify on {engine}: canary token {at + 1} of {len(ours)} has "
+            f"log-prob {theirs[at]:.6g} there and {ours[at]:.6g} in the learner (mean difference "
+            f"{gap.mean():.3g}, allowed {self._nats:g}{' at most' if self._exact else ' on average'}); every "
+            "bucket arrived as sent, so a tensor was loaded wrongly or not at all"
         )
-        worst = 0.0
-        for engine, logprobs in zip(engines, theirs, strict=True):
-            gap = np.abs(logprobs - ours)
-            if self._exact:
-                passes = bool((gap <= self._nats + _EXACT_RELATIVE * np.abs(ours)).all())
-            else:
-                passes = bool(gap.mean() <= self._nats)
-            worst = max(worst, float(gap.max()))
-            if not passes:
-                at = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
-                await self._each(engines, "weight_reject")
-                raise WeightSyncError(
-                    f"version {version} does not verify on {engine.name}: canary token {at + 1} of {len(ours)} has "
-                    f"log-prob {logprobs[at]:.6g} there and {ours[at]:.6g} in the learner (mean difference "
-                    f"{gap.mean():.3g}, allowed {self._nats:g}{' at most' if self._exact else ' on average'}); every "
-                    "bucket arrived as sent, so a tensor was loaded wrongly or not at all"
-                )
-        return worst
 
     async def _leave(self, source: RayWeightSource, engines: Sequence[RayEngine]) -> None:
         """Take the group down, whatever state its members are in; the next publication builds a new one."""
@@ -262,10 +336,14 @@ class WeightSync:
 
     async def _one(self, engine: RayEngine, method: str, *args: Any) -> Any:
         # The call inside the actor must end first, so that its own words arrive instead of our timeout.
-        return await engine.call(method, *args, timeout_s=self._timeout_s, deadline_s=self._timeout_s + 30)
+        call = engine.call(method, *args, timeout_s=self._timeout_s, deadline_s=self._timeout_s + 30)
+        return await self._timed(method.removeprefix("weight_"), call)
 
-    async def _each(self, engines: Iterable[RayEngine], method: str, *args: Any) -> list[Any]:
-        return await _together([self._one(engine, method, *args) for engine in engines])
+    async def _timed(self, phase: str, call: Awaitable[Any]) -> Any:
+        began = time.perf_counter()
+        result = await call
+        self._phases[phase] = max(self._phases.get(phase, 0.0), time.perf_counter() - began)
+        return result
 
     @staticmethod
     async def _quietly(*calls: Coroutine[Any, Any, Any]) -> None:
@@ -277,10 +355,18 @@ class WeightSync:
 async def _together(calls: Sequence[Awaitable[Any]]) -> list[Any]:
     """All results in order; waits for all even if one fails, then raises the failure that explains the others.
 
-    Whoever saw the bad bucket knows more than the peers, who only see a closed connection.
+    Whoever saw the bad bucket knows more than the peers, who only see a closed connection; among equals the first.
     """
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    failures = [r for r in results if isinstance(r, BaseException)]
+    failures: list[BaseException] = []
+
+    async def watched(call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    results = await asyncio.gather(*(watched(call) for call in calls), return_exceptions=True)
     if failures:
         raise min(failures, key=_explains)
     return list(results)

@@ -12,6 +12,7 @@ FSDP group and vLLM's tensor-parallel group, and can be torn down and rebuilt wh
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,15 @@ def view(buffer: torch.Tensor, slot: Slot) -> torch.Tensor:
     return buffer[slot.start : slot.start + slot.size].view(dtype_of(slot.meta)).view(slot.meta.shape)
 
 
+def blank(buffer: torch.Tensor, bucket: Bucket) -> None:
+    """Zero the padding between the tensors: equal weights have equal checksums, whatever the memory held before."""
+    ends = [slot.start + slot.size for slot in bucket.slots]
+    starts = [slot.start for slot in bucket.slots[1:]] + [bucket.size - _SEAL]
+    for end, start in zip(ends, starts, strict=True):
+        if end < start:
+            buffer[end:start].zero_()
+
+
 def seal(buffer: torch.Tensor) -> None:
     """Write the checksum of everything before the last 8 bytes into the last 8 bytes. Stays on the device."""
     buffer[-_SEAL:].view(torch.int64).copy_(_digest(buffer[:-_SEAL]).unsqueeze(0))
@@ -120,6 +130,18 @@ def _digest(payload: torch.Tensor) -> torch.Tensor:
     for i, chunk in enumerate(words.split(_CHUNK)):
         total += (chunk * weights[: len(chunk)]).sum() + chunk.sum() * (2 * i * _CHUNK)
     return total
+
+
+def _huge(size: int) -> torch.Tensor:
+    """Host memory in huge pages where the kernel has them.
+
+    A bucket is written once: in pages of 4 KiB the faults take four times as long as the writing (0.11 s of 0.15 s for
+    220 MB), in huge ones as long.
+    """
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError, AttributeError):  # a kernel or a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _hex(word: torch.Tensor) -> str:
@@ -166,6 +188,9 @@ class WireGroup:
         self._works.pop(ticket).wait()
 
     def empty(self, size: int) -> torch.Tensor:
+        """uint8 [size] on the group's device, contents undefined."""
+        if self.device.type == "cpu":
+            return _huge(size)
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:

@@ -138,6 +138,9 @@ class RolloutConfig(_Section):
     """0 = synchronous. k: rollouts may be k versions older than the learner."""
     weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
     """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
+    weight_rollback: bool = True
+    """Learner rank 0 holds the last published weights in host memory (the wire's bytes once, twice while publishing),
+    to give them back to the engines when a publication fails. Off: they stay shut then. Not with vllm_nccl."""
     start_timeout_s: float = Field(default=900.0, gt=0)
     generate_timeout_s: float = Field(default=1800.0, gt=0)
     """One generation of one turn; past it the engine counts as lost."""

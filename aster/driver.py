@@ -13,6 +13,7 @@ token more than k versions old is dropped, counted and replaced.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -30,9 +31,11 @@ from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.checkpoints import finishing
 from aster.config import Recipe
 from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
-from aster.errors import AsterError
+from aster.errors import AsterError, WeightSyncError
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
 from aster.types import OptimStats, PromptRow, RolloutWork, Sample, StepStats, TrajectoryGroup
+
+log = logging.getLogger("aster")
 
 
 class Prompts(Protocol):
@@ -221,9 +224,20 @@ class GrpoLoop:
         return total, await self.learners.optim_step()
 
     async def publish(self) -> dict[str, float]:
-        """Hand the weights to the engines; their version is the number of rollout steps learnt from."""
+        """Hand the weights to the engines; their version is the number of rollout steps learnt from.
+
+        A publication that was rolled back is tried once more, since a bit may flip once. What fails twice, or leaves
+        the engines shut, ends the run.
+        """
         began = time.monotonic()
-        report = await self.pool.publish(self.learners.weight_source(), self.step)
+        source = self.learners.weight_source()
+        try:
+            report = await self.pool.publish(source, self.step)
+        except WeightSyncError as error:
+            if error.restored is None:
+                raise
+            log.warning("%s; version %d is published once more", error, self.step)
+            report = await self.pool.publish(source, self.step)
         return {
             "timing_s/publish": time.monotonic() - began,
             "perf/publish_bytes": float(report.bytes),

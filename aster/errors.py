@@ -74,7 +74,18 @@ class GangFailure(AsterError):
 
 
 class WeightSyncError(AsterError):
-    """A publication did not verify; the message names the tensor or bucket."""
+    """A publication did not verify; the message names the tensor or bucket.
+
+    `restored` is the version that the engines serve again: it may be tried once more. None: they stay shut.
+    """
+
+    def __init__(self, message: str, restored: int | None = None) -> None:
+        super().__init__(message, restored)
+        self.message = message
+        self.restored = restored
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class CircuitOpen(AsterError):

@@ -84,7 +84,10 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
             engines,
             rewards=rewards,
             publisher=WeightSync(
-                engines, backend=recipe.rollout.weight_backend, timeout_s=recipe.learner.step_timeout_s
+                engines,
+                backend=recipe.rollout.weight_backend,
+                rollback=recipe.rollout.weight_rollback,
+                timeout_s=recipe.learner.step_timeout_s,
             ),
             max_retries=recipe.rollout.max_retries,
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,

@@ -15,6 +15,7 @@ engine sampled; ids under mask 0 are the chat template's own delta around the ob
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -339,3 +340,4 @@ class PublishReport:
     seconds: float
     engines: int
     canary_max_diff: float | None = None  # max |engine log-prob - learner log-prob| over the canary, in nats
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds; some overlap, of the slowest engine each

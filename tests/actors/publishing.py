@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from aster.types import MicroBatch, TensorMeta, TokenScores
 
 VOCAB = 512
 STOP = 2
+STALL_S = 2.0
 
 
 def build_model() -> Qwen3ForCausalLM:
@@ -64,14 +66,18 @@ def log_probs(model: Qwen3ForCausalLM, ids: np.ndarray, *, temperature: float = 
 
 
 class FaultySender(WeightSender):
-    """Damages one bit of one bucket after it was sealed, as a faulty wire would, or dies at it."""
+    """Damages one bit of one bucket after it was sealed, as a faulty wire would, or dies or stalls at it."""
 
     damaged: int | None = None
     deadly: int | None = None
+    slow: int | None = None
 
     def _post(self, bucket: Any, buffer: torch.Tensor) -> Any:
         if bucket.index == self.deadly:
             os._exit(1)
+        if bucket.index == self.slow:
+            self.slow = None
+            time.sleep(STALL_S)
         if bucket.index == self.damaged:
             self.damaged = None
             buffer[40] ^= 1
@@ -100,8 +106,14 @@ class ToyLearner:
     def weight_open(self, **kwargs: Any) -> None:
         self._sender.open(**kwargs)
 
-    def weight_send(self, *, bucket_bytes: int) -> list[str]:
-        return self._sender.send(bucket_bytes=bucket_bytes)
+    def weight_send(self, *, bucket_bytes: int, hold: bool) -> list[str]:
+        return self._sender.send(bucket_bytes=bucket_bytes, hold=hold)
+
+    def weight_keep(self) -> None:
+        self._sender.keep()
+
+    def weight_resend(self, *, bucket_bytes: int) -> list[str]:
+        return self._sender.resend(bucket_bytes=bucket_bytes)
 
     def weight_close(self) -> None:
         self._sender.close()
@@ -118,6 +130,9 @@ class ToyLearner:
 
     def die_at_bucket(self, index: int) -> None:
         self._sender.deadly = index
+
+    def stall_at_bucket(self, index: int) -> None:
+        self._sender.slow = index
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         self.model.load_state_dict(state)

@@ -83,6 +83,12 @@ async def generate(engine: RayEngine, ids: np.ndarray = PROMPT, **changes: Any) 
     return await engine.call("generate", ids, deadline_s=60, **(request | changes))
 
 
+def copy_of(model: Any) -> Any:
+    copy = publishing.build_model()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 async def engine_log_probs(engine: RayEngine, ids: np.ndarray = PROMPT, **options: Any) -> np.ndarray:
     return await engine.call("log_probs", ids, 1, deadline_s=60, **options)
 
@@ -203,8 +209,7 @@ async def test_an_output_head_that_kept_the_old_embedding_would_be_noticed(world
 
 
 async def test_a_request_in_flight_goes_on_under_the_new_weights_and_says_which_token_is_whose(world: World) -> None:
-    old = publishing.build_model()
-    old.load_state_dict(world.model.state_dict())
+    old = copy_of(world.model)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
     await asyncio.sleep(0.5)
     await world.publish()
@@ -220,12 +225,42 @@ async def test_a_request_in_flight_goes_on_under_the_new_weights_and_says_which_
     assert np.abs(before[switch:] - after[switch:]).max() > 0.1
 
 
-async def test_a_damaged_bucket_is_named_and_the_engines_stay_shut_until_a_good_publication(world: World) -> None:
+async def test_a_damaged_bucket_is_named_and_rolled_back_before_a_token_is_sampled_from_it(world: World) -> None:
     sync = world.sync()
     await sync.publish(world.source, world.train())
+    good, old = world.version, copy_of(world.model)
+    flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
+    await asyncio.sleep(0.3)
     ray.get(world.learner.damage_bucket.remote(2), timeout=30)
-    with pytest.raises(WeightSyncError, match=r"engine-\d: .*bucket 2 \(model\.layers\.\S+ \.\. \S+\): checksum"):
+    message = (
+        rf"engine-\d: .*bucket 2 \(model\.layers\.\S+ \.\. \S+\): checksum .*; the engines serve version {good} again"
+    )
+    with pytest.raises(WeightSyncError, match=message) as error:
         await sync.publish(world.source, world.train())
+    assert error.value.restored == good
+    assert not flying.done(), "the publication did not fall into the generation"
+    for engine in world.engines:
+        np.testing.assert_allclose(await engine_log_probs(engine), publishing.log_probs(old, PROMPT), atol=1e-4)
+        assert ((await generate(engine, max_tokens=8)).versions == good).all()
+    out = await flying
+    assert (out.versions == good).all()
+    ids = np.concatenate([PROMPT, out.ids])
+    expected, wrong = (publishing.log_probs(model, ids)[len(PROMPT) - 1 :] for model in (old, world.model))
+    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+    assert np.abs(wrong - expected).max() > 0.1
+    await sync.publish(world.source, world.version)
+    for engine in world.engines:
+        np.testing.assert_allclose(await engine_log_probs(engine), publishing.log_probs(world.model, PROMPT), atol=1e-4)
+
+
+async def test_engines_that_have_nothing_to_go_back_to_stay_shut_until_a_good_publication(world: World) -> None:
+    sync = world.sync()
+    ray.get(world.learner.damage_bucket.remote(2), timeout=30)
+    with pytest.raises(
+        WeightSyncError, match=r"bucket 2 .*published nothing before, so the engines stay shut"
+    ) as error:
+        await sync.publish(world.source, world.train())
+    assert error.value.restored is None
     waiting = [asyncio.ensure_future(generate(engine, max_tokens=4)) for engine in world.engines]
     done, _ = await asyncio.wait(waiting, timeout=1)
     assert not done, "an engine served weights that had not verified"
@@ -239,13 +274,17 @@ async def test_a_damaged_bucket_is_named_and_the_engines_stay_shut_until_a_good_
 
 async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: World) -> None:
     sync = world.sync()
+    await sync.publish(world.source, world.train())
+    good, old = world.version, publishing.log_probs(world.model, PROMPT)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=900))
     await asyncio.sleep(0.3)
     ray.get(world.learner.disagree.remote(0.01), timeout=30)
-    with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 31"):
+    with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 31") as error:
         await sync.publish(world.source, world.train())
+    assert error.value.restored == good
     with pytest.raises(EngineLost, match="did not verify"):
         await flying
+    np.testing.assert_allclose(await engine_log_probs(world.engines[0]), old, atol=1e-4)
     ray.get(world.learner.disagree.remote(0.0), timeout=30)
     await sync.publish(world.source, world.version)
     assert ((await generate(world.engines[0], max_tokens=4)).versions == world.version).all()
@@ -274,7 +313,9 @@ async def test_a_learner_that_dies_while_sending_fails_the_gang_and_its_successo
     )
 
 
-async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(world: World) -> None:
+async def test_an_engine_killed_between_two_buckets_loses_its_requests_and_the_others_get_the_weights(
+    world: World,
+) -> None:
     """Last: it kills engine 0's core process."""
     survivor, victim = world.engines[1], world.engines[0]
     sync = world.sync()
@@ -284,6 +325,10 @@ async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(
     long = task(budget=replace(task().budget, max_response_tokens=880))
     episodes = asyncio.gather(*(victim.run(replace(long, sample=i)) for i in range(8)))
     await asyncio.sleep(0.5)
+    ray.get(world.learner.stall_at_bucket.remote(2), timeout=30)
+    publication = asyncio.ensure_future(sync.publish(world.source, world.train()))
+    await asyncio.sleep(publishing.STALL_S / 2)
+    assert not publication.done()
     for process in psutil.Process(victim.pid).children():
         process.kill()
     began = time.monotonic()
@@ -295,7 +340,8 @@ async def test_a_dead_engine_loses_its_requests_and_the_others_are_published_to(
     assert set(causes) <= {Cause.ENGINE_LOST, Cause.ANSWERED}
     assert time.monotonic() - began < 20
     assert (await victim.run(task())).cause is Cause.ENGINE_LOST
-    report = await sync.publish(world.source, world.train())
+    report = await publication
+    assert time.monotonic() - began < 20, "someone sat out a timeout"
     assert report.engines == 1
     np.testing.assert_allclose(await engine_log_probs(survivor), publishing.log_probs(world.model, PROMPT), atol=1e-4)
 

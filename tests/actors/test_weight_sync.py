@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import pickle
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -131,7 +137,15 @@ def sender(dtype: str = "float32", tensors: Callable[[], Iterator[Any]] | None =
     return WeightSender(tensors=source, metadata=metas(dtype), rank=rank, device="cpu")
 
 
-def serve(sending: WeightSender, *, receivers: int, dtype: str = "float32", timeout_s: float = 20) -> Any:
+def serve(
+    sending: WeightSender,
+    *,
+    receivers: int,
+    dtype: str = "float32",
+    timeout_s: float = 20,
+    hold: bool = False,
+    resend: bool = False,
+) -> Any:
     """One round: (the sender's checksums or its exception, the receivers' tensors or exceptions)."""
     address = sending.address()
     world = receivers + 1
@@ -139,7 +153,7 @@ def serve(sending: WeightSender, *, receivers: int, dtype: str = "float32", time
 
         def send() -> list[str]:
             sending.open(backend="gloo", host=address[0], port=address[1], world_size=world, timeout_s=timeout_s)
-            return sending.send(bucket_bytes=500)
+            return sending.resend(bucket_bytes=500) if resend else sending.send(bucket_bytes=500, hold=hold)
 
         jobs = [pool.submit(send)]
         jobs += [pool.submit(receive, sending, address, r, world, dtype, timeout_s) for r in range(1, world)]
@@ -217,6 +231,118 @@ def test_a_receiver_that_never_comes_ends_the_opening_at_its_timeout() -> None:
     sending.close()
 
 
+def test_the_kept_copy_goes_out_again_byte_for_byte_whatever_was_sent_since() -> None:
+    current = weights(0)
+    sending = sender(tensors=lambda: iter(current.items()))
+    first, received = serve(sending, receivers=1, hold=True)
+    sending.keep()
+    current.update(weights(1))
+    second, _ = serve(sending, receivers=1, hold=True)  # failed its canary, say: never kept
+    again, restored = serve(sending, receivers=1, resend=True)
+    sending.close()
+    assert again == first != second
+    for name, tensor in weights(0).items():
+        torch.testing.assert_close(restored[name], tensor, rtol=0, atol=0)
+    assert received.keys() == restored.keys()
+
+
+def test_a_copy_that_is_not_there_or_was_cut_differently_is_not_sent() -> None:
+    sending = sender()
+    with pytest.raises(WeightSyncError, match="holds no published weights"):
+        sending.resend(bucket_bytes=500)
+    serve(sending, receivers=1, hold=True)
+    sending.keep()
+    with pytest.raises(WeightSyncError, match="holds buckets of 500 bytes, the engines wait for 600"):
+        sending.resend(bucket_bytes=600)
+    sending.close()
+    assert sender(rank=1).resend(bucket_bytes=500) == []
+
+
+def test_what_the_memory_held_before_does_not_change_a_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    sending = sender()
+    clean, _ = serve(sending, receivers=1)
+    monkeypatch.setattr(WireGroup, "empty", lambda self, size: torch.full((size,), 0xAB, dtype=torch.uint8))
+    dirty, _ = serve(sending, receivers=1)
+    sending.close()
+    assert clean == dirty
+
+
+def test_the_next_bucket_is_packed_while_the_last_one_is_on_the_wire() -> None:
+    order: list[str] = []
+
+    class Noting(WeightSender):
+        def _post(self, bucket: Any, buffer: torch.Tensor) -> Any:
+            pending = super()._post(bucket, buffer)
+            order.append(f"post {bucket.index}")
+
+            class Waited:
+                def wait(self) -> torch.Tensor:
+                    order.append(f"wait {bucket.index}")
+                    return pending.wait()
+
+            return Waited()
+
+    serve(Noting(tensors=lambda: iter(weights().items()), metadata=metas(), rank=0, device="cpu"), receivers=1)
+    assert order[:5] == ["post 0", "post 1", "wait 0", "post 2", "wait 1"]
+
+
+_DOOMED = """
+import sys, time
+from actors.wire import WireGroup, join_store
+import torch
+host, port, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+store = join_store(host, port, timeout_s=60)
+cpu = torch.device("cpu")
+group = WireGroup(backend="gloo", store=store, rank=rank, world_size=3, timeout_s=60, device=cpu, ip=host)
+group.broadcast(torch.empty(int(sys.argv[4]), dtype=torch.uint8)).wait()
+print("one bucket came", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_receiver_killed_between_two_buckets_ends_the_round_for_all_and_the_rest_can_go_on() -> None:
+    """A process, killed for real; the others have 60 s of timeout and use none of it."""
+    size = plan_buckets(metas(), bucket_bytes=500)[0].size
+    sending = sender()
+    host, port = address = sending.address()
+    doomed = subprocess.Popen(
+        [sys.executable, "-c", _DOOMED, host, str(port), "2", str(size)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            surviving = pool.submit(receive, sending, address, 1, 3, "float32", 60)
+            sending.open(backend="gloo", host=host, port=port, world_size=3, timeout_s=60)
+            killed = threading.Event()
+            pairs = sending._tensors
+
+            def tensors() -> Iterator[Any]:
+                for name, tensor in pairs():
+                    if name == "norm":  # in the last bucket
+                        assert killed.wait(30)
+                    yield name, tensor
+
+            sending._tensors = tensors
+            round_ = pool.submit(sending.send, bucket_bytes=500)
+            assert doomed.stdout is not None
+            assert doomed.stdout.readline() == "one bucket came\n"
+            doomed.send_signal(signal.SIGKILL)
+            doomed.wait(10)
+            began = time.monotonic()
+            killed.set()
+            with pytest.raises(RuntimeError):
+                round_.result(30)
+            with pytest.raises(RuntimeError):
+                surviving.result(30)
+            assert time.monotonic() - began < 20, "someone sat out the timeout"
+        checksums, received = serve(sending, receivers=1)
+        assert len(checksums) == len(plan_buckets(metas(), bucket_bytes=500))
+        assert list(received) == list(SHAPES)
+    finally:
+        doomed.kill()
+        doomed.wait(10)
+        sending.close()
+
+
 def test_an_unknown_backend_is_refused() -> None:
     sending = sender()
     host, port = sending.address()
@@ -236,15 +362,20 @@ class NotingEngine:
         self.events, self.name, self.workers, self.canary = events, name, workers, canary
         self.lost = ""
         self.infos: list[dict[str, Any]] = []
+        self.versions: list[int] = []
         self.fail: dict[str, Exception] = {}
+        self.delay: dict[str, float] = {}
 
     async def call(self, method: str, *args: Any, deadline_s: float, timeout_s: float) -> Any:
         assert deadline_s > timeout_s > 0
+        await asyncio.sleep(self.delay.get(method, 0.0))
         self.events.append(f"{self.name} {method}")
         if method in self.fail:
             raise self.fail.pop(method)
         if method == "weight_open":
             self.infos.append(args[0])
+        if method == "weight_commit":
+            self.versions.append(args[0])
         return np.full(len(args[0]) - 1, self.canary, np.float32) if method == "weight_verify" else None
 
     async def probe(self) -> bool:
@@ -257,13 +388,14 @@ class NotingRank:
     def __init__(self, events: list[str], rank: int) -> None:
         self.events, self.rank = events, rank
         self.rows: list[MicroBatch] = []
+        self.logprob = -1.0
 
     def __getattr__(self, method: str) -> Any:
         async def remote(*args: Any, **kwargs: Any) -> Any:
             self.events.append(f"rank{self.rank} {method}")
             if method == "log_probs":
                 self.rows.append(args[0])
-                logprobs = np.where(args[0].loss_mask, -1.0, 0.0).astype(np.float32)
+                logprobs = np.where(args[0].loss_mask, self.logprob, 0.0).astype(np.float32)
                 return TokenScores(logprobs, np.zeros_like(logprobs))
             return {"weight_metadata": metas(), "weight_address": ("10.0.0.1", 7), "weight_send": ["ab"]}.get(method)
 
@@ -285,17 +417,102 @@ def engines_of(events: list[str], *workers: int) -> list[Any]:
 
 async def test_a_publication_goes_open_begin_transfer_commit_verify_accept(events: list[str]) -> None:
     report = await WeightSync(engines_of(events, 1), timeout_s=5).publish(source_of(events), 3)
-    order = [event for event in events if event.startswith(("e0", "rank0"))]
-    assert order[:2] == ["rank0 weight_metadata", "rank0 weight_address"]
-    assert set(order[2:4]) == {"rank0 weight_open", "e0 weight_open"}
-    assert order[4] == "e0 weight_begin"
-    assert set(order[5:7]) == {"rank0 weight_send", "e0 weight_receive"}
-    assert order[7] == "e0 weight_commit"
-    assert set(order[8:10]) == {"rank0 log_probs", "e0 weight_verify"}
-    assert order[10:] == ["e0 weight_accept"]
+    engine = [event.removeprefix("e0 weight_") for event in events if event.startswith("e0")]
+    rank = [event.removeprefix("rank0 ") for event in events if event.startswith("rank0")]
+    assert engine == ["open", "begin", "receive", "commit", "verify", "accept"]
+    assert rank[:3] == ["weight_metadata", "weight_address", "weight_open"]
+    assert rank[3:] == ["weight_send", "log_probs", "weight_keep"]
+    assert events.index("e0 weight_commit") < events.index("e0 weight_verify")
     assert {e for e in events if e.startswith("rank1")} == {"rank1 weight_open", "rank1 weight_send", "rank1 log_probs"}
     assert (report.version, report.engines, report.canary_max_diff) == (3, 1, 0.0)
     assert report.bytes == 4 * (400 + 64 + 192 + 7 + 3)
+    assert {"begin", "receive", "commit", "send", "canary", "verify", "accept"} <= set(report.phases)
+
+
+async def test_no_engine_runs_again_before_all_of_them_have_loaded(events: list[str]) -> None:
+    engines = engines_of(events, 1, 1)
+    engines[1].delay["weight_commit"] = 0.05
+    await WeightSync(engines, timeout_s=5).publish(source_of(events), 1)
+    assert max(events.index(f"e{i} weight_commit") for i in (0, 1)) < min(
+        events.index(f"e{i} weight_verify") for i in (0, 1)
+    )
+
+
+async def test_a_failure_sends_the_kept_copy_under_its_old_version_and_canary(events: list[str]) -> None:
+    """The learner's own log-probs have moved on to -3 by then; the engines must agree with those of version 1: -1."""
+    engines, source = engines_of(events, 1, 1), source_of(events)
+    sync = WeightSync(engines, timeout_s=5)
+    await sync.publish(source, 1)
+    for rank in source.ranks:
+        rank.logprob = -3.0
+    engines[1].fail["weight_receive"] = WeightSyncError("bucket 2 (a .. b): checksum")
+    before = len(events)
+    with pytest.raises(
+        WeightSyncError, match=r"bucket 2 \(a .. b\): checksum; the engines serve version 1 again"
+    ) as error:
+        await sync.publish(source, 2)
+    assert error.value.restored == 1
+    after = events[before:]
+    assert [e for e in after if e.startswith("rank0")] == [
+        *("rank0 weight_send", "rank0 log_probs", "rank0 weight_close"),
+        *("rank0 weight_address", "rank0 weight_open", "rank0 weight_resend"),
+    ]
+    for engine in engines:
+        assert engine.versions[-1] == 1
+        again = [e.split()[1] for e in after[after.index("rank0 weight_resend") :] if e.startswith(engine.name)]
+        assert again[-3:] == ["weight_commit", "weight_verify", "weight_accept"]
+    for rank in source.ranks:
+        rank.logprob = -1.0
+    assert (await sync.publish(source, 2)).version == 2
+
+
+async def test_a_roll_back_that_fails_too_leaves_the_engines_shut_and_says_both(events: list[str]) -> None:
+    engines, source = engines_of(events, 1), source_of(events)
+    sync = WeightSync(engines, timeout_s=5)
+    await sync.publish(source, 1)
+    engines[0].canary = -1.5
+    before = len(events)
+    message = r"version 2 does not verify on e0.*; the roll-back to version 1 failed too.*: version 1 does not verify"
+    with pytest.raises(WeightSyncError, match=message) as error:
+        await sync.publish(source, 2)
+    assert error.value.restored is None
+    assert "e0 weight_accept" not in events[before:]
+
+
+@pytest.mark.parametrize(
+    ("rollback", "backend", "other_gang", "message"),
+    [
+        (True, "gloo", True, "this learner published nothing before, so the engines stay shut"),
+        (False, "gloo", False, "no copy of the last version is held, so the engines stay shut"),
+        (True, "vllm_nccl", False, "no copy of the last version is held, so the engines stay shut"),
+    ],
+)
+async def test_without_a_copy_nothing_is_rolled_back(
+    events: list[str], rollback: bool, backend: str, other_gang: bool, message: str
+) -> None:
+    engines, source = engines_of(events, 1), source_of(events)
+    engines[0].weight_backend = backend
+    sync = WeightSync(engines, backend=backend, rollback=rollback, timeout_s=5)
+    await sync.publish(source, 1)
+    engines[0].fail["weight_receive"] = WeightSyncError("bucket 2")
+    with pytest.raises(WeightSyncError, match=f"bucket 2; {message}") as error:
+        await sync.publish(source_of(events) if other_gang else source, 2)
+    assert error.value.restored is None
+    assert "rank0 weight_resend" not in events
+    assert ("rank0 weight_keep" in events) == (rollback and backend == "gloo")
+
+
+async def test_what_ran_behind_the_gate_is_lost_when_a_canary_does_not_come_back(events: list[str]) -> None:
+    engines = engines_of(events, 1, 1)
+    engines[0].fail["weight_verify"] = WeightSyncError("no answer")
+    with pytest.raises(WeightSyncError, match="no answer"):
+        await WeightSync(engines, timeout_s=5).publish(source_of(events), 1)
+    assert {"e0 weight_reject", "e1 weight_reject"} <= set(events)
+
+
+def test_the_error_of_a_publication_crosses_processes_with_what_was_restored() -> None:
+    error = pickle.loads(pickle.dumps(WeightSyncError("bucket 3", 7)))
+    assert (str(error), error.restored) == ("bucket 3", 7)
 
 
 async def test_each_engine_gets_a_rank_of_its_own_and_the_group_is_opened_once(events: list[str]) -> None:

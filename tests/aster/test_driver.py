@@ -12,7 +12,7 @@ from aster.checkpoints import DirectoryCheckpointer
 from aster.config import Recipe
 from aster.data.prompts import PromptStream
 from aster.driver import GrpoLoop
-from aster.errors import AsterError
+from aster.errors import AsterError, WeightSyncError
 from aster.types import Cause, TrajectoryGroup
 
 TINY = [
@@ -56,6 +56,40 @@ async def test_one_step_is_sample_proximal_pass_two_updates_publish(tmp_path):
         "optim_step",
         "publish v1",
     ]
+
+
+class FailingPool(FakePool):
+    """Its publications of version 1 fail with these errors, in turn, before one succeeds."""
+
+    def __init__(self, events, *errors):
+        super().__init__(events)
+        self.errors = list(errors)
+
+    async def publish(self, source, version):
+        if version == 1 and self.errors:
+            self.events.append("failed v1")
+            raise self.errors.pop(0)
+        return await super().publish(source, version)
+
+
+async def test_a_publication_that_was_rolled_back_is_tried_once_more(tmp_path):
+    events = []
+    await loop(recipe(tmp_path, "run.steps=1"), events, pool=FailingPool(events, WeightSyncError("bucket 2", 0))).run()
+    assert events[-2:] == ["failed v1", "publish v1"]
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (WeightSyncError("bucket 2", 0), WeightSyncError("bucket 7", 0)),  # twice is no flipped bit
+        (WeightSyncError("bucket 7; the engines stay shut"),),
+    ],
+)
+async def test_a_publication_that_fails_twice_or_leaves_the_engines_shut_ends_the_run(tmp_path, errors):
+    events = []
+    with pytest.raises(WeightSyncError, match="bucket 7"):
+        await loop(recipe(tmp_path, "run.steps=1"), events, pool=FailingPool(events, *errors)).run()
+    assert [e for e in events if e.startswith(("failed", "publish"))] == ["publish v0"] + ["failed v1"] * len(errors)
 
 
 async def test_no_sample_is_born_stale_when_synchronous(tmp_path):
