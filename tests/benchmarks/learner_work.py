@@ -186,7 +186,6 @@ class Cost:
 def cost(device: torch.device) -> Iterator[Cost]:
     """Fills in what it yields when the body is done."""
     out = Cost()
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -213,6 +212,7 @@ def _status(field: str) -> int:
 def interleaved(works: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int) -> dict[str, list[Cost]]:
     """Each piece of work once per round, in turns, after one round that does not count."""
     costs: dict[str, list[Cost]] = {name: [] for name in works}
+    gc.collect()
     for number in range(rounds + 1):
         for name, work in works.items():
             with cost(device) as spent:
