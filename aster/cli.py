@@ -18,6 +18,7 @@ VERBS = {
     "eval": "sample a benchmark with the tool and score it",
     "report": "one offline HTML page for one or several runs",
     "replay": "run a trajectory's cells again in a fresh session and compare the outputs",
+    "plan": "memory, seconds and sandbox load of a GRPO recipe on GPUs, by arithmetic",
     "doctor": "what this machine has and lacks, each with its cure",
 }
 

@@ -1,0 +1,229 @@
+"""What a GRPO step costs on GPUs, by arithmetic alone: memory per role, time, sandbox load, disk. All predictions.
+
+Every figure is a formula of the model's shape, the hardware's data sheet and a workload; nothing is measured here.
+Bytes and seconds; GB is 1e9 bytes. Legend: B trajectories of a step · L mean tokens of one · N GPUs of a role.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aster.errors import ConfigError, DataError
+
+GB = 1e9
+MFU = 0.40  # share of the peak FLOP/s that training reaches
+BANDWIDTH_SHARE = 0.60  # of the HBM bandwidth that decoding reaches
+MODEL_SHARE = 0.85  # of a trajectory's tokens are sampled, the others observed
+ENGINE_OVERHEAD = 4.0 * GB  # CUDA context, activations and graphs of an engine
+LEARNER_SHARE = 0.95  # of a device that the learner may fill
+TRAIN_BYTES = 16  # per parameter: fp32 master, gradient and two Adam moments
+CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two moments
+LINK = 40.0 * GB  # per second and NIC, effective, pipelined through all receivers
+SESSION_BYTES = 62e6  # resident memory of an interpreter with numpy and sympy that shares nothing
+PEAK_OVER_MEAN = 3.0  # sandbox calls come in bursts
+TOKEN_BYTES = 9  # on the driver: int32 id, fp32 log-prob, mask
+JSONL_BYTES = 35e3  # per trajectory
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder in Hugging Face's names."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """Embedding (twice when the head is its own), attention with q/k norms, gated feed-forward, norms."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
+        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def weight_bytes(self) -> float:
+        """bf16."""
+        return 2.0 * self.parameters
+
+    @property
+    def kv_bytes(self) -> int:
+        """Per token, bf16."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+    def forward_flops(self, length: float) -> float:
+        """Per token of a causal sequence of `length`: 2 per parameter, and attention at its mean reach."""
+        return 2.0 * self.parameters + 2.0 * self.layers * self.heads * self.head_dim * length
+
+    @classmethod
+    def from_config(cls, path: Path) -> ModelShape:
+        """Of a model directory's config.json. Raises `DataError` naming what it lacks."""
+        try:
+            config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a readable config.json: {error}") from None
+        try:
+            heads = int(config["num_attention_heads"])
+            return cls(
+                hidden=int(config["hidden_size"]),
+                layers=int(config["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+                ffn=int(config["intermediate_size"]),
+                vocab=int(config["vocab_size"]),
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except KeyError as error:
+            raise DataError(
+                f"{path} has no {error}: the plan knows dense decoders in Qwen's and Llama's layout"
+            ) from None
+
+
+QWEN3_4B = ModelShape(hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, ffn=9728, vocab=151_936, tied=True)
+"""Qwen3-4B-Thinking-2507, the paper's model."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From the data sheet: bytes, bytes/s, dense bf16 FLOP/s."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    flops: float
+
+
+GPUS = {
+    "h100-80": Gpu("h100-80", 80 * GB, 3.35e12, 989e12),
+    "h200": Gpu("h200", 141 * GB, 4.8e12, 989e12),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step. `engines` and `learners` are numbers of GPUs; colocated, they are the same ones."""
+
+    trajectories: int
+    mean_tokens: float
+    max_tokens: int  # prompt and response budget
+    calls: float  # per trajectory
+    engines: int
+    learners: int
+    tensor_parallel: int
+    micro_batch_tokens: int
+    logprob_chunk_tokens: int
+    memory_utilization: float
+    offload_optimizer: bool = False
+    proximal_pass: bool = True
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory per GPU in bytes by what it is for; seconds of a step; load on the sandbox; bytes on disk."""
+
+    learner_memory: dict[str, float]
+    engine_memory: dict[str, float]
+    sequences: float  # that one engine's KV cache admits at mean length, at most those it is given
+    full_sequences: float  # that it would admit at full length
+    tokens: float
+    decode_s: float
+    tail_s: float  # a lone trajectory that uses its whole budget
+    proximal_s: float
+    update_s: float
+    sync_s: float
+    sessions: int
+    calls_per_s: float
+    peak_calls_per_s: float
+    session_memory: float
+    disk_checkpoints: float
+    disk_per_step: float
+
+    @property
+    def generate_s(self) -> float:
+        return max(self.decode_s, self.tail_s)
+
+    @property
+    def step_s(self) -> float:
+        return self.generate_s + self.proximal_s + self.update_s + self.sync_s
+
+
+def make_plan(model: ModelShape, gpu: Gpu, work: Workload) -> Plan:
+    """Raises `ConfigError` with the sum of what does not fit."""
+    learner = learner_memory(model, work)
+    _require("learner rank", learner, LEARNER_SHARE * gpu.memory, gpu, cure=(
+        "lower learner.micro_batch_tokens, raise learner.world_size, or learner.offload_optimizer=true"
+    ))  # fmt: skip
+    room = work.memory_utilization * gpu.memory
+    weights = model.weight_bytes / work.tensor_parallel
+    kv = model.kv_bytes / work.tensor_parallel
+    one = {"weights": weights, "overhead": ENGINE_OVERHEAD, "KV of one full sequence": kv * work.max_tokens}
+    _require("engine GPU", one, room, gpu, cure=(
+        "raise rollout.tensor_parallel or rollout.gpu_memory_utilization, or lower budget.max_response_tokens"
+    ))  # fmt: skip
+    pool = room - weights - ENGINE_OVERHEAD
+    engines = work.engines / work.tensor_parallel
+    given = max(work.trajectories / engines, 1.0)
+    context = work.mean_tokens / 2  # a running sequence is half done on average
+    sequences = min(given, pool / (kv * context))
+    rate = BANDWIDTH_SHARE * gpu.bandwidth
+    step_s = (weights + sequences * kv * context) / rate
+    decode_s = given / sequences * MODEL_SHARE * work.mean_tokens * step_s
+    tail_s = work.max_tokens * (weights + kv * work.max_tokens / 2) / rate
+    tokens = work.trajectories * work.mean_tokens
+    forward_s = tokens * model.forward_flops(work.mean_tokens) / (MFU * gpu.flops * work.learners)
+    calls_per_s = work.trajectories * work.calls / max(decode_s, tail_s)
+    return Plan(
+        learner_memory=learner,
+        engine_memory={"weights": weights, "overhead": ENGINE_OVERHEAD, "KV cache": pool},
+        sequences=sequences,
+        full_sequences=pool / (kv * work.max_tokens),
+        tokens=tokens,
+        decode_s=decode_s,
+        tail_s=tail_s,
+        proximal_s=forward_s if work.proximal_pass else 0.0,
+        update_s=4 * forward_s,  # forward, twice that backward, and the recomputation of checkpointed layers
+        sync_s=model.weight_bytes / LINK,
+        sessions=work.trajectories,
+        calls_per_s=calls_per_s,
+        peak_calls_per_s=PEAK_OVER_MEAN * calls_per_s,
+        session_memory=work.trajectories * SESSION_BYTES,
+        disk_checkpoints=(work.keep_checkpoints + 1)
+        * CHECKPOINT_BYTES
+        * model.parameters,  # one more while it is saved
+        disk_per_step=tokens * TOKEN_BYTES + work.trajectories * JSONL_BYTES,
+    )
+
+
+def learner_memory(model: ModelShape, work: Workload) -> dict[str, float]:
+    """Of one rank at its fullest: a micro-batch's backward pass, layers checkpointed, log-probs in chunks."""
+    row = work.micro_batch_tokens
+    wide = 2 * model.hidden + model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 3 * model.ffn
+    embedding = model.vocab * model.hidden
+    layer = (model.parameters - embedding * (1 if model.tied else 2)) / model.layers
+    sharded = 0.0 if work.offload_optimizer else TRAIN_BYTES * model.parameters / work.learners
+    return {
+        "sharded masters, gradients, Adam": sharded,
+        "gathered weights in bf16": 2.0 * (2 * layer + embedding),
+        "checkpointed hidden states": 2.0 * row * model.hidden * model.layers,
+        "one layer recomputed": 2.0 * row * wide,
+        "logits in chunks": 3 * 4.0 * work.logprob_chunk_tokens * model.vocab,
+    }
+
+
+def _require(role: str, parts: dict[str, float], room: float, gpu: Gpu, *, cure: str) -> None:
+    total = sum(parts.values())
+    if total > room:
+        arithmetic = " + ".join(f"{value / GB:.1f} ({name})" for name, value in parts.items())
+        raise ConfigError(
+            f"a {role} does not fit {gpu.name}: {arithmetic} = {total / GB:.1f} GB, and there is room for "
+            f"{room / GB:.1f} GB of {gpu.memory / GB:.0f}; {cure}"
+        )
