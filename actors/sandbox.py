@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -17,6 +18,9 @@ from aster.config import SandboxConfig
 from aster.errors import SandboxError, SandboxLost
 from serve.app import APP_NAME, POOL, SandboxAppArgs, build_app
 from serve.calls import PoolCalls
+from serve.errors import SandboxServiceError
+
+log = logging.getLogger("aster")
 
 _POLL_S = 0.2
 
@@ -105,8 +109,12 @@ def is_deployed() -> bool:
 
 
 def remove_sandbox() -> None:
-    """Delete the application; its sessions and cells are gone when this returns."""
+    """Delete the application; its sessions and cells are gone when this returns. Called outside of an event loop."""
     if _status() is not None:
+        try:
+            asyncio.run(PoolCalls(serve.get_deployment_handle(POOL, app_name=APP_NAME)).close_all())
+        except (SandboxServiceError, RayServeException) as error:  # policy: what is left, the janitor ends
+            log.warning("the sandbox's sessions could not be ended before it was removed: %s", error)
         serve.delete(APP_NAME)
 
 

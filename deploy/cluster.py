@@ -318,6 +318,9 @@ def down(files: Files) -> None:
         # Lets the sandbox service close its own sessions and containers. A head that is already dead cannot answer;
         # the sweeps below do not depend on it.
         with contextlib.suppress(OSError):
+            url = f"http://127.0.0.1:{state.serve_port}/v1/sessions"
+            request("DELETE", url, token=token_in(files.sandbox_token), timeout_s=DELETE_DEADLINE_S)
+        with contextlib.suppress(OSError):
             url = f"{state.dashboard}/api/serve/applications/"
             request("DELETE", url, token=token_in(files.ray_token), timeout_s=DELETE_DEADLINE_S)
     processes = end_processes(state)

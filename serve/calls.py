@@ -114,6 +114,11 @@ class PoolCalls:
     async def close(self, session_id: str) -> None:
         await self._call("close", session_id)
 
+    async def close_all(self) -> int:
+        """End every session of every node; how many they were. Raises `SandboxUnavailable`."""
+        async with failures("", _CONTROL_S):
+            return sum(await self._pool.broadcast("close_all").results_async(timeout_s=_CONTROL_S))
+
     async def node_stats(self) -> list[dict[str, Any]]:
         """One entry per pool. Raises `SandboxUnavailable` when one does not answer."""
         async with failures("", _STATS_S):

@@ -263,6 +263,13 @@ class Fleet:
         if status.broken:
             await self.retire(cell, status.broken)
 
+    async def leave(self) -> None:
+        """Let go of the cells; they live on until their supervisors miss the heartbeat."""
+        self._stopped = True
+        await self._background.stop()
+        await asyncio.gather(*(cell.link.disconnect(grace_s=_GRACE_S) for cell in self._cells))
+        await self.backend.close()
+
     async def stop(self) -> bool:
         """Remove every cell; whether none is left."""
         self._stopped = True

@@ -110,6 +110,20 @@ class SandboxPool:
             self.owner, backend.name, backend.slots, len(self._sessions),
         )  # fmt: skip
 
+    async def leave(self) -> None:
+        """Ends this pool and no session: the node's next pool takes them over. Without open sessions, `stop`."""
+        if not self._sessions:
+            await self.stop()
+        if self._stopped:
+            return
+        self._stopped = True
+        await self._background.stop()
+        await self._calls.wait(_END_S)
+        await self.fleet.leave()
+        assert self._home is not None
+        self._home.renew(self.settings.adoption_s)
+        self._home.leave()
+
     async def stop(self) -> None:
         """Ends every session and removes every cell, with all files. Idempotent."""
         if self._stopped:
@@ -213,6 +227,12 @@ class SandboxPool:
             await self._end(session, "closed by its client")
         elif not self._mint.is_ours(session_id):
             raise self._graves.explain(session_id)
+
+    async def close_all(self) -> int:
+        """End every session of this node; how many they were."""
+        sessions = list(self._sessions.values())
+        await asyncio.gather(*(self._end(session, "all sessions were ended") for session in sessions))
+        return len(sessions)
 
     @contextmanager
     def _room_for(self, count: int) -> Iterator[None]:

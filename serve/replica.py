@@ -1,6 +1,8 @@
-"""The pool as a Serve replica: named by its Ray node, healthy while it can start cells, gone without a trace.
+"""The pool as a Serve replica: named by its Ray node, healthy while it can start cells.
 
-Killed, it leaves its cells to the next replica on the node, which takes the same name.
+Killed or replaced (a new deployment drains calls, not sessions), it leaves open sessions to the next replica on the
+node, which takes the same name. Whoever removes the service for good ends them first (`close_all`), or the janitor
+does.
 """
 
 from __future__ import annotations
@@ -30,4 +32,4 @@ class SandboxReplica(SandboxPool):
             raise RuntimeError(problem)
 
     async def __del__(self) -> None:
-        await self.stop()
+        await self.leave()

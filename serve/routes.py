@@ -24,6 +24,7 @@ from serve.errors import FileRefused, SandboxServiceError, TokenRefused
 from serve.schema import (
     CellRecord,
     CreateSession,
+    Ended,
     ExecuteRequest,
     ExecuteResponse,
     Files,
@@ -53,6 +54,7 @@ class ServedPool(SandboxService, Protocol):
     """What the routes need: the sessions, and what every node says of itself."""
 
     async def node_stats(self) -> list[dict[str, Any]]: ...
+    async def close_all(self) -> int: ...
 
 
 def build_api(pool: ServedPool, *, token: str, nodes: int, compat: APIRouter | None = None) -> FastAPI:
@@ -167,6 +169,11 @@ def _session_routes(pool: ServedPool) -> APIRouter:
     async def create(body: CreateSession | None = None) -> Response:
         """A fresh session: one live interpreter."""
         return _json(await pool.create(body or CreateSession()), 201)
+
+    @router.delete("/sessions", response_model=Ended, responses=documented(401, 503, 504))
+    async def close_all() -> Response:
+        """Ends every session of every node: before the service is removed for good."""
+        return _json(Ended(sessions=await pool.close_all()))
 
     @router.get("/sessions/{session_id}", response_model=Session, responses=documented(*_ANY_CALL))
     async def get(session_id: SessionId) -> Response:

@@ -61,6 +61,12 @@ class Session(_Strict):
     expires_at: float = Field(description="unix time")
 
 
+class Ended(_Strict):
+    """Answer of DELETE /v1/sessions."""
+
+    sessions: int
+
+
 class ForkSession(_Strict):
     """Body of POST /v1/sessions/{id}/fork."""
 

@@ -246,3 +246,21 @@ async def test_a_driver_that_is_killed_for_good_leaves_nothing_after_a_minute(ba
     root = socket_root(CellSettings(socket_root=sockets))
     await until(lambda: not processes_in(sockets) and not owner.names(root), seconds=60)
     assert backend != "docker" or containers(f"aster.owner={process.owner}") == []
+
+
+@pytest.mark.parametrize("backend", ISOLATED)
+async def test_a_pool_that_leaves_hands_its_sessions_over_and_takes_an_empty_fleet_along(
+    backend: str, sockets: str
+) -> None:
+    node = new_node()
+    first = await start_pool(backend, node=node, socket_root=sockets)
+    session = await open_session(first)
+    await session.run("import threading; lock = threading.Lock(); lock.acquire()")
+    await first.leave()
+    second = await start_pool(backend, node=node, socket_root=sockets)
+    assert second.owner == first.owner
+    answer = await Session(second, session.id).run("lock.locked()")
+    assert (answer.result, answer.state) == ("True", State.KEPT)
+    await second.close(session.id)
+    await second.leave()
+    assert not (Path(sockets) / second.owner).exists()

@@ -76,3 +76,27 @@ async def test_a_session_outlives_its_replica_and_calls_wait_for_the_next_one(so
     assert (stats[victim]["adopted"], stats[victim]["replayed"]) == (2, 0)
     for session_id in sessions:
         await pool.close(session_id)
+
+
+async def test_a_new_deployment_keeps_the_sessions_of_the_old_one(sockets: Path) -> None:
+    from ray import serve as ray_serve
+
+    from serve.app import APP_NAME, POOL, SandboxAppArgs, build_app
+    from serve.calls import PoolCalls
+
+    pool = PoolCalls(ray_serve.get_deployment_handle(POOL, app_name=APP_NAME))
+    sessions = [(await pool.create(CreateSession())).session_id for _ in range(2)]
+    for number, session_id in enumerate(sessions):
+        await pool.execute(session_id, ExecuteRequest(code=f"g = iter(range({number}, 9)); next(g)"))
+    before = {node["owner"]: node["pid"] for node in await pool.node_stats()}
+    changed = SandboxAppArgs(
+        backend="bwrap", replicas=2, sessions_per_cell=2, max_sessions=6, token="t", socket_root=str(sockets)
+    )
+    await asyncio.to_thread(ray_serve.run, build_app(changed), name=APP_NAME, route_prefix="/")
+    for number, session_id in enumerate(sessions):
+        answer = await pool.execute(session_id, ExecuteRequest(code="next(g)"))
+        assert (answer.result, answer.state) == (str(number + 1), State.KEPT)
+    after = {node["owner"]: node for node in await pool.node_stats()}
+    assert {node["max_sessions"] for node in after.values()} == {6}
+    assert all(after[owner]["pid"] != pid for owner, pid in before.items())
+    assert await pool.close_all() == 2

@@ -85,7 +85,7 @@ async def test_without_the_token_only_health_and_ping_answer(served: Served, tok
         assert (await client.get("/healthz")).status_code == 200
         assert (await client.get("/v1/ping")).json() == "pong"
         guarded = [route for route in documented_statuses(client) if " /v1/s" in route or " /run_" in route]
-        assert len(guarded) == 15
+        assert len(guarded) == 16
         for route in guarded:
             method, path = route.split()
             answer = await client.request(method, path.format(session_id="a.b.c", path="x"), json={})
@@ -220,6 +220,16 @@ async def test_a_full_service_says_when_to_come_back(http: httpx.AsyncClient) ->
     assert int(full.headers["Retry-After"]) > 0
 
 
+async def test_every_session_can_be_ended_at_once(http: httpx.AsyncClient) -> None:
+    made = [(await http.post("/v1/sessions")).json()["session_id"] for _ in range(2)]
+    assert (await http.delete("/v1/sessions")).json()["sessions"] >= 2
+    for session_id in made:
+        answer = await http.get(f"/v1/sessions/{session_id}")
+        assert (answer.status_code, answer.json()["error"]) == (410, "session_gone")
+        assert "all sessions were ended" in answer.json()["detail"]
+    assert (await http.delete("/v1/sessions")).json() == {"sessions": 0}
+
+
 def documented_statuses(http: httpx.AsyncClient) -> dict[str, set[str]]:
     paths = http._transport.app.openapi()["paths"]  # type: ignore[attr-defined]
     return {f"{m.upper()} {p}": set(route["responses"]) for p, methods in paths.items() for m, route in methods.items()}
@@ -227,7 +237,7 @@ def documented_statuses(http: httpx.AsyncClient) -> dict[str, set[str]]:
 
 async def test_openapi_documents_every_refusal_of_every_route(http: httpx.AsyncClient) -> None:
     statuses = documented_statuses(http)
-    assert len(statuses) == 17
+    assert len(statuses) == 18
     for route, documented in statuses.items():
         if "/v1/sessions/{session_id}" in route:
             assert {"401", "404", "410", "413", "422", "429", "503", "504"} <= documented, route
