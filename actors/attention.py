@@ -116,8 +116,8 @@ def sdpa(
     grouped = q.shape[1] != k.shape[1]
     heads_first = (x.transpose(0, 1)[None].split(packing.lengths, dim=2) for x in (q, k, v))
     parts = [
-        scaled_dot_product_attention(*segment, is_causal=True, scale=scale, enable_gqa=grouped)  # type: ignore[misc]
-        for segment in zip(*heads_first, strict=True)
+        scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        for query, key, value in zip(*heads_first, strict=True)
     ]
     return torch.cat([part[0].transpose(0, 1) for part in parts])
 

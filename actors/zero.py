@@ -50,7 +50,7 @@ class ZeroLearner(Learner):
     backends = tuple(_STAGES)
     model: ZeroPolicy  # type: ignore[assignment]  # answers to what the parent asks of a ShardedPolicy
 
-    def _load(self, path: str) -> ZeroPolicy:  # type: ignore[override]
+    def _load(self, path: str) -> ZeroPolicy:  # type: ignore[override]  # for the same reason
         return ZeroPolicy(self.recipe, path=path, device=self.device, rank=self.rank, world_size=self.world_size)
 
     def _adamw(self) -> torch.optim.AdamW:
