@@ -1,13 +1,18 @@
 """`aster synthesize`: cold-start conversations from a teacher's trajectories: correct ones, dense in tool calls.
 
-    aster eval --recipe eval_90k model.path=TEACHER data.val_files=[problems.parquet] run.name=teacher eval.samples=4
-    aster synthesize --from runs/teacher --dataset problems.parquet --model TEACHER --out data/cold \\
-        --decontaminate aime25.parquet hmmt25.parquet
-    aster sft --recipe sft model.path=STUDENT data.train_files=[data/cold/sft.parquet]
+A teacher behind an OpenAI-compatible chat endpoint is sampled here, in our agent loop and sandbox:
 
-The teacher is any model that vLLM serves here: `aster eval` samples it in the same agent loop and sandbox, and goes on
-where it was when it is killed. Kept is what was answered correctly with more than nine calls, all of which succeeded,
-in at most 32,768 tokens. `--min-calls 2 --max-calls 4 --limit 1000` selects a subset by interaction density instead.
+    aster synthesize --endpoint http://host:8000/v1 --teacher gpt-oss-20b --samples 4 --from runs/teacher \\
+        --dataset problems.parquet --model STUDENT --out data/cold --decontaminate aime25.parquet hmmt25.parquet
+
+One that vLLM runs in this cluster is sampled by `aster eval`, which writes the same trajectories:
+
+    aster eval --recipe eval_90k model.path=TEACHER data.val_files=[problems.parquet] run.name=teacher eval.samples=4
+    aster synthesize --from runs/teacher --dataset problems.parquet --model TEACHER --out data/cold
+
+Both go on where they were when they are killed. Kept is what was answered correctly with more than nine calls, all of
+which succeeded, in at most 32,768 tokens. `--min-calls 2 --max-calls 4 --limit 1000` selects a subset of existing
+trajectories by interaction density instead. The endpoint's key is read from OPENAI_API_KEY.
 
 Writes sft.parquet (OpenAI's form), dropped.jsonl (every trajectory that was left out, and why) and report.json. The
 same input always gives the same files.
@@ -16,34 +21,52 @@ same input always gives the same files.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from aster import launch
 from aster.agent.chat import ChatRenderer
 from aster.agent.demonstrations import Selection, Wanted, select
+from aster.agent.rewards import RewardPool
+from aster.agent.sampling import sample
+from aster.agent.teacher import ChatTeacher
 from aster.command import run_verb
+from aster.config import Recipe
 from aster.data.conversations import write_conversations
 from aster.data.prompts import read_prompts
 from aster.data.raw import Overlap
 from aster.data.trajectories import read_trajectories
 from aster.errors import ConfigError, DataError
-from aster.types import Trajectory
+from aster.roles import SandboxFactory
+from aster.types import PromptRow, Trajectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     wanted = _wanted(args)
-    files = [file for run in args.runs for file in trajectory_files(run)]
-    print(f"{len(files)} trajectory files of {len(args.runs)} runs")
-    if args.dry_run:
-        return 0
+    recipe = _teaching(args)
     rows = {row.row_id: row for row in read_prompts(args.dataset)}
+    renderer = ChatRenderer.from_model_dir(args.model)
+    if args.dry_run:
+        print(f"{len(rows)} problems; {args.samples if args.endpoint else 0} samples of each would be made")
+        return 0
+    if args.endpoint:
+        with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
+            if sandboxes is None:
+                raise ConfigError("tool.enabled=false leaves no sandbox for the teacher's calls: leave it true")
+            asyncio.run(teach(args, recipe, list(rows.values()), renderer, sandboxes))
+    files = [file for run in args.runs for file in trajectory_files(run)]
     found = select(
         _all(files),
         rows,
-        ChatRenderer.from_model_dir(args.model),
+        renderer,
         wanted=wanted,
         contaminated_by=Overlap(read_prompts(args.decontaminate)) if args.decontaminate else lambda _: "",
         per_problem=args.per_problem,
@@ -69,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", nargs="+", required=True, metavar="PARQUET", help="the problems that were sampled")
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the teacher: its tokenizer and template are read"
+        "--model", required=True, metavar="DIR", help="the model that sampled, or with --endpoint the student"
     )
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     parser.add_argument("--min-calls", type=int, default=Wanted.min_calls, help="fewest calls (%(default)s)")
@@ -81,8 +104,90 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="PARQUET", help="evaluation sets to keep apart"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say which files would be read, then stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, sample and write nothing")
+    teacher = parser.add_argument_group("a teacher behind an endpoint")
+    teacher.add_argument("--endpoint", metavar="URL", help="its API, e.g. http://host:8000/v1")
+    teacher.add_argument("--teacher", metavar="NAME", help="its model name there")
+    teacher.add_argument("--samples", type=int, default=1, help="trajectories of each problem (%(default)s)")
+    teacher.add_argument("--concurrency", type=int, default=64, help="trajectories at once (%(default)s)")
+    teacher.add_argument("--recipe", default="rl_stage2_32k", help="whose budget, tool and sandbox count (%(default)s)")
+    teacher.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of that recipe, e.g. sampling.temperature=0.6"
+    )
     return parser
+
+
+def _teaching(args: argparse.Namespace) -> Recipe:
+    if bool(args.endpoint) != bool(args.teacher):
+        raise ConfigError("--endpoint and --teacher go together: the API's URL and the model's name there")
+    if args.endpoint and len(args.runs) != 1:
+        raise ConfigError(f"--endpoint writes its trajectories into one run, --from names {len(args.runs)}")
+    if args.overrides and not args.endpoint:
+        raise ConfigError(f"{args.overrides[0]}: a recipe's values count with --endpoint only")
+    for name in ("samples", "concurrency"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
+    return Recipe.load(args.recipe, args.overrides)
+
+
+def begin(args: argparse.Namespace, recipe: Recipe, rows: Sequence[PromptRow]) -> None:
+    """RUN/teacher.json: what RUN is made with. ConfigError when it was begun with other problems or settings."""
+    run: Path = args.runs[0]
+    settings = {
+        "teacher": args.teacher,
+        "samples": args.samples,
+        "problems": hashlib.sha256("\n".join(row.row_id for row in rows).encode()).hexdigest()[:16],
+        "budget": recipe.budget.model_dump(mode="json"),
+        "sampling": recipe.sampling.model_dump(mode="json"),
+        "tool": recipe.tool.model_dump(mode="json"),
+        "reward": recipe.algo.reward,
+    }
+    about = run / "teacher.json"
+    if about.is_file():
+        old = json.loads(about.read_text("utf-8"))
+        if changed := [key for key in settings if old.get(key) != settings[key]]:
+            raise ConfigError(
+                f"{run} was begun with another {changed[0]}: {old.get(changed[0])}, now {settings[changed[0]]}; "
+                "name another run with --from"
+            )
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+
+
+async def teach(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    rows: Sequence[PromptRow],
+    renderer: ChatRenderer,
+    sandboxes: SandboxFactory,
+) -> None:
+    """Sample the teacher into RUN/trajectories, or what of it is missing."""
+    begin(args, recipe, rows)
+    console = Console(stderr=True, highlight=False)
+    rewards = RewardPool(reward=recipe.algo.reward)
+    teacher = ChatTeacher(
+        args.endpoint, model=args.teacher, renderer=renderer, api_key=os.environ.get("OPENAI_API_KEY")
+    )
+    try:
+        await sample(
+            rows,
+            engine=teacher.conversation,
+            sandboxes=sandboxes,
+            renderer=renderer,
+            rewards=rewards,
+            budget=recipe.train_budget(),
+            sampling=recipe.sampling.sampling(),
+            tool=recipe.tool,
+            folder=args.runs[0] / "trajectories",
+            samples=args.samples,
+            concurrency=args.concurrency,
+            seed=args.seed,
+            progress=lambda done, of: console.print(f"teacher {done}/{of} files"),
+        )
+    finally:
+        await teacher.close()
+        rewards.close()
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:

@@ -149,7 +149,7 @@ class ChatRenderer:
         mask = [False] * len(ids)
         at = first
         while at < len(messages):
-            turn = [*self._tokenizer.encode_turn(self.raw_turn(messages[at])), self.turn_end_id]
+            turn = self.turn_ids(self.raw_turn(messages[at])).tolist()
             ids += turn
             mask += [True] * len(turn)
             at += 1
@@ -165,6 +165,10 @@ class ChatRenderer:
             ids += delta
             mask += [True] * newline + [False] * (len(delta) - newline)
         return _int32(ids), np.array(mask, dtype=bool)
+
+    def turn_ids(self, raw: str) -> np.ndarray:
+        """A raw turn as a sampler emits it, its end of turn included, int32."""
+        return _int32([*self._tokenizer.encode_turn(raw), self.turn_end_id])
 
     def raw_turn(self, message: Mapping[str, Any]) -> str:
         """What a sampler emits for an assistant message with `reasoning_content` (str) and `tool_calls`

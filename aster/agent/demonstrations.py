@@ -107,7 +107,7 @@ def select(
         out.calls_before.append(calls)
         row = rows.get(t.row_id)
         if reason := wanted.against(t):
-            drop(t.uid, t.row_id, calls, reason)
+            drop(t.uid, t.row_id, calls, reason, t.error)
             continue
         if row is None:
             drop(t.uid, t.row_id, calls, "of no problem in the dataset")
