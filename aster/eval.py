@@ -6,9 +6,10 @@
     aster eval --compare runs/a runs/b                                  two evaluations that are there, paired
     aster eval --rescore runs/a                                         judge stored answers again
 
-Writes val_rollout_data/STEP.jsonl, trajectories/STEP.parquet, disagreements.jsonl (answers that the two verifiers judge
-differently), metrics, eval.json with the hashes of weights, data and config, and curve.csv for several checkpoints. An
-evaluation that was killed goes on where it was. Needs neither optimizer nor learner.
+Writes val_rollout_data/STEP.jsonl, trajectories/STEP.parquet, disagreements/STEP.jsonl (answers that the two verifiers
+judge differently), metrics, evaluations/STEP.json with the hashes of weights, data and config (eval.json: the newest),
+and curve.csv for several checkpoints. An evaluation that was killed goes on where it was. Needs neither optimizer nor
+learner.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from aster import launch, merge, metrics
 from aster.agent.chat import ChatRenderer
@@ -39,6 +39,7 @@ from aster.data.evaluations import (
     disagreements,
     files_hash,
     fingerprint,
+    finished,
     joined,
     look_at,
     read_scores,
@@ -47,23 +48,17 @@ from aster.data.evaluations import (
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import write_trajectories_parquet, write_validation
 from aster.driver import Inbox, evaluate
-from aster.errors import ConfigError
-from aster.rescore import Rescored, rescore
+from aster.errors import ConfigError, DataError
+from aster.eval_tables import EvalResult, comparison_table, curve_of, print_rescored, scores_of, summary_table
+from aster.rescore import rescore
 from aster.roles import SandboxFactory
 from aster.tracking import Tracker
 from aster.types import PromptRow, TrajectoryGroup
 
+__all__ = ["EvalResult", "Rival", "main", "round_sizes", "run"]
+
 ROUNDS = 8  # with --until-decided the samples of a problem are drawn in so many rounds, with a look after each
 ALPHA = 0.05  # chance that two equally good models are told apart by --until-decided
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One evaluated setting: its recipe, its groups in the order of the data, and the metrics of spec 3.4."""
-
-    recipe: Recipe
-    groups: tuple[TrajectoryGroup, ...]
-    values: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _as_model_directory(path, recipe) as model:
                 one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(model)})})
                 weights = files_hash([path])
-                (results[step],) = asyncio.run(run([one], sandboxes, step=step, weights=weights, rival=rival))
+                reuse = len(models) > 1 and recipe.run.resume
+                (results[step],) = asyncio.run(
+                    run([one], sandboxes, step=step, weights=weights, rival=rival, reuse=reuse)
+                )
     if len(results) > 1:
         curve = curve_of(results)
         (recipe.run.path / "curve.csv").write_text(curve, "utf-8")
@@ -145,11 +143,13 @@ async def run(
     step: int = 0,
     weights: str | None = None,
     rival: Rival | None = None,
+    reuse: bool = False,
 ) -> list[EvalResult]:
     """Evaluate one model under one or several settings (sampling, tool on or off), on engines that start once.
 
     All recipes must agree on `model`, `rollout` and `budget`: these shape the engine. `step` names the files, `weights`
-    is the hash of the model where it was taken of other files than `model.path`.
+    is the hash of the model where it was taken of other files than `model.path`. `reuse`: a step that is finished, of
+    the same weights, data and settings, is read and not sampled again.
     """
     first = recipes[0]
     for other in recipes[1:]:
@@ -160,6 +160,10 @@ async def run(
             "data.val_files is empty: name at least one parquet, e.g. data.val_files=[data/aime25.parquet]"
         )
     rows_of = [read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) for recipe in recipes]
+    if rival is not None:
+        theirs = {row_id for problems in rival.scores.values() for row_id in problems}
+        if not any(row.row_id in theirs for rows in rows_of for row in rows):
+            raise DataError(f"--against {rival.path} shares no problem with data.val_files: it is of other data")
     launch.require_model(first)
     weights = weights or files_hash([first.model.path])
     decode = ChatRenderer.from_model_dir(first.model.path).decode
@@ -169,6 +173,11 @@ async def run(
         for recipe, rows in zip(recipes, rows_of, strict=True):
             made_of = fingerprint(recipe, weights=weights)
             path = recipe.run.path
+            if reuse and (groups := finished(path, rows, step=step, made_of=made_of)):
+                n = max(len(g.trajectories) for g in groups)
+                values = metrics.validation_metrics(groups, n=n, decode=decode)
+                results.append(EvalResult(recipe, tuple(groups), values))
+                continue
             parts = Parts(path / "parts" / str(step), rows, made_of=made_of, resume=recipe.run.resume)
             with Tracker.open(recipe, total_steps=1) as tracker:
                 began = time.monotonic()
@@ -266,15 +275,6 @@ def _as_model_directory(path: Path, recipe: Recipe) -> Iterator[Path]:
 # what is written -----------------------------------------------------------------------------------------------------
 
 
-def scores_of(groups: Sequence[TrajectoryGroup]) -> Scores:
-    scores: Scores = {}
-    for group in groups:
-        if group.scored:
-            verdicts = [float(metrics.is_right(t)) for t in group.scored]
-            scores.setdefault(group.row.data_source, {})[group.row.row_id] = verdicts
-    return scores
-
-
 def _write_result(
     recipe: Recipe,
     groups: Sequence[TrajectoryGroup],
@@ -288,7 +288,8 @@ def _write_result(
     path = recipe.run.path
     differing = [asdict(d) for d in disagreements(groups)]
     lines = [json.dumps(d, ensure_ascii=False) + "\n" for d in differing]
-    (path / "disagreements.jsonl").write_text("".join(lines), "utf-8")
+    (path / "disagreements").mkdir(exist_ok=True)
+    (path / "disagreements" / f"{step}.jsonl").write_text("".join(lines), "utf-8")
     sampling = recipe.eval_sampling()
     result: dict[str, object] = {
         "config_hash": recipe.config_hash,
@@ -308,86 +309,8 @@ def _write_result(
             "paired": {source: asdict(d) for source, d in compare(rival.scores, mine).items()},
             "these_problems": None if seen is None else asdict(seen),
         }
+    write_json(path / "evaluations" / f"{step}.json", result)
     write_json(path / "eval.json", result)
-
-
-def summary_table(results: Sequence[EvalResult]) -> Table:
-    """avg@n with its 95 % interval, per setting and data source."""
-    table = Table(title="evaluation")
-    for column in (
-        "run",
-        "data",
-        "problems x samples",
-        "T / top_p",
-        "accuracy",
-        "95 % interval",
-        "calls per trajectory",
-    ):
-        table.add_column(column)
-    for result in results:
-        sampling = result.recipe.eval_sampling()
-        for source in dict.fromkeys(g.row.data_source for g in result.groups):
-            mine = [g for g in result.groups if g.row.data_source == source]
-            calls = [len(t.calls) for g in mine for t in g.scored]
-            n, core = _samples(result), f"val-core/{source}/acc"
-            if f"{core}/mean@{n}" not in result.values:  # our failures lost every sample
-                table.add_row(result.recipe.run.name, source, f"{len(mine)} x {n}", "", "lost", "", "")
-                continue
-            table.add_row(
-                result.recipe.run.name,
-                source,
-                f"{len(mine)} x {n}",
-                f"{sampling.temperature:g} / {sampling.top_p:g}",
-                f"{result.values[f'{core}/mean@{n}']:.3f}",
-                f"{result.values[f'{core}/mean@{n}/ci_low']:.3f} to {result.values[f'{core}/mean@{n}/ci_high']:.3f}",
-                f"{sum(calls) / max(len(calls), 1):.2f}",
-            )
-    return table
-
-
-def comparison_table(a: Scores, b: Scores, *, names: tuple[str, str]) -> Table:
-    """The paired difference per data source, and what it rests on."""
-    table = Table(title=f"{names[1]} minus {names[0]}, on the same problems")
-    for column in ("data", "problems", "difference", "95 % interval", "p (sign flips)"):
-        table.add_column(column)
-    for source, d in compare(a, b).items():
-        table.add_row(source, str(d.problems), f"{d.mean:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}", f"{d.p_value:.4f}")
-    return table
-
-
-def curve_of(results: dict[int, EvalResult]) -> str:
-    """CSV by step and data source; p: paired against the first step."""
-    lines = ["step,data_source,mean,ci_low,ci_high,problems,samples,difference_to_first,p"]
-    first = scores_of(next(iter(results.values())).groups)
-    for step, result in results.items():
-        n, mine = _samples(result), scores_of(result.groups)
-        for source, difference in compare(first, mine).items():
-            core = f"val-core/{source}/acc/mean@{n}"
-            numbers = [result.values[key] for key in (core, f"{core}/ci_low", f"{core}/ci_high")]
-            tail = [difference.problems, n, f"{difference.mean:.6g}", f"{difference.p_value:.6g}"]
-            lines.append(",".join([str(step), source, *(f"{x:.6g}" for x in numbers), *map(str, tail)]))
-    return "\n".join(lines) + "\n"
-
-
-def _samples(result: EvalResult) -> int:
-    """Asked of each problem; fewer than the recipe's where sampling stopped early."""
-    return max(len(g.trajectories) for g in result.groups)
-
-
-def print_rescored(result: Rescored, console: Console) -> None:
-    table = Table(title="math-verify on the last 500 characters")
-    for column in ("data", "step", "rows", "accuracy"):
-        table.add_column(column)
-    for source, by_step in result.table.scores.items():
-        for step, value in sorted(by_step.items()):
-            table.add_row(source, str(step), str(result.table.rows[source][step]), f"{value:.4f}")
-    console.print(table)
-    for reason, count in sorted(result.table.skipped.items()):
-        console.print(f"left out, {reason}: {count}")
-    console.print(
-        f"{len(result.changed)} verdicts differ from the stored ones, {len(result.failures)} could not be given: "
-        "report/rescore.json lists them"
-    )
 
 
 if __name__ == "__main__":

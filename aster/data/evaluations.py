@@ -22,7 +22,7 @@ from aster.config import Recipe
 from aster.data.rollouts import read_rows, rollout_files
 from aster.data.trajectories import read_trajectories, write_trajectories_parquet
 from aster.errors import ConfigError, DataError
-from aster.types import PromptRow, TrajectoryGroup
+from aster.types import PromptRow, Trajectory, TrajectoryGroup
 
 Scores = dict[str, dict[str, list[float]]]
 """`scores[data source][row id]` = the verdicts of its samples, 0.0 or 1.0; what our failures lost is left out."""
@@ -100,6 +100,20 @@ class Parts:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def finished(
+    run: Path, rows: Sequence[PromptRow], *, step: int, made_of: Mapping[str, str]
+) -> list[TrajectoryGroup] | None:
+    """The groups of a finished step, in the order of `rows`; None unless it is there and was made of the same."""
+    result = run / "evaluations" / f"{step}.json"
+    if not result.is_file() or json.loads(result.read_text("utf-8")).get("hashes") != dict(made_of):
+        return None
+    path = run / "trajectories" / f"{step}.parquet"
+    by_row: dict[str, list[Trajectory]] = {row.row_id: [] for row in rows}
+    for trajectory in read_trajectories(path):
+        by_row[trajectory.row_id].append(trajectory)
+    return [TrajectoryGroup(row, step, tuple(by_row[row.row_id]), kind="val") for row in rows]
 
 
 def joined(rounds: Sequence[Mapping[str, TrajectoryGroup]], rows: Sequence[PromptRow]) -> list[TrajectoryGroup]:
@@ -203,7 +217,8 @@ def disagreements(groups: Sequence[TrajectoryGroup]) -> Iterator[Disagreement]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Atomic."""
+    """Atomic; makes the directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
     partial.replace(path)

@@ -17,7 +17,8 @@ from aster.data.evaluations import read_scores
 from aster.data.prompts import write_prompts
 from aster.data.trajectories import read_trajectories
 from aster.errors import ConfigError, DataError
-from aster.eval import Rival, curve_of, round_sizes
+from aster.eval import Rival, round_sizes
+from aster.eval_tables import curve_of
 from aster.launch import Rollouts
 from aster.types import PromptRow
 from tests.fakes import FakePool, row
@@ -74,7 +75,7 @@ def test_an_evaluation_writes_scores_hashes_and_token_exact_trajectories(bench: 
     assert set(written["hashes"]) == {"weights", "data", "settings"}
     assert (written["samples"], written["step"], written["verdicts_that_differ"]) == (4, 0, 0)
     assert len(list(read_trajectories(bench.root / "e/trajectories/0.parquet"))) == 24
-    assert (bench.root / "e/disagreements.jsonl").read_text() == ""
+    assert (bench.root / "e/disagreements/0.jsonl").read_text() == ""
     assert not (bench.root / "e/parts/0").exists()
 
 
@@ -154,6 +155,28 @@ def test_the_step_curve_pairs_every_checkpoint_with_the_first(bench: Bench) -> N
         ("10", "hmmt", "0.75", "0.5"),
     ]
     assert (bench.root / "curve/val_rollout_data/10.jsonl").is_file()
+
+
+def test_a_finished_step_is_read_again_only_for_the_same_weights_data_and_settings(bench: Bench) -> None:
+    recipe = bench.recipe("curve", "eval.samples=4")
+    first = bench.run(recipe, step=10)
+    before = bench.sampled
+    again = bench.run(recipe, step=10, reuse=True)
+    assert bench.sampled == before
+    assert {k: v for k, v in again.values.items() if k.startswith("val-core")} == {
+        k: v for k, v in first.values.items() if k.startswith("val-core")
+    }
+    bench.run(recipe, step=20, reuse=True)
+    assert bench.sampled == 2 * before
+    (bench.root / "model/config.json").write_text('{"another": "model"}')
+    bench.run(recipe, step=10, reuse=True)
+    assert bench.sampled == 3 * before
+
+
+def test_a_rival_of_other_data_is_refused_before_anything_is_sampled(bench: Bench) -> None:
+    with pytest.raises(DataError, match="shares no problem"):
+        bench.run(bench.recipe(), rival=Rival(Path("other"), {"aime": {"elsewhere": [1.0]}}))
+    assert bench.sampled == 0
 
 
 def test_checkpoints_are_found_by_step_and_never_two_for_one(tmp_path: Path) -> None:
