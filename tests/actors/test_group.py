@@ -169,6 +169,32 @@ async def test_the_recipe_picks_deepspeed_and_a_checkpoint_is_written_between_st
 
 
 @pytest.mark.e2e
+async def test_two_ranks_that_share_each_row_have_the_losses_and_norms_of_one(cluster, model_dir):
+    batches = [some_samples(7, seed=i) for i in range(3)]
+    with learner_on(model_dir, recipe()) as alone:
+        row = one_row(batches[0])
+        scores = alone.log_probs(row)
+        expected = [train(alone, batch) for batch in batches]
+    shared = recipe(learner={**TWO["learner"], "context_parallel": 2})
+    group = await RayLearnerGroup.spawn(shared, model_path=str(model_dir), total_steps=100)
+    try:
+        assert group.dp_size == 1
+        [ours] = await group.log_probs([row])
+        np.testing.assert_allclose(ours.logprobs, scores.logprobs, atol=5e-6)
+        np.testing.assert_allclose(ours.entropies, scores.entropies, atol=5e-6)
+        for batch, (stats, optim) in zip(batches, expected, strict=True):
+            stats_two, optim_two = await _train(group, batch)
+            assert stats_two.loss == pytest.approx(stats.loss, rel=1e-4, abs=1e-6)
+            assert (stats_two.tokens, stats_two.entropy_sum) == (
+                stats.tokens,
+                pytest.approx(stats.entropy_sum, rel=1e-4),
+            )
+            assert optim_two.grad_norm == pytest.approx(optim.grad_norm, rel=1e-3)
+    finally:
+        await group.close()
+
+
+@pytest.mark.e2e
 async def test_an_error_of_one_rank_ends_the_gang_with_that_ranks_traceback(cluster, model_dir, monkeypatch):
     monkeypatch.setattr("actors.group._AFTERMATH_S", 1.0)  # rank 0 waits in a collective and has nothing to say
     group = await RayLearnerGroup.spawn(recipe(**TWO), model_path=str(model_dir), total_steps=100)
