@@ -126,6 +126,9 @@ async def follow(engine: RayEngine, learner: Any, *, damage: bool) -> None:
         assert (out.versions == version).all()
     if damage:
         ray.get(learner.damage_bucket.remote(1), timeout=60)
-        with pytest.raises(WeightSyncError, match="bucket 1"):
+        with pytest.raises(WeightSyncError, match="bucket 1") as error:
             await sync.publish(source, 3)
+        assert error.value.restored == 2
+        restored = await engine.call("log_probs", PROMPT, 1, deadline_s=60)
+        assert np.abs(restored - publishing.log_probs(model, PROMPT)).mean() < 0.1
         await sync.publish(source, 3)
