@@ -50,7 +50,7 @@ def parse_recipe(
     )
     options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-6 run.name=mine")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # key=value may stand on either side of an option
     recipe = Recipe.load(args.recipe, args.overrides)
     if recipe.stage != stage:
         raise ConfigError(

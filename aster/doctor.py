@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
     parser.add_argument("--dry-run", action="store_true", help="print what would be looked at and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipe's own verb")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     recipe = Recipe.load(args.recipe, args.overrides) if args.recipe else None
     if args.dry_run:
         print("\n".join(check.__name__ for check in CHECKS))

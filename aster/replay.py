@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="look in this step only")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example sandbox.backend=bwrap")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     trajectory = find(args.run, args.id, step=args.step)
     if args.dry_run:
         for number, call in enumerate(trajectory.calls, 1):

@@ -59,3 +59,11 @@ def test_every_verb_runs_as_a_module_and_explains_itself(verb):
     )
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["eval", "eval.samples=2", "--dry-run", "run.seed=3"], ["train", "run.seed=3"]])
+def test_overrides_may_stand_on_either_side_of_an_option(argv, capsys):
+    assert main([*argv, "--dry-run", "run.name=late"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "run.seed = 3" in printed
+    assert "run.name = late" in printed

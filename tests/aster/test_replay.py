@@ -117,5 +117,5 @@ def test_a_trajectory_is_found_by_its_uid_or_the_end_of_one(tmp_path):
 
 def test_a_dry_run_prints_the_cells(tmp_path, capsys):
     write(tmp_path, having(call("x = 20", ""), call("x + 1", "21")))
-    assert main(["replay", str(tmp_path), "row-1/0", "--dry-run"]) == 0
+    assert main(["replay", str(tmp_path), "row-1/0", "--dry-run", "sandbox.backend=bwrap"]) == 0
     assert capsys.readouterr().out == "# ---- call 1: ok\nx = 20\n# ---- call 2: ok\nx + 1\n"
