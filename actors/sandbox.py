@@ -41,18 +41,15 @@ class HandleSandboxFactory:
         self._memory_bytes = memory_bytes
         self._rebuild = rebuild
         self._calls: PoolCalls | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None  # that of `_calls`: Serve may bind a handle to it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": None, "_loop": None}
+        return {**self.__dict__, "_calls": None}
 
     async def open(self, key: str) -> ServiceSandbox:
         """A fresh session; `key` only names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
-        loop = asyncio.get_running_loop()
-        if self._calls is None or self._loop is not loop:
+        if self._calls is None:
             try:
-                self._loop = loop
-                self._calls = PoolCalls(serve.get_deployment_handle(POOL, app_name=self._app_name))
+                self._calls = pool_calls(self._app_name)
             except RayServeException as error:
                 raise SandboxLost("", f"{key}: no sandbox application {self._app_name!r} runs: {error}") from None
         return await open_sandbox(
@@ -62,6 +59,18 @@ class HandleSandboxFactory:
             max_output_bytes=self._max_output_bytes,
             rebuild=self._rebuild,
         )
+
+
+def pool_calls(app_name: str = APP_NAME) -> PoolCalls:
+    """The running application's pools. Raises RayServeException when it does not run.
+
+    The handle gets a thread of its own for routing, in every mode of Serve: a driver runs one event loop after another,
+    and in throughput mode a handle would belong to the first.
+    """
+    handle = serve.get_deployment_handle(POOL, app_name=app_name)
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
+    return PoolCalls(handle)
 
 
 # deploying -----------------------------------------------------------------------------------------------------------
@@ -112,7 +121,7 @@ def remove_sandbox() -> None:
     """Delete the application; its sessions and cells are gone when this returns. Called outside of an event loop."""
     if _status() is not None:
         try:
-            asyncio.run(PoolCalls(serve.get_deployment_handle(POOL, app_name=APP_NAME)).close_all())
+            asyncio.run(pool_calls(APP_NAME).close_all())
         except (SandboxServiceError, RayServeException) as error:  # policy: what is left, the janitor ends
             log.warning("the sandbox's sessions could not be ended before it was removed: %s", error)
         serve.delete(APP_NAME)

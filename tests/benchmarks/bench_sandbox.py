@@ -192,17 +192,13 @@ class Served:
     """The application on a local Ray, by handle and by HTTP, beside one that does nothing."""
 
     def __init__(self, port: int) -> None:
-        from ray import serve
-
-        from serve.app import APP_NAME, POOL
-        from serve.calls import PoolCalls
-
-        self._handle = PoolCalls(serve.get_deployment_handle(POOL, app_name=APP_NAME))
         self._url = f"http://127.0.0.1:{port}"
 
     async def start(self) -> None:
+        from actors.sandbox import pool_calls
         from serve.client import AsyncSandboxClient
 
+        self._handle = pool_calls()
         self._http = httpx.AsyncClient(base_url=self._url, headers=_TOKEN, trust_env=False)
         self._client = AsyncSandboxClient(self._url, token="bench")
         self._by_handle = (await self._handle.create(CreateSession())).session_id
@@ -260,7 +256,7 @@ def deploy_noop() -> None:
     light = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
     behind = serve.deployment(name="Nothing", **light)(Nothing).bind()  # type: ignore[arg-type]  # ** of a plain dict
     front = serve.deployment(name="Front", **light)(Front)  # type: ignore[arg-type]  # as above
-    serve.run(front.bind(behind), name="noop", route_prefix="/noop")
+    serve.run_many([serve.RunTarget(target=front.bind(behind), name="noop", route_prefix="/noop")])
 
 
 @contextmanager
