@@ -1,7 +1,7 @@
 """Tidies up after sessions and touches their files, as their own users; runs no user code, speaks no gRPC.
 
-`python -m sandbox_image.attendant FD`: a process beside the zygote (`forks.py` has the protocol), since forking one
-that has imported nothing costs a tenth of forking one that has all of numpy and sympy in its memory.
+`python -m sandbox_image.attendant FD`: a process beside the zygote (`forks.py` has the protocol), since a fork
+copies the page tables of whoever forks, and a process that has imported nothing has few.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import asyncio
 import os
 import platform
 import time
+import traceback
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -29,6 +30,7 @@ _TROUBLE = {
     "too_large": grpc.StatusCode.OUT_OF_RANGE,
     "no_room": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+_UNKNOWN = "no such session in this cell"
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class CellService(cell_pb2_grpc.CellServicer):
     async def _know(self, session_id: str, context: Context) -> None:
         self.heard = time.monotonic()
         if session_id not in self._cell.sessions:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such session in this cell")
+            await context.abort(grpc.StatusCode.NOT_FOUND, _UNKNOWN)
 
     async def Open(self, request: cell_pb2.OpenRequest, context: Context) -> cell_pb2.OpenReply:
         self.heard = time.monotonic()
@@ -69,8 +71,13 @@ class CellService(cell_pb2_grpc.CellServicer):
     async def _answer(self, call: cell_pb2.ExecuteCall, context: Context, writing: asyncio.Lock) -> None:
         answer = cell_pb2.ExecuteAnswer(number=call.number)
         try:
-            answer.reply.CopyFrom(await self._execute(call.request, tap=None))
-        except Exception as error:  # policy: whatever went wrong, the caller must not wait for its answer
+            if call.request.session_id in self._cell.sessions:
+                answer.reply.CopyFrom(await self._execute(call.request, tap=None))
+            else:
+                answer.failure = _UNKNOWN
+        except Exception as error:  # policy: the caller must not wait for an answer that cannot come
+            if not isinstance(error, (ForkerDied, OSError)):
+                traceback.print_exc()  # a fault of ours: the cell's log has it
             answer.failure = _valid(f"{type(error).__name__}: {error}")
         async with writing:
             await context.write(answer)
@@ -92,7 +99,7 @@ class CellService(cell_pb2_grpc.CellServicer):
             answer.cancel()
 
     async def _execute(self, request: cell_pb2.ExecuteRequest, *, tap: Tap | None) -> cell_pb2.ExecuteReply:
-        """Raises KeyError: no such session; `ForkerDied`, OSError: its interpreter died and cannot be made anew."""
+        """Of a session that is here. Raises `ForkerDied`, OSError: its interpreter died and cannot be made anew."""
         self.heard = time.monotonic()
         try:
             outcome, queue_s = await self._cell.execute(

@@ -7,6 +7,7 @@ import time
 import pytest
 from sandboxes import Session
 
+from serve.cells.link import CellLost
 from serve.pool import SandboxPool
 from serve.schema import ExecuteRequest, ExecuteResponse, OutputChunk, State, Status
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 async def started(session: Session, code: str, **options: float) -> asyncio.Task[ExecuteResponse]:
     """A call whose cell has begun."""
-    call = asyncio.create_task(session.run(f"open('begun', 'w').close()\n{code}", **options))  # type: ignore[arg-type]
+    call = asyncio.create_task(session.run(f"open('begun', 'w').close()\n{code}", **options))  # type: ignore[arg-type]  # only floats are given
     async with asyncio.timeout(20):
         while not any(file.path == "begun" for file in (await session.pool.list_files(session.id)).files):
             pass
@@ -287,3 +288,10 @@ async def test_the_largest_answer_that_may_be_asked_for_arrives(session: Session
     assert (answer.status, answer.stdout_bytes, answer.stderr_bytes) == (Status.OK, size, size)
     assert (len(answer.stdout), len(answer.stderr)) == (size, size)
     assert answer.truncated  # the interleaved text alone is longer than was asked for
+
+
+async def test_a_cell_says_so_when_it_has_no_such_session(pool: SandboxPool, session: Session) -> None:
+    cell = pool.fleet.cells[0]
+    with pytest.raises(CellLost, match="no such session in this cell"):
+        await asyncio.wait_for(cell.link.execute("nobody", ExecuteRequest(code="1")), 5)
+    assert (await session.run("1 + 1")).result == "2"
