@@ -26,14 +26,14 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages
-from aster.algo.packing import denominators, pack, unpack
+from aster.algo.packing import denominators, packed, unpack_row
 from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.checkpoints import finishing
 from aster.config import Recipe
 from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError, WeightSyncError
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
-from aster.types import OptimStats, PromptRow, RolloutWork, Sample, StepStats, TrajectoryGroup
+from aster.types import OptimStats, PromptRow, RolloutWork, StepStats, TrajectoryGroup, TrajectorySample
 
 log = logging.getLogger("aster")
 
@@ -163,14 +163,12 @@ class GrpoLoop:
             )
         values: dict[str, float] = {}
         if algo.proximal_pass:
-            old, entropies = await self._log_probs(samples)
-            masks = [s.mask for s in samples]
+            old, values["actor/entropy"] = await self._log_probs(samples)
             values |= metrics.mismatch_metrics(
-                [_behaviour(s)[s.mask] for s in samples], [o[m] for o, m in zip(old, masks, strict=True)]
+                (s.behaviour_logprobs[s.mask] for s in samples), (o[s.mask] for o, s in zip(old, samples, strict=True))
             )
-            values["actor/entropy"] = metrics.token_mean(entropies, masks)
         else:
-            old = [_behaviour(s) for s in samples]
+            old = [s.behaviour_logprobs for s in samples]
         samples = [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)]
         if algo.kl_coef > 0:
             reference, _ = await self._log_probs(samples, reference=True)
@@ -192,7 +190,7 @@ class GrpoLoop:
         values["timing_s/update_actor"] = time.monotonic() - proximal_done
         return values
 
-    def samples_of(self, group: TrajectoryGroup, index: int) -> list[Sample]:
+    def samples_of(self, group: TrajectoryGroup, index: int) -> list[TrajectorySample]:
         """Training sequences of one group. Trajectories that we lost have no reward and no share in the statistics."""
         scored = group.scored
         if not scored or (len(scored) < 2 <= self.recipe.rollout.group_size):
@@ -203,23 +201,16 @@ class GrpoLoop:
         if algo.drop_zero_variance and not advantages_G.any():
             return []
         return [
-            Sample(
-                ids=np.concatenate([t.prompt_ids, t.ids]),
-                mask=np.concatenate([np.zeros(len(t.prompt_ids), bool), t.mask]),
-                advantage=float(advantage),
-                group=index,
-                behaviour_logprobs=np.concatenate([np.zeros(len(t.prompt_ids), np.float32), t.behaviour_logprobs]),
-            )
+            TrajectorySample(t, advantage=float(advantage), group=index)
             for t, advantage in zip(scored, advantages_G, strict=True)
             if is_trained(t, algo)
         ]
 
-    async def update(self, mini: Sequence[Sample]) -> tuple[StepStats, OptimStats]:
+    async def update(self, mini: Sequence[TrajectorySample]) -> tuple[StepStats, OptimStats]:
         """One optimizer step. Denominators are those of the whole mini-batch, so packing cannot change the loss."""
-        micro = pack(mini, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
         tokens, groups = denominators(mini)
         total = StepStats()
-        for per_rank in micro:
+        for per_rank in packed(mini, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size):
             total += await self.learners.forward_backward(per_rank, num_loss_tokens=tokens, num_groups=groups)
         return total, await self.learners.optim_step()
 
@@ -300,19 +291,24 @@ class GrpoLoop:
             )
 
     async def _log_probs(
-        self, samples: Sequence[Sample], *, reference: bool = False
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-probs and entropies of every sample under the weights as they are now, aligned with its ids.
+        self, samples: Sequence[TrajectorySample], *, reference: bool = False
+    ) -> tuple[list[np.ndarray], float]:
+        """Log-probs of every sample under the weights as they are now, aligned with its ids, and the mean entropy.
 
-        Before the first update that is pi_old; `reference` asks the frozen model instead.
+        Before the first update that is pi_old; `reference` asks the frozen model instead. One row a rank is in memory
+        at a time.
         """
-        micro = pack(samples, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
-        scores = [await self.learners.log_probs(per_rank, reference=reference) for per_rank in micro]
         lengths = [len(s) for s in samples]
-        return (
-            unpack([[s.logprobs for s in ranks] for ranks in scores], micro, lengths),
-            unpack([[s.entropies for s in ranks] for ranks in scores], micro, lengths),
-        )
+        logprobs: dict[int, np.ndarray] = {}
+        entropy, tokens = 0.0, 0
+        rows = packed(samples, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
+        for per_rank in rows:
+            scores = await self.learners.log_probs(per_rank, reference=reference)
+            for micro, score in zip(per_rank, scores, strict=True):
+                logprobs.update(unpack_row(score.logprobs, micro, lengths))
+                entropy += float(score.entropies[micro.loss_mask].sum(dtype=np.float64))
+                tokens += int(micro.loss_mask.sum())
+        return [logprobs[index] for index in range(len(samples))], entropy / max(tokens, 1)
 
     @property
     def _response_tokens(self) -> int:
@@ -368,8 +364,3 @@ async def evaluate(
     groups = [await inbox.next("val") for _ in rows]
     order = {row.row_id: index for index, row in enumerate(rows)}
     return sorted(groups, key=lambda g: order[g.row.row_id])
-
-
-def _behaviour(sample: Sample) -> np.ndarray:
-    assert sample.behaviour_logprobs is not None
-    return sample.behaviour_logprobs

@@ -9,7 +9,8 @@ Legend: P problems (groups) · G scored samples of one · T response tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from aster.algo.collapse import collapse_metrics
 from aster.algo.intervals import all_at_k, majority_at_k, mean_interval, pass_at_k
 from aster.types import Cause, OptimStats, StepStats, ToolOutcome, Trajectory, TrajectoryGroup
 
+_CHUNK_TOKENS = 1 << 16  # 0.5 MB of float64: stays in the cache
 _MAX_LOG_RATIO = 20.0  # exp() of a broken engine's log-prob must not overflow; the objective clamps at the same value
 
 Decode = Callable[[np.ndarray], str]
@@ -141,9 +143,12 @@ def _advantage_metrics(
         "training/all_wrong_groups_ratio": float((flat <= 0.5).sum()) / len(solved),
     }
     if sum(tokens):
-        spread = np.repeat(np.array(values), tokens)
-        out |= _spread("critic/advantages", spread)
-        out |= _spread("critic/returns", spread)  # gamma = lambda = 1 and no critic: the return is the advantage
+        has, weight = np.array(values)[np.array(tokens) > 0], np.array(tokens)[np.array(tokens) > 0]
+        spread = {"mean": float(np.average(has, weights=weight)), "max": float(has.max()), "min": float(has.min())}
+        out |= {f"critic/advantages/{name}": value for name, value in spread.items()}
+        out |= {
+            f"critic/returns/{name}": value for name, value in spread.items()
+        }  # gamma = lambda = 1 and no critic: the return is the advantage
     return out
 
 
@@ -239,39 +244,89 @@ def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> 
     return out
 
 
-def token_mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
-    """Mean over all tokens under the masks; 0.0 where there is none."""
-    kept = np.concatenate([v[m] for v, m in zip(values, masks, strict=True)]).astype(np.float64)
-    return float(kept.mean()) if len(kept) else 0.0
-
-
-def mismatch_metrics(behaviour: Sequence[np.ndarray], old: Sequence[np.ndarray]) -> dict[str, float]:
+def mismatch_metrics(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray]) -> dict[str, float]:
     """How far the engine's log-probs are from the learner's, over sampled tokens only ([tokens] each, aligned).
 
     k1 = mean(behaviour - old) and k3 = mean(exp(old - behaviour) - 1 - (old - behaviour)) estimate the same
-    KL(engine || learner) in nats; k1 is unbiased and may be negative, k3 is never.
+    KL(engine || learner) in nats; k1 is unbiased and may be negative, k3 is never. Reads both sides once, a few at a
+    time: float64 copies of a step's tokens would weigh more than the step.
     """
-    b = np.concatenate([np.asarray(x, dtype=np.float64) for x in behaviour]) if behaviour else np.zeros(0)
-    o = np.concatenate([np.asarray(x, dtype=np.float64) for x in old]) if old else np.zeros(0)
-    if b.shape != o.shape:
-        raise ValueError(f"log-probs of the same tokens must align, got {b.shape} and {o.shape}")
-    valid = np.isfinite(b) & np.isfinite(o)
-    out = {"training/rollout_probs_diff_valid": float(len(b) > 0 and bool(valid.all()))}
-    b, o = b[valid], o[valid]
-    if not len(b):
+    total, seen, broken = _Moments(), 0, False
+    k1 = k3 = largest = 0.0
+    for b, o in _chunks(behaviour, old):
+        seen += len(b)
+        valid = np.isfinite(b) & np.isfinite(o)
+        if not valid.all():
+            broken = True
+            b, o = b[valid], o[valid]
+        if not len(b):
+            continue
+        p, q = np.exp(b), np.exp(o)
+        difference = np.abs(p - q)
+        largest = max(largest, float(difference.max()))
+        ratio = np.clip(o - b, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        k1 -= float(ratio.sum())
+        k3 += float((np.expm1(ratio) - ratio).sum())
+        total = total.with_rows(np.stack([difference, p, q]))
+    out = {"training/rollout_probs_diff_valid": float(seen > 0 and not broken)}
+    if not total.count:
         return out
-    difference = np.abs(np.exp(b) - np.exp(o))
-    ratio = np.clip(o - b, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    variance = np.diag(total.products) / max(total.count - 1, 1)
     out |= {
-        "training/rollout_probs_diff_max": float(difference.max()),
-        "training/rollout_probs_diff_mean": float(difference.mean()),
-        "training/rollout_probs_diff_std": float(difference.std(ddof=1)) if len(b) > 1 else 0.0,
-        "training/mismatch_k1": float(-ratio.mean()),
-        "training/mismatch_k3": float((np.expm1(ratio) - ratio).mean()),
+        "training/rollout_probs_diff_max": largest,
+        "training/rollout_probs_diff_mean": float(total.means[0]),
+        "training/rollout_probs_diff_std": float(np.sqrt(variance[0])),
+        "training/mismatch_k1": k1 / total.count,
+        "training/mismatch_k3": k3 / total.count,
     }
-    if np.exp(b).std() > 0 and np.exp(o).std() > 0:
-        out["training/rollout_actor_probs_pearson_corr"] = float(np.corrcoef(np.exp(b), np.exp(o))[0, 1])
+    if variance[1] > 0 and variance[2] > 0:
+        out["training/rollout_actor_probs_pearson_corr"] = float(
+            total.products[1, 2] / np.sqrt(total.products[1, 1] * total.products[2, 2])
+        )
     return out
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Count, means [3] and centred products [3, 3] of what was seen so far (Chan's pairwise update)."""
+
+    count: int = 0
+    means: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    products: np.ndarray = field(default_factory=lambda: np.zeros((3, 3)))
+
+    def with_rows(self, rows: np.ndarray) -> _Moments:
+        """`rows` float64 [3, n], n > 0."""
+        n, means = rows.shape[1], rows.mean(axis=1)
+        centred = rows - means[:, None]
+        shift, count = means - self.means, self.count + n
+        return _Moments(
+            count,
+            self.means + shift * (n / count),
+            self.products + centred @ centred.T + np.outer(shift, shift) * (self.count * n / count),
+        )
+
+
+def _chunks(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both sides as float64, many sequences at a time."""
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
+    tokens = 0
+    for b, o in zip(behaviour, old, strict=True):
+        if np.shape(b) != np.shape(o):
+            raise ValueError(f"log-probs of the same tokens must align, got {np.shape(b)} and {np.shape(o)}")
+        pending.append((b, o))
+        tokens += len(b)
+        if tokens >= _CHUNK_TOKENS:
+            yield _joined(pending)
+            pending, tokens = [], 0
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.concatenate([b for b, _ in pairs]).astype(np.float64),
+        np.concatenate([o for _, o in pairs]).astype(np.float64),
+    )
 
 
 def timing_metrics(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -243,6 +243,57 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class TrajectorySample:
+    """A trajectory as a training sequence, prompt first. Its arrays are put together when they are read: a step's
+    tokens lie in the trajectories once, and the joined copy lives only while its row is packed."""
+
+    trajectory: Trajectory
+    advantage: float = 1.0
+    group: int = 0
+    old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
+    reference_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[S] int32."""
+        return np.concatenate([self.trajectory.prompt_ids, self.trajectory.ids])
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[S] bool, False in the prompt."""
+        return np.concatenate([np.zeros(len(self.trajectory.prompt_ids), bool), self.trajectory.mask])
+
+    @property
+    def behaviour_logprobs(self) -> np.ndarray:
+        """[S] float32, 0 in the prompt."""
+        prompt = np.zeros(len(self.trajectory.prompt_ids), np.float32)
+        return np.concatenate([prompt, self.trajectory.behaviour_logprobs])
+
+    def __len__(self) -> int:
+        return self.trajectory.num_tokens
+
+
+class TrainingSequence(Protocol):
+    """What packing needs of a `Sample` or a `TrajectorySample`; shapes as there."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def mask(self) -> np.ndarray: ...
+    @property
+    def advantage(self) -> float: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def behaviour_logprobs(self) -> np.ndarray | None: ...
+    @property
+    def old_logprobs(self) -> np.ndarray | None: ...
+    @property
+    def reference_logprobs(self) -> np.ndarray | None: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)

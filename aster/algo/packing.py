@@ -5,7 +5,8 @@ Shape legend: S tokens of a sample · R tokens of a row · D ranks · M micro-ba
 FSDP ranks meet at every layer, so a micro-batch takes as long as its longest row and every rank needs the same number
 of them. `pack` therefore uses the fewest micro-batches that the budget allows, spreads tokens evenly over the M * D
 rows (longest sample first, onto the emptiest row), and puts rows of like size into the same micro-batch. It is a
-function of the samples alone: same list, same rows.
+function of the samples alone: same list, same rows. `packed` makes one micro-batch after the other: a row weighs 45
+bytes a token, several times what a step's trajectories weigh, so the driver never holds them all.
 """
 
 from __future__ import annotations
@@ -13,23 +14,29 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from aster.types import MicroBatch, Sample
+from aster.types import MicroBatch, TrainingSequence
 
 
-def pack(samples: Sequence[Sample], *, row_tokens: int, dp_size: int) -> list[list[MicroBatch]]:
+def pack(samples: Sequence[TrainingSequence], *, row_tokens: int, dp_size: int) -> list[list[MicroBatch]]:
     """`[micro][rank]`: every sample in exactly one row, no row above `row_tokens` but for a longer single sample.
 
     Give the whole mini-batch at once: `group_loss_tokens` and `num_sequences` of the rows count over this list.
     Ranks that run out of samples get a row of padding. `sample_index` points into `samples`.
 
+    >>> from aster.types import Sample
     >>> three = [Sample(ids=np.arange(n, dtype=np.int32), mask=np.ones(n, bool)) for n in (3, 5, 2)]
     >>> [[m.sample_index for m in ranks] for ranks in pack(three, row_tokens=6, dp_size=2)]
     [[(0, 2), (1,)]]
     """
+    return list(packed(samples, row_tokens=row_tokens, dp_size=dp_size))
+
+
+def packed(samples: Sequence[TrainingSequence], *, row_tokens: int, dp_size: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of `pack`, each `[rank]`, made when it is asked for. Checks the samples at once."""
     if row_tokens < 1 or dp_size < 1:
         raise ValueError(f"row_tokens={row_tokens} and dp_size={dp_size} must be at least 1")
     lengths = [len(s) for s in samples]
@@ -42,10 +49,15 @@ def pack(samples: Sequence[Sample], *, row_tokens: int, dp_size: int) -> list[li
     for sample, tokens in zip(samples, loss_tokens, strict=True):
         group_tokens[sample.group] += tokens
     num_sequences = sum(tokens > 0 for tokens in loss_tokens)
-    built = [
-        _row([samples[i] for i in row], row, group_tokens=group_tokens, num_sequences=num_sequences) for row in rows
-    ]
-    return [built[start : start + dp_size] for start in range(0, len(built), dp_size)]
+
+    def build() -> Iterator[list[MicroBatch]]:
+        for start in range(0, len(rows), dp_size):
+            yield [
+                _row([samples[i] for i in row], row, group_tokens=group_tokens, num_sequences=num_sequences)
+                for row in rows[start : start + dp_size]
+            ]
+
+    return build()
 
 
 def unpack(
@@ -55,6 +67,7 @@ def unpack(
 
     The first token of a sample is nobody's label, so its value is 0. `lengths` are those of the packed list.
 
+    >>> from aster.types import Sample
     >>> pair = [Sample(ids=np.array(ids), mask=np.ones(len(ids), bool)) for ids in ([5, 6, 7], [8, 9])]
     >>> rows = pack(pair, row_tokens=5, dp_size=1)
     >>> [v.tolist() for v in unpack([[np.array([0.6, 0.7, 9.9, 0.9, 9.9])]], rows, [3, 2])]
@@ -63,23 +76,29 @@ def unpack(
     out: list[np.ndarray | None] = [None] * len(lengths)
     for value_row, micro_row in zip(values, microbatches, strict=True):
         for value, micro in zip(value_row, micro_row, strict=True):
-            if value.shape != micro.labels.shape:
-                raise ValueError(f"values of shape {value.shape} do not belong to a row of {len(micro.labels)} tokens")
-            start = 0
-            for index in micro.sample_index:
-                stop = start + lengths[index]
-                out[index] = np.concatenate([np.zeros(1, value.dtype), value[start : stop - 1]])
-                start = stop
+            for index, own in unpack_row(value, micro, lengths):
+                out[index] = own
     missing = [i for i, v in enumerate(out) if v is None]
     if missing:
         raise ValueError(f"samples {missing[:5]} are in none of the rows: unpack() needs every row that pack() made")
     return [v for v in out if v is not None]
 
 
-def denominators(samples: Sequence[Sample]) -> tuple[int, int]:
+def unpack_row(value: np.ndarray, micro: MicroBatch, lengths: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of a sample, its [S] values) for every sample of one row; as `unpack`."""
+    if value.shape != micro.labels.shape:
+        raise ValueError(f"values of shape {value.shape} do not belong to a row of {len(micro.labels)} tokens")
+    start = 0
+    for index in micro.sample_index:
+        stop = start + lengths[index]
+        yield index, np.concatenate([np.zeros(1, value.dtype), value[start : stop - 1]])
+        start = stop
+
+
+def denominators(samples: Sequence[TrainingSequence]) -> tuple[int, int]:
     """(loss tokens, groups with a loss token) of a mini-batch, as `forward_backward` wants them."""
-    tokens = sum(int(s.mask[1:].sum()) for s in samples)
-    return tokens, len({s.group for s in samples if s.mask[1:].any()})
+    counts = [int(s.mask[1:].sum()) for s in samples]
+    return sum(counts), len({s.group for s, tokens in zip(samples, counts, strict=True) if tokens})
 
 
 def padding_row(*, num_sequences: int = 0) -> MicroBatch:
@@ -100,7 +119,7 @@ def padding_row(*, num_sequences: int = 0) -> MicroBatch:
     )
 
 
-def _check(index: int, sample: Sample) -> None:
+def _check(index: int, sample: TrainingSequence) -> None:
     length = len(sample.ids)
     if length == 0:
         raise ValueError(f"sample {index} has no tokens: drop it before packing")
@@ -159,7 +178,7 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], *, rows: int, row_to
 
 
 def _row(
-    samples: Sequence[Sample], index: Sequence[int], *, group_tokens: Counter[int], num_sequences: int
+    samples: Sequence[TrainingSequence], index: Sequence[int], *, group_tokens: Counter[int], num_sequences: int
 ) -> MicroBatch:
     if not samples:
         return padding_row(num_sequences=num_sequences)
