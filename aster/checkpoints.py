@@ -87,6 +87,21 @@ class DirectoryCheckpointer:
             number += 1
         return self.directory.rename(aside)
 
+    async def roll_back(self, step: int) -> str | None:
+        """The newest checkpoint of at most `step`; newer ones get the ending `.rolled_back`, so that no resume finds
+        them. None, and nothing renamed, where there is none."""
+        await self.finish()
+        found = _complete(self.directory)
+        healthy = [s for s in found if s <= step]
+        if not healthy:
+            return None
+        for newer in (s for s in found if s > step):
+            aside = found[newer].with_name(f"{found[newer].name}.rolled_back")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier roll-back
+            found[newer].rename(aside)
+        _write_atomically(self.directory / LATEST, f"{max(healthy)}\n")
+        return str(found[max(healthy)])
+
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
         await self.finish()
         state = read_state(path)

@@ -269,6 +269,21 @@ class EvalConfig(_Section):
     max_num_batched_tokens: int | None = None
 
 
+class CollapseConfig(_Section):
+    """The collapse monitor's alarm, and what the run does when it is on."""
+
+    max_drop: float = Field(default=0.5, gt=0, lt=1)
+    """On while the moving average of calls per trajectory is below this share of its first value."""
+    max_ratio: float = Field(default=0.3, gt=0, le=1)
+    """On while more than this share of the trajectories make at most one call."""
+    ema_decay: float = Field(default=0.9, ge=0, lt=1)
+    on_alarm: Literal["log", "stop", "rollback"] = "log"
+    """log: an event, a metric and a line on the terminal; training goes on unchanged. stop: the run ends, checkpoints
+    stay. rollback: back to the newest checkpoint from before the alarm, and on with other prompts (`aster.guard`)."""
+    max_rollbacks: int = Field(default=1, ge=1)
+    """So many roll-backs of one process; the next alarm ends the run."""
+
+
 class SandboxConfig(_Section):
     backend: Literal["auto", "docker", "bwrap", "process"] = "auto"
     """auto: docker where a daemon answers, else bwrap. process (no isolation) only when asked for."""
@@ -315,6 +330,7 @@ class Recipe(_Section):
     lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
+    collapse: CollapseConfig = CollapseConfig()
     sandbox: SandboxConfig = SandboxConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -61,6 +61,10 @@ class RewardFailed(AsterError):
     """The verifier crashed or hung on this answer; the trajectory has no reward (it is not a wrong answer)."""
 
 
+class CollapseStopped(AsterError):
+    """`collapse.on_alarm` ended the run; the message says since which step the alarm is on, and what is left to use."""
+
+
 class GangFailure(AsterError):
     """A learner rank is dead. The whole gang restarts from the checkpoint; NCCL and gloo cannot heal."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from aster.algo.advantages import group_advantages
 from aster.algo.collapse import collapse_metrics
 from aster.algo.intervals import all_at_k, majority_at_k, mean_interval, pass_at_k
+from aster.algo.regions import Markers
 from aster.types import Cause, OptimStats, StepStats, ToolOutcome, Trajectory, TrajectoryGroup
 
 _CHUNK_TOKENS = 1 << 16  # 0.5 MB of float64: stays in the cache
@@ -29,11 +30,15 @@ Decode = Callable[[np.ndarray], str]
 
 
 def rollout_metrics(
-    groups: Sequence[TrajectoryGroup], *, scale_by_std: bool = True, decode: Decode | None = None
+    groups: Sequence[TrajectoryGroup],
+    *,
+    scale_by_std: bool = True,
+    decode: Decode | None = None,
+    markers: Markers | None = None,
 ) -> dict[str, float]:
     """Everything that follows from the trajectories of one training step, the collapse monitor included.
 
-    `scale_by_std` as in `algo`, for critic/advantages. `decode` sharpens collapse/post_hoc_ratio (see there).
+    `scale_by_std` as in `algo`, for critic/advantages. `decode` and `markers` sharpen the collapse monitor (see there).
     """
     out = cause_metrics(groups)
     scored = [t for g in groups for t in g.scored]
@@ -52,7 +57,7 @@ def rollout_metrics(
     out |= tool_metrics(scored, prefix="tool_use_info")
     out |= _agent_loop_times(scored)
     out |= _version_metrics(scored)
-    out |= collapse_metrics(groups, decode=decode, advantages=advantages)
+    out |= collapse_metrics(groups, decode=decode, markers=markers, advantages=advantages)
     out["training/acc"] = float((rewards > 0.5).mean())
     out["training/score"] = out["training/final_reward"] = float(rewards.mean())
     checked = [t.verdicts.math_verify for t in scored if t.verdicts.math_verify is not None]
@@ -362,7 +367,12 @@ def timing_metrics(
 
 
 def validation_metrics(
-    groups: Sequence[TrajectoryGroup], *, n: int, seed: int = 0, decode: Decode | None = None
+    groups: Sequence[TrajectoryGroup],
+    *,
+    n: int,
+    seed: int = 0,
+    decode: Decode | None = None,
+    markers: Markers | None = None,
 ) -> dict[str, float]:
     """val-core/{source}/acc/* and val-aux/{source}/*; `n` = samples asked of each problem.
 
@@ -399,12 +409,12 @@ def validation_metrics(
             out |= _with_interval(f"{home}/acc/best@{k}/mean", _at_most(pass_at_k, correct, samples, k))
             out |= _with_interval(f"{home}/acc/maj@{k}/mean", majorities)
             out |= _with_interval(f"{aux}/acc/worst@{k}/mean", _at_most(all_at_k, correct, samples, k))
-        out |= _validation_details(alive, n=n, prefix=aux, decode=decode)
+        out |= _validation_details(alive, n=n, prefix=aux, decode=decode, markers=markers)
     return out
 
 
 def _validation_details(
-    alive: Sequence[TrajectoryGroup], *, n: int, prefix: str, decode: Decode | None
+    alive: Sequence[TrajectoryGroup], *, n: int, prefix: str, decode: Decode | None, markers: Markers | None
 ) -> dict[str, float]:
     scored = [t for g in alive for t in g.scored]
     out = {f"{prefix}/score/mean@{n}": float(np.mean([np.mean([t.reward for t in g.scored]) for g in alive]))}
@@ -415,7 +425,7 @@ def _validation_details(
         _length_metrics(scored),
         _spread("num_turns", np.array([_num_turns(t) for t in scored])),
         tool_metrics(scored, prefix="tool_use_info"),
-        collapse_metrics(alive, decode=decode),
+        collapse_metrics(alive, decode=decode, markers=markers),
     ):
         out |= {f"{prefix}/{name}": value for name, value in part.items()}
     return out

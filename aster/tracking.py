@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from aster.algo.collapse import CollapseAlarm
+from aster.algo.alarm import AlarmWatch, CollapseAlarm
 from aster.config import Recipe
 from aster.errors import ConfigError
 
@@ -47,17 +47,20 @@ class Tracker:
     ...     tracker.log(1, {"critic/score/mean": 0.25})
     """
 
-    def __init__(self, run_dir: Path, recipe: Recipe, *, sinks: Sequence[Sink], alarm: CollapseAlarm | None = None):
+    def __init__(self, run_dir: Path, recipe: Recipe, *, sinks: Sequence[Sink], watch: AlarmWatch | None = None):
         self.run_dir = run_dir
         self.config_hash = recipe.config_hash
         self.failures: dict[str, int] = {}
         self._sinks = tuple(sinks)
-        self._alarm = alarm or CollapseAlarm()
+        self._watch = watch or AlarmWatch(_alarm_of(recipe))
         self._alarmed: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, recipe: Recipe, *, total_steps: int, console: Console | None = None) -> Tracker:
-        """The sinks that the recipe names, in its run directory, which also gets the resolved `config.yaml`.
+    def open(
+        cls, recipe: Recipe, *, total_steps: int, console: Console | None = None, extra: Sequence[Sink] = ()
+    ) -> Tracker:
+        """The sinks that the recipe names and `extra` ones, in its run directory, which also gets the resolved
+        `config.yaml`.
 
         A resumed run goes on in the same metrics.jsonl under the same run id, and the collapse alarm remembers where
         calls began. With `run.resume=false` an older metrics.jsonl is kept aside as `metrics.RUN_ID.jsonl`.
@@ -65,7 +68,7 @@ class Tracker:
         run_dir = recipe.run.path
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        run_id, alarm = _continue_run(path, resume=recipe.run.resume)
+        run_id, watch = _continue_run(path, _alarm_of(recipe), resume=recipe.run.resume)
         run_id = run_id or f"{recipe.run.name}-{secrets.token_hex(4)}"
         (run_dir / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         sinks: list[Sink] = [
@@ -76,21 +79,26 @@ class Tracker:
             sinks.append(TensorBoardSink(run_dir / "tensorboard"))
         if recipe.run.wandb_project:
             sinks.append(WandbSink(recipe, run_id=run_id))
-        return cls(run_dir, recipe, sinks=sinks, alarm=alarm)
+        return cls(run_dir, recipe, sinks=[*sinks, *extra], watch=watch)
+
+    @property
+    def alarm_since(self) -> int | None:
+        """The step at which the collapse alarm went on; None while it is off. Of what was logged so far."""
+        return self._watch.since
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics. May be called again for a step: readers merge its lines, the last value wins."""
         values = dict(values)
-        self._alarm, reasons = self._alarm.observe(values)
-        if self._alarm.ema_calls is not None and "collapse/calls_mean" in values:
-            values["collapse/calls_ema"] = self._alarm.ema_calls
-            values["collapse/alarm"] = float(bool(reasons))
+        seen = self._watch.observe(step, values)
+        if seen is not None and seen.alarm.ema_calls is not None:
+            values["collapse/calls_ema"] = seen.alarm.ema_calls
+            values["collapse/alarm"] = float(bool(seen.reasons))
         for name, count in self.failures.items():
             values[f"tracking/{name}_failures"] = float(count)
         for sink in self._sinks:
             self._guard(sink, lambda sink=sink: sink.write(step, values))
-        if "collapse/alarm" in values:
-            self._raise_alarm(step, reasons)
+        if seen is not None:
+            self._raise_alarm(step, seen.reasons)
 
     def event(self, step: int, kind: str, message: str) -> None:
         """Something a person should read: an alarm, a restart, a dropped batch."""
@@ -134,20 +142,25 @@ class Tracker:
                 traceback.print_exception(error)
 
 
-def _continue_run(path: Path, *, resume: bool) -> tuple[str | None, CollapseAlarm]:
+def _alarm_of(recipe: Recipe) -> CollapseAlarm:
+    c = recipe.collapse
+    return CollapseAlarm(decay=c.ema_decay, max_drop=c.max_drop, max_ratio=c.max_ratio)
+
+
+def _continue_run(path: Path, alarm: CollapseAlarm, *, resume: bool) -> tuple[str | None, AlarmWatch]:
     """The run id and alarm state that an existing metrics.jsonl carries; moves the file aside if not resuming."""
-    alarm = CollapseAlarm()
+    watch = AlarmWatch(alarm)
     if not path.exists():
-        return None, alarm
+        return None, watch
     run_id: str | None = None
     for line in read_lines(path):
         run_id = line.get("run_id", run_id)
-        if "event" not in line:
-            alarm, _ = alarm.observe(_numbers(line))
+        if "event" not in line and isinstance(line.get("step"), int):
+            watch.observe(line["step"], _numbers(line))
     if resume:
-        return run_id, alarm
+        return run_id, watch
     path.rename(path.with_name(f"metrics.{run_id or 'unnamed'}.jsonl"))
-    return None, CollapseAlarm()
+    return None, AlarmWatch(alarm)
 
 
 # sinks ---------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,27 @@
-"""The interaction-collapse monitor: how a batch of trajectories uses its tool, and an alarm when that use dies.
+"""The interaction-collapse monitor: how a batch of trajectories uses its tool. The alarm over it is `alarm`.
 
 Collapse is the policy ceasing to work *through* the tool: long reasoning, and at most a check after the fact. A call
 count alone does not show it, so this looks at where calls sit, whether they build on each other, and whether they pay.
 Pure functions of records; nothing here changes training. Positions are in model tokens, and a call sits at the end of
 the turn that made it, since that is where it takes effect.
+
+Every name is there over all trajectories, over the right and the wrong ones, and per data source where there are
+several: `collapse/NAME`, `collapse/correct/NAME`, `collapse/wrong/NAME`, `collapse/source/SRC/NAME`; in a validation
+the same behind `val-aux/SRC/`. What has no data has no key.
+
+    calls_mean calls_p50 calls_p75 calls_p90 calls_hist/{0,1,2-4,5-9,10-19,20+} tool_use_ratio
+    ratio                        share of trajectories with at most one call: the collapse ratio
+    first_call_position last_call_position tokens_before_first_call calls_per_1k_tokens
+    post_hoc_ratio               of the trajectories that call: only after the answer stood there, or near the end
+    state_reuse_ratio            of the calls after a first one: those that read a name of an earlier cell
+    repeated_code_ratio          of all calls: those whose code had run before
+    outcome/{success,...}_ratio error_ratio recovery_rate malformed_end_ratio
+    surprisal surprisal/{think,code,call_start}   -log p as sampled: one-sample estimates of the entropy
+    entropy/{all,think,code,call_start}           the learner's exact entropies, where it makes a proximal pass
+    turn_tokens                  model tokens of one turn
+    stop/{cause}                 why trajectories ended; stop/max_tokens is the clip ratio of responses
+    acc_at_calls/{0,1-4,5-9,10+} what calls pay
+    advantage_weighted_calls     above 0: this step pushes calls up
 """
 
 from __future__ import annotations
@@ -11,13 +29,14 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from aster.types import Cause, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup
+from aster.algo.regions import Markers, Sums, region_means
+from aster.types import Cause, Sample, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup
 
 POST_HOC_AFTER = 0.8  # calls that all come after this share of the model tokens are a check, not a method
 CALL_BUCKETS = ((0, 0), (1, 1), (2, 4), (5, 9), (10, 19), (20, None))
@@ -33,6 +52,7 @@ class ToolUse:
     """What one trajectory did with its tool. Fractions are of its model tokens; None where it made no call."""
 
     calls: int
+    turns: int
     model_tokens: int
     tokens_before_first_call: int | None
     first_call_position: float | None
@@ -40,15 +60,20 @@ class ToolUse:
     post_hoc: bool
     reusing_calls: int  # calls after the first that read a name an earlier call defined
     repeated_calls: int  # calls whose code the trajectory had run before, to the letter
+    outcomes: tuple[ToolOutcome, ...]  # of each call
     errors: int  # calls that did not succeed
     recovered: int  # of those, the ones whose next call did
     malformed_end: bool
     cause: Cause
     surprisal: float  # mean -log p of the model tokens: one-sample estimate of the policy's entropy
+    surprisals: Sums | None  # the same by region; None without markers
 
 
-def tool_use(trajectory: Trajectory, *, decode: Decode | None = None) -> ToolUse:
-    """`decode` (ids -> text), where given, also finds calls made after the answer already stood in the reasoning."""
+def tool_use(trajectory: Trajectory, *, decode: Decode | None = None, markers: Markers | None = None) -> ToolUse:
+    """`decode` (ids -> text), where given, also finds calls made after the answer already stood in the reasoning.
+
+    `markers` tell thought from code.
+    """
     model_before = np.concatenate([[0], np.cumsum(trajectory.mask)])
     total = int(model_before[-1])
     calling = [turn for turn in trajectory.turns if turn.call is not None]
@@ -59,6 +84,7 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None) -> ToolUse
     codes = [call.code.strip() for call in calls]
     return ToolUse(
         calls=len(calls),
+        turns=len(trajectory.turns),
         model_tokens=total,
         tokens_before_first_call=before_first,
         first_call_position=first,
@@ -67,11 +93,15 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None) -> ToolUse
         and (first > POST_HOC_AFTER or (decode is not None and _answered_before_calling(trajectory, decode))),
         reusing_calls=_count_reuse(calls),
         repeated_calls=len(codes) - len(set(codes)),
+        outcomes=tuple(call.outcome for call in calls),
         errors=sum(failed),
         recovered=sum(now and not after for now, after in pairwise(failed)),
         malformed_end=trajectory.cause is Cause.MALFORMED_END,
         cause=trajectory.cause,
         surprisal=-float(trajectory.behaviour_logprobs[trajectory.mask].mean(dtype=np.float64)) if total else 0.0,
+        surprisals=None
+        if markers is None
+        else Sums.of(-trajectory.behaviour_logprobs, trajectory.ids, trajectory.mask, markers),
     )
 
 
@@ -79,10 +109,11 @@ def collapse_metrics(
     groups: Sequence[TrajectoryGroup],
     *,
     decode: Decode | None = None,
+    markers: Markers | None = None,
     advantages: Callable[[np.ndarray], np.ndarray] | None = None,
     prefix: str = "collapse",
 ) -> dict[str, float]:
-    """`{prefix}/NAME` over all scored trajectories, and split under `/correct/`, `/wrong/` and `/source/{src}/`.
+    """The names above. `decode` sharpens post_hoc_ratio, `markers` split the surprisal by region.
 
     `advantages` ([G] rewards -> [G]) weighs the calls; its sign then says whether this step pushes calls up or down.
     Trajectories that our infrastructure lost are not looked at. No trajectory, no keys.
@@ -95,29 +126,61 @@ def collapse_metrics(
         scored = group.scored
         rewards_G = np.array([t.reward for t in scored], dtype=np.float64)
         weights += [] if advantages is None or not scored else advantages(rewards_G).tolist()
-        uses += [tool_use(t, decode=decode) for t in scored]
+        uses += [tool_use(t, decode=decode, markers=markers) for t in scored]
         correct += (rewards_G > 0.5).tolist()
         sources += [group.row.data_source] * len(scored)
     if not uses:
         return {}
-    out = {f"{prefix}/{name}": value for name, value in _summary(uses).items()}
+    out: dict[str, float] = {}
+    for name, chosen in _splits(correct, sources):
+        part = [use for use, keep in zip(uses, chosen.tolist(), strict=True) if keep]
+        if not part:
+            continue
+        values = _summary(part) | _accuracy_at_calls(part, np.array(correct)[chosen])
+        if weights:
+            calls = np.array([use.calls for use in part])
+            values["advantage_weighted_calls"] = float(np.mean(np.array(weights)[chosen] * calls))
+        out |= {f"{prefix}/{name}{key}": value for key, value in values.items()}
+    return out
+
+
+def entropy_metrics(
+    samples: Sequence[Sample], entropies: Sequence[np.ndarray], *, markers: Markers, prefix: str = "collapse"
+) -> dict[str, float]:
+    """`entropy/*` of the names above: token means of the learner's entropies ([S] each, aligned with the ids).
+
+    Over the sequences that are trained on, so without those that `algo` drops.
+    """
+    if not samples:
+        return {}
+    sums = [Sums.of(e, s.ids, s.mask, markers) for s, e in zip(samples, entropies, strict=True)]
+    out: dict[str, float] = {}
+    for name, chosen in _splits([s.reward > 0.5 for s in samples], [s.source for s in samples]):
+        picked = np.flatnonzero(chosen).tolist()
+        tokens = np.concatenate([np.zeros(0), *(entropies[i][samples[i].mask] for i in picked)])
+        if len(tokens):
+            out[f"{prefix}/{name}entropy/all"] = float(tokens.mean(dtype=np.float64))
+        means = region_means(sums[i] for i in picked)
+        out |= {f"{prefix}/{name}entropy/{region}": value for region, value in means.items()}
+    return out
+
+
+def _splits(correct: Sequence[bool], sources: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+    """(prefix of the names, which [N] bool): all, the right, the wrong, and each source where there are several."""
+    right = np.array(correct, bool)
+    splits = [("", np.ones(len(right), bool)), ("correct/", right), ("wrong/", ~right)]
+    if len(set(sources)) > 1:
+        splits += [(f"source/{source}/", np.array(sources) == source) for source in sorted(set(sources))]
+    return splits
+
+
+def _accuracy_at_calls(uses: Sequence[ToolUse], is_correct: np.ndarray) -> dict[str, float]:
     calls = np.array([use.calls for use in uses])
-    is_correct = np.array(correct)
-    for low, high in CALL_BUCKETS:
-        out[f"{prefix}/calls_hist/{_bucket_name(low, high)}"] = float(_in_bucket(calls, low, high).mean())
+    out: dict[str, float] = {}
     for low, high in ACCURACY_BUCKETS:
         inside = _in_bucket(calls, low, high)
         if inside.any():
-            out[f"{prefix}/acc_at_calls/{_bucket_name(low, high)}"] = float(is_correct[inside].mean())
-    if weights:
-        out[f"{prefix}/advantage_weighted_calls"] = float(np.mean(np.array(weights) * calls))
-    splits: list[tuple[str, np.ndarray]] = [("correct", is_correct), ("wrong", ~is_correct)]
-    if len(set(sources)) > 1:
-        splits += [(f"source/{source}", np.array(sources) == source) for source in sorted(set(sources))]
-    for name, chosen in splits:
-        part = [use for use, keep in zip(uses, chosen.tolist(), strict=True) if keep]
-        if part:
-            out |= {f"{prefix}/{name}/{key}": value for key, value in _summary(part).items()}
+            out[f"acc_at_calls/{_bucket_name(low, high)}"] = float(is_correct[inside].mean())
     return out
 
 
@@ -135,12 +198,17 @@ def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
         "tool_use_ratio": float((calls > 0).mean()),
         "ratio": float((calls <= 1).mean()),
         "calls_per_1k_tokens": 1000.0 * total_calls / max(model_tokens, 1),
+        "turn_tokens": model_tokens / max(sum(use.turns for use in uses), 1),
         "malformed_end_ratio": float(np.mean([use.malformed_end for use in uses])),
         "surprisal": float(np.mean([use.surprisal for use in uses])),
     }
+    for low, high in CALL_BUCKETS:
+        out[f"calls_hist/{_bucket_name(low, high)}"] = float(_in_bucket(calls, low, high).mean())
     out |= {
         f"stop/{cause.value}": float(np.mean([u.cause is cause for u in uses])) for cause in Cause if not cause.is_ours
     }
+    by_region = region_means(use.surprisals for use in uses if use.surprisals is not None)
+    out |= {f"surprisal/{region}": value for region, value in by_region.items()}
     callers = [use for use in uses if use.calls]
     if callers:
         out["first_call_position"] = float(np.mean([use.first_call_position for use in callers]))
@@ -149,6 +217,9 @@ def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
         out["post_hoc_ratio"] = float(np.mean([use.post_hoc for use in callers]))
         out["repeated_code_ratio"] = sum(use.repeated_calls for use in uses) / total_calls
         out["error_ratio"] = errors / total_calls
+        for outcome in ToolOutcome:
+            count = sum(o is outcome for use in uses for o in use.outcomes)
+            out[f"outcome/{outcome.value}_ratio"] = count / total_calls
     if later_calls:
         out["state_reuse_ratio"] = sum(use.reusing_calls for use in uses) / later_calls
     if errors:
@@ -277,37 +348,3 @@ def _answered_before_calling(trajectory: Trajectory, decode: Decode) -> bool:
     if f"\\boxed{{{answer}}}" in before:
         return True
     return len(answer) > 1 and re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w]|\.\d)", before) is not None
-
-
-# the alarm -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CollapseAlarm:
-    """Remembers where calls began. An alarm is a word in the log and the dashboard; it never changes training.
-
-    It is on while the moving average of calls per trajectory is below `max_drop` of its first value, or the collapse
-    ratio is above `max_ratio`.
-    """
-
-    first_calls: float | None = None
-    ema_calls: float | None = None
-    decay: float = 0.9
-    max_drop: float = 0.5
-    max_ratio: float = 0.3
-
-    def observe(self, values: Mapping[str, float], *, prefix: str = "collapse") -> tuple[CollapseAlarm, dict[str, str]]:
-        """The next state, and `{rule: what it says}` of the rules that are on. Takes a step's `collapse_metrics`."""
-        calls, ratio = values.get(f"{prefix}/calls_mean"), values.get(f"{prefix}/ratio")
-        if calls is None or ratio is None:  # a step without a scored trajectory says nothing
-            return self, {}
-        first = calls if self.first_calls is None else self.first_calls
-        ema: float = calls if self.ema_calls is None else self.decay * self.ema_calls + (1 - self.decay) * calls
-        reasons: dict[str, str] = {}
-        if ema < self.max_drop * first:
-            reasons["calls_dropped"] = (
-                f"calls per trajectory fell to {ema:.2f} (moving average), below {self.max_drop:.0%} of {first:.2f}"
-            )
-        if ratio > self.max_ratio:
-            reasons["few_calls"] = f"{ratio:.0%} of trajectories make at most one call, above {self.max_ratio:.0%}"
-        return replace(self, first_calls=first, ema_calls=ema), reasons

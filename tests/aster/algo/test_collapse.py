@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from aster.algo.advantages import group_advantages
-from aster.algo.collapse import CollapseAlarm, collapse_metrics, names_of, tool_use
-from aster.types import Cause, PromptRow, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup, Turn, Verdicts
+from aster.algo.collapse import collapse_metrics, entropy_metrics, names_of, tool_use
+from aster.algo.regions import Markers
+from aster.types import Cause, PromptRow, Sample, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup, Turn, Verdicts
 
 
 def call(code: str, outcome: ToolOutcome = ToolOutcome.SUCCESS) -> ToolCall:
@@ -180,30 +183,53 @@ def test_nothing_scored_gives_no_metrics() -> None:
     assert collapse_metrics([group(trajectory((1, None), reward=None, cause=Cause.ENGINE_LOST))]) == {}
 
 
-def observe(alarm: CollapseAlarm, calls: float, ratio: float = 0.0) -> tuple[CollapseAlarm, dict[str, str]]:
-    return alarm.observe({"collapse/calls_mean": calls, "collapse/ratio": ratio})
+def test_every_name_is_split_by_right_and_wrong_and_by_source() -> None:
+    bad = ToolOutcome.TIMEOUT
+    right = trajectory((10, call("x=1")), (10, call("x", bad)), (20, None), reward=1.0)
+    wrong = trajectory((30, None), reward=0.0)
+    values = collapse_metrics([group(right, source="a"), group(wrong, source="b")], advantages=lambda r: r - 0.5)
+    assert values["collapse/correct/calls_hist/2-4"] == 1.0
+    assert values["collapse/wrong/calls_hist/0"] == 1.0
+    assert values["collapse/calls_hist/2-4"] == 0.5
+    assert values["collapse/outcome/success_ratio"] == values["collapse/outcome/timeout_ratio"] == 0.5
+    assert values["collapse/correct/outcome/runtime_error_ratio"] == 0.0
+    assert "collapse/wrong/outcome/success_ratio" not in values, "no call, no mix"
+    assert values["collapse/turn_tokens"] == pytest.approx(70 / 4)
+    assert values["collapse/correct/turn_tokens"] == pytest.approx(40 / 3)
+    assert values["collapse/source/a/acc_at_calls/1-4"] == 1.0
+    assert values["collapse/source/b/acc_at_calls/0"] == 0.0
+    # A = (0.5, -0.5), calls (2, 0)
+    assert values["collapse/advantage_weighted_calls"] == pytest.approx(0.5)
+    assert values["collapse/source/b/advantage_weighted_calls"] == 0.0
+    assert values["collapse/wrong/stop/answered"] == 1.0
 
 
-def test_the_alarm_follows_the_moving_average_not_one_bad_step() -> None:
-    alarm, reasons = observe(CollapseAlarm(), 4.0)
-    assert reasons == {}
-    alarm, reasons = observe(alarm, 0.0)
-    assert alarm.ema_calls == pytest.approx(3.6)
-    assert reasons == {}
-    for _ in range(5):  # 3.6 * 0.9^5 = 2.126
-        alarm, reasons = observe(alarm, 0.0)
-        assert reasons == {}
-    alarm, reasons = observe(alarm, 0.0)  # 1.913 < 2
-    assert list(reasons) == ["calls_dropped"]
-    assert "1.91" in reasons["calls_dropped"]
-    assert "50% of 4.00" in reasons["calls_dropped"]
+TAGS = Markers((90,), (91,), (92,))
 
 
-def test_the_alarm_sounds_above_thirty_percent_of_nearly_toolless_trajectories() -> None:
-    assert observe(CollapseAlarm(), 3.0, 0.30)[1] == {}
-    assert list(observe(CollapseAlarm(), 3.0, 0.31)[1]) == ["few_calls"]
+def test_surprisal_is_told_by_region_where_the_tokenizer_spells_the_tags() -> None:
+    # one turn of 6: think think <call> code </call> <end>, then a final turn of 2
+    t = trajectory((6, call("1")), (2, None))
+    ids, logprobs = t.ids.copy(), t.behaviour_logprobs.copy()
+    ids[[2, 4]] = 90, 91
+    logprobs[[0, 1, 2, 3]] = -1.0, -3.0, -0.25, -0.75
+    values = collapse_metrics([group(replace(t, ids=ids, behaviour_logprobs=logprobs))], markers=TAGS)
+    assert values["collapse/surprisal/think"] == pytest.approx((1.0 + 3.0 + 0.5 + 0.5) / 4)
+    assert values["collapse/surprisal/call_start"] == pytest.approx(0.25)
+    assert values["collapse/correct/surprisal/code"] == pytest.approx(0.75)
+    assert "collapse/surprisal/think" not in collapse_metrics([group(t)])
 
 
-def test_a_step_without_trajectories_leaves_the_alarm_as_it_is() -> None:
-    alarm, _ = observe(CollapseAlarm(), 2.0)
-    assert alarm.observe({}) == (alarm, {})
+def test_entropies_of_the_learner_are_means_over_tokens_by_region_and_verdict() -> None:
+    ids = np.array([5, 11, 90, 21, 91, 2], np.int32)  # prompt, think, call, code, end of call, end of turn
+    mask = np.array([0, 1, 1, 1, 1, 1], bool)
+    samples = [Sample(ids, mask, reward=1.0, source="a"), Sample(ids, mask, reward=0.0, source="a")]
+    entropies = [np.array([9.0, 1.0, 0.5, 0.25, 0.0, 0.0]), np.array([9.0, 3.0, 0.1, 0.75, 0.0, 0.0])]
+    values = entropy_metrics(samples, entropies, markers=TAGS)
+    assert values["collapse/entropy/all"] == pytest.approx((1.75 + 3.85) / 10)
+    assert values["collapse/entropy/think"] == 2.0
+    assert values["collapse/entropy/code"] == 0.5
+    assert values["collapse/entropy/call_start"] == pytest.approx(0.3)
+    assert values["collapse/correct/entropy/think"] == 1.0
+    assert values["collapse/wrong/entropy/all"] == pytest.approx(3.85 / 5)
+    assert entropy_metrics([], [], markers=TAGS) == {}
