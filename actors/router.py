@@ -17,6 +17,7 @@ No Ray here: engines are duck-typed handles whose awaits have deadlines of their
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 from collections import Counter, deque
@@ -26,8 +27,9 @@ from typing import Any, Protocol
 
 from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
+from aster.agent.rollout import agent_loop
 from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed
-from aster.types import Cause, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
+from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +250,7 @@ class EnginePool:
         if not self._draining:
             self._pull()  # the engine has room while this one is being scored
         if not trajectory.cause.is_ours:
-            trajectory = await self._score(trajectory, attempt.group.work.row.ground_truth)
+            trajectory = await self._score(trajectory, attempt.group.work.row)
         self._settle(attempt, trajectory)
 
     async def _run(self, task: Task, engine: EngineHandle) -> Trajectory:
@@ -265,11 +267,13 @@ class EnginePool:
                 raise
             return lost_trajectory(task, Cause.CANCELLED, "the engine dropped the trajectory", engine=engine.name)
 
-    async def _score(self, trajectory: Trajectory, ground_truth: str) -> Trajectory:
+    async def _score(self, trajectory: Trajectory, row: PromptRow) -> Trajectory:
         """A verifier that dies is asked once more, in its successor: what hangs twice would hang elsewhere too."""
         for last in (False, True):
             try:
-                return trajectory.with_reward(*await self._rewards.score(trajectory.final_text, ground_truth))
+                reward = agent_loop(row.agent_name).reward
+                asked = functools.partial(self._rewards.score_by, reward) if reward else self._rewards.score
+                return trajectory.with_reward(*await asked(trajectory.final_text, row.ground_truth))
             except RewardFailed as error:
                 if last:
                     return trajectory.failed(Cause.REWARD_FAILED, str(error))

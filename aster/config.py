@@ -117,7 +117,13 @@ class ToolConfig(_Section):
     max_response_tokens: int | None = Field(default=None, ge=8)
     """Cut an observation to so many tokens; null = an overflow ends the trajectory."""
     on_malformed: Literal["continue", "end"] = "continue"
+    """end: a turn with a call that cannot be run (unreadable, unknown tool, wrong arguments) is the last one."""
     max_calls_per_turn: int = Field(default=1, ge=1)
+    """Further calls of a turn are not run, counted, and the model is told."""
+    force_first_call: bool = False
+    """Every first turn begins with the opening of a call, without a thought before it (the paper's ablation
+    ZeroForceTool); the model samples the call itself. The opening is no model token: it is in the budget, not in the
+    loss. Holds for training, validation and `aster eval`, wherever the loop has tools."""
 
 
 class RolloutConfig(_Section):

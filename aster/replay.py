@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from aster import launch
+from aster.agent.grammar import CODE_INTERPRETER
 from aster.agent.observations import TRUNCATED, loses_state, observe, truncate_chars
 from aster.command import run_verb
 from aster.config import Recipe, ToolConfig
@@ -29,12 +30,13 @@ from aster.errors import ConfigError, DataError
 from aster.roles import SandboxFactory
 from aster.types import ToolCall, ToolOutcome, Trajectory
 
+PYTHON = CODE_INTERPRETER["function"]["name"]
 _ANSWER_S = 120.0  # beyond a cell's own time limit: a full service, a cell that is started
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One call, as it was and as it is. None = refused then, and not run."""
+    """One call, as it was and as it is. None = refused then, or another tool's, and not run."""
 
     call: ToolCall
     status: str | None
@@ -109,7 +111,7 @@ async def replay(trajectory: Trajectory, sandboxes: SandboxFactory, tool: ToolCo
     loss_told = False
     try:
         for number, call in enumerate(trajectory.calls):
-            if call.outcome is ToolOutcome.FORMAT_ERROR:
+            if call.outcome is ToolOutcome.FORMAT_ERROR or call.tool != PYTHON:
                 out.append(Replayed(call, None, None))
                 continue
             async with asyncio.timeout(tool.timeout_s + _ANSWER_S):
@@ -137,7 +139,7 @@ def report(trajectory: Trajectory, cells: Sequence[Replayed], console: Console) 
     console.print(f"{trajectory.uid}: {len(cells)} calls, ended: {trajectory.cause}", markup=False)
     for number, cell in enumerate(cells, 1):
         if cell.observation is None:
-            console.print(f"call {number}: refused then, not run")
+            console.print(f"call {number}: refused then, or no cell; not run")
         elif cell.same:
             console.print(f"call {number}: {cell.status}, same output ({len(cell.observation)} characters)")
         else:

@@ -123,9 +123,9 @@ class RolloutWork:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One executed (or refused) call. `status` is the sandbox's word, `outcome` the metric bucket."""
+    """One executed (or refused) call. `status` is the tool's word, `outcome` the metric bucket."""
 
-    code: str
+    code: str  # another tool's arguments as JSON
     status: str
     outcome: ToolOutcome
     observation: str
@@ -133,6 +133,7 @@ class ToolCall:
     queue_s: float = 0.0
     state_lost: bool = False
     extra_calls_dropped: int = 0
+    tool: str = "code_interpreter"  # "" = the call was refused before one was found
 
 
 @dataclass(frozen=True)

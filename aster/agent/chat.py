@@ -31,9 +31,9 @@ from aster.agent.grammar import (
     ParsedCall,
     ParsedTurn,
     ToolGrammar,
-    read_code,
+    read_arguments,
 )
-from aster.agent.tokenization import ChatTemplate, ModelTokenizer
+from aster.agent.tokenization import ChatTemplate, ModelTokenizer, generation_stops
 from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
@@ -76,6 +76,8 @@ class ChatRenderer:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._extra_stops = tuple(extra_stops)
+        self._others: dict[str, ChatRenderer] = {}
         self.tools = tuple(tools)
         self.grammar: ToolGrammar = grammar or HermesGrammar()
         self.vocab_size = tokenizer.vocab_size
@@ -107,9 +109,25 @@ class ChatRenderer:
             tokenizer,
             ChatTemplate.from_model_dir(path),
             tools=tools,
-            extra_stops=_generation_stops(Path(path), tokenizer),
+            extra_stops=generation_stops(Path(path), tokenizer),
             grammar=grammar,
         )
+
+    def for_tools(self, schemas: Sequence[Mapping[str, Any]], *, grammar: ToolGrammar | None = None) -> ChatRenderer:
+        """The renderer of the same model directory for a loop with other tools or another grammar; made once."""
+        tools = tuple(dict(schema) for schema in schemas)
+        if tools == self.tools and (grammar is None or grammar is self.grammar):
+            return self
+        key = f"{type(grammar).__qualname__} {json.dumps(tools)}"
+        if key not in self._others:
+            self._others[key] = ChatRenderer(
+                self._tokenizer,
+                self._template,
+                tools=tools,
+                extra_stops=self._extra_stops,
+                grammar=grammar or self.grammar,
+            )
+        return self._others[key]
 
     # text to ids -----------------------------------------------------------------------------------------------------
 
@@ -124,6 +142,28 @@ class ChatRenderer:
         Several texts answer several calls of one turn. Nothing in a text becomes a control token.
         """
         return _int32(self._delta_ids("tool", texts))
+
+    def call_opening(self) -> np.ndarray:
+        """What a turn that calls without a thought begins with, up to what the model chooses, int32: `<tool_call>\\n`.
+
+        As the template writes such a turn when an observation follows; where its generation prompt leads elsewhere
+        (it has opened a thought), as it writes the last turn: `\\n</think>\\n\\n<tool_call>\\n`. Raises TemplateError
+        when neither begins with the generation prompt.
+        """
+        user: dict[str, Any] = {"role": "user", "content": _USER}
+        call = {"name": _CALL_ID, "arguments": {}}
+        written = {**call, "type": "function", "id": _CALL_ID, "function": call}
+        turn: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [written]}
+        tool = {"role": "tool", "content": _FIRST, "tool_call_id": _CALL_ID}
+        opened = self._render([user], add_generation_prompt=True)
+        for messages in ([user, turn, tool], [user, turn]):
+            text = self._render(messages, add_generation_prompt=False)
+            if text.startswith(opened) and _CALL_ID in text:
+                return _int32(self._tokenizer.encode(self.grammar.opening(text[len(opened) :].partition(_CALL_ID)[0])))
+        raise TemplateError(
+            f"{self._template.where} writes a call without a thought where no generation prompt leads "
+            f"({self.generation_prompt!r}): tool.force_first_call is not possible with it"
+        )
 
     def content_spans(self, text: str) -> list[tuple[int, int]]:
         """Character span of each token of an observation's text, to cut it at a token's border."""
@@ -181,7 +221,7 @@ class ChatRenderer:
         calls = message.get("tool_calls") or ()
         for call in calls:
             try:
-                read_code(ParsedCall(call["name"], call["arguments"]), self.tools)
+                read_arguments(ParsedCall(call["name"], call["arguments"]), self.tools)
             except FormatError as error:
                 raise DataError(f"a call that a rollout would refuse: {error}") from None
         # templates read a call's name from `function` or from the call itself
@@ -354,16 +394,6 @@ class ChatRenderer:
                     text += closing
             text += content.strip() if delta.strips else content
         return [*ids, *self._tokenizer.encode_literal(text + delta.after), *delta.tail]
-
-
-def _generation_stops(folder: Path, tokenizer: ModelTokenizer) -> list[int]:
-    """End-of-sequence ids that the engine would stop at anyway."""
-    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    file = folder / "generation_config.json"
-    if file.is_file():
-        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return stops
 
 
 def _int32(ids: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The state of one trajectory while it runs: its token stream, its turns, its sandbox session, its deadline.
+"""The state of one trajectory while it runs: its token stream, its turns, its tools' session, its deadline.
 
 An agent loop (`rollout.py`) decides what happens next; this file makes it happen token-exactly. Ids that the engine
 produced are appended as they are, never decoded and encoded again.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import random
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,25 +17,14 @@ from typing import Protocol
 import numpy as np
 
 from aster.agent.chat import ChatRenderer
-from aster.agent.grammar import FormatError, ParsedCall, ParsedTurn, read_code
-from aster.agent.observations import (
-    FORMAT_ERROR,
-    extra_calls,
-    loses_state,
-    observe,
-    truncate_chars,
-    truncate_tokens,
-)
+from aster.agent.grammar import FormatError, ParsedCall, ParsedTurn, read_arguments
+from aster.agent.observations import FORMAT_ERROR, extra_calls, truncate_chars, truncate_tokens
+from aster.agent.session import ToolSession
+from aster.agent.tools import Tool
 from aster.config import ToolConfig
-from aster.errors import BackPressure, DataError, EngineLost, SandboxLost
-from aster.roles import ExecResult, Sandbox, SandboxFactory
+from aster.errors import ConfigError, DataError, EngineLost, SandboxLost
+from aster.roles import SandboxFactory
 from aster.types import Cause, Sampling, Task, Timing, ToolCall, ToolOutcome, Trajectory, Turn
-
-log = logging.getLogger(__name__)
-
-_CLOSE_S = 10.0  # a session that does not close by then is left to the service's idle limit
-_MIN_RETRY_S = 0.05
-_background: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references to tasks
 
 
 @dataclass(frozen=True)
@@ -85,20 +73,20 @@ class Episode:
         renderer: ChatRenderer,
         tool: ToolConfig,
         engine: str,
-        tools_in_prompt: bool,
+        tools: Sequence[Tool],
     ) -> None:
+        """`renderer` is one for the loop's tools; `tools` is empty where they are switched off."""
         self.task = task
         self.tool = tool
         self.renderer = renderer
         self.turns: list[Turn] = []
         self.calls_made = 0
         self._generate = generate
-        self._sandboxes = sandboxes
         self._engine = engine
-        self._tools_enabled = tools_in_prompt
+        self._tools = {str(tool.schema["function"]["name"]): tool for tool in tools}
         self._began_unix, self._began = time.time(), time.monotonic()
         self._deadline = asyncio.get_running_loop().time() + task.budget.trajectory_timeout_s
-        self._prompt_ids = renderer.prompt_ids(task.messages, tools_enabled=tools_in_prompt)
+        self._prompt_ids = renderer.prompt_ids(task.messages, tools_enabled=bool(tools))
         if len(self._prompt_ids) > task.budget.max_prompt_tokens:
             raise DataError(
                 f"row {task.row_id!r}: the prompt has {len(self._prompt_ids)} tokens, more than "
@@ -109,9 +97,19 @@ class Episode:
         self._logprobs: list[np.ndarray] = []
         self._versions: list[np.ndarray] = []
         self._length = 0
-        self._session: Sandbox | None = None
-        self._loss_told = False
-        self._generate_s = self._tool_s = self._queue_s = 0.0
+        self._generate_s = self._tool_s = 0.0
+        self._opening = renderer.call_opening() if tools and tool.force_first_call else np.zeros(0, np.int32)
+        if len(self._opening) >= task.budget.max_response_tokens:
+            raise ConfigError(
+                f"tool.force_first_call begins a response with {len(self._opening)} tokens, and the budget has "
+                f"{task.budget.max_response_tokens}: raise budget.max_response_tokens"
+            )
+        self.session = ToolSession(
+            sandboxes,
+            key=f"{task.uid}/{task.attempt}",
+            timeout_s=task.budget.tool_timeout_s,
+            deadline=self._deadline,
+        )
 
     @property
     def calls_left(self) -> int:
@@ -125,15 +123,21 @@ class Episode:
     # the model's side ------------------------------------------------------------------------------------------------
 
     async def generate(self) -> Turn:
-        """Sample the next turn, at most `max_turn_tokens` and never beyond the response budget."""
+        """Sample the next turn, at most `max_turn_tokens` and never beyond the response budget.
+
+        With `tool.force_first_call` the first turn goes on from the opening of a call, which is part of the turn and
+        of the budget, but nobody sampled it: mask 0, log-prob 0.
+        """
         budget, number = self.task.budget, len(self.turns)
-        limit = min(self.tokens_left, budget.max_turn_tokens or self.tokens_left)
+        forced = self._opening if number == 0 else self._opening[:0]
+        room = self.tokens_left - len(forced)
+        limit = min(room, budget.max_turn_tokens or room)
         assert limit > 0, f"{self.task.uid}: no token of the response budget is left"
         began = time.monotonic()
         try:
             async with asyncio.timeout_at(self._deadline) as clock:
                 out = await self._generate(
-                    np.concatenate([self._prompt_ids, *self._ids]),
+                    np.concatenate([self._prompt_ids, *self._ids, forced]),
                     max_tokens=limit,
                     sampling=self.task.sampling,
                     stop_token_ids=self.renderer.stop_ids,
@@ -155,12 +159,18 @@ class Episode:
             )
         turn = Turn(
             start=self._length,
-            stop=self._length + n,
+            stop=self._length + len(forced) + n,
             finish_reason=out.finish_reason,
             began_s=began - self._began,
             ended_s=ended - self._began,
         )
-        self._append(out.ids, np.ones(n, dtype=bool), out.logprobs, out.versions)
+        given = len(forced)
+        self._append(
+            np.concatenate([forced, out.ids]),
+            np.arange(given + n) >= given,
+            np.concatenate([np.zeros(given), out.logprobs]),
+            np.concatenate([np.full(given, -1), out.versions]),
+        )
         self.turns.append(turn)
         return turn
 
@@ -180,7 +190,7 @@ class Episode:
             calls.append(await self._answer(call))
             self._record(calls)
         if not runnable:
-            calls.append(_refused("", parsed.malformed[0] if self._tools_enabled else _DISABLED))
+            calls.append(_refused("", "", parsed.malformed[0] if self._tools else _DISABLED))
             self.calls_made += 1
         extra = len(parsed.calls) + len(parsed.malformed) - len(calls)
         calls[-1] = replace(calls[-1], extra_calls_dropped=extra)
@@ -223,74 +233,35 @@ class Episode:
 
     async def _answer(self, call: ParsedCall) -> ToolCall:
         self.calls_made += 1
+        session, name = self.session, str(call.name)
+        began, queued = time.monotonic(), session.queue_s
         try:
-            if not self._tools_enabled:
+            if not self._tools:
                 raise FormatError(_DISABLED)
-            code = read_code(call, self.renderer.tools)
+            arguments = read_arguments(call, self.renderer.tools)
+            async with asyncio.timeout_at(self._deadline) as clock:
+                seen = await self._tools[name].run(arguments, session)
         except FormatError as error:
-            written = call.arguments.get("code") if isinstance(call.arguments, dict) else None
-            return _refused(_valid(written) if isinstance(written, str) else "", str(error))
-        began, queued = time.monotonic(), self._queue_s
-        response = await self._execute(code)
+            return _refused(name if name in self._tools else "", _written(call.arguments), str(error))
+        except TimeoutError as error:
+            late = self._late(f"{name} had not answered") if clock.expired() else f"timed out: {error!r}"
+            raise SandboxLost(session.session_id, late) from error
         seconds = time.monotonic() - began
         self._tool_s += seconds
-        self._queue_s += response.queue_s
-        assert self._session is not None
-        text, outcome = observe(
-            response,
-            timeout_s=self.task.budget.tool_timeout_s,
-            session_id=self._session.session_id,
-            loss_told=self._loss_told,
-        )
-        self._loss_told = loses_state(response)
         return ToolCall(
-            code=code,
-            status=str(response.status),
-            outcome=outcome,
-            observation=text,
+            code=_written(arguments),
+            status=seen.status,
+            outcome=seen.outcome,
+            observation=seen.text,
             seconds=seconds,
-            queue_s=self._queue_s - queued,
-            state_lost=loses_state(response),
+            queue_s=session.queue_s - queued,
+            state_lost=seen.state_lost,
+            tool=name,
         )
-
-    async def _execute(self, code: str) -> ExecResult:
-        """One cell, sent once. Only a refusal before anything ran (BackPressure) is sent again, under the same id."""
-        call_id = f"call-{self.calls_made}"
-        while True:
-            try:
-                async with asyncio.timeout_at(self._deadline) as clock:
-                    session = self._session = self._session or await self._open()
-                    return await session.execute(code, timeout_s=self.task.budget.tool_timeout_s, call_id=call_id)
-            except BackPressure as full:
-                await self._wait_for_room(full)
-            except TimeoutError as error:
-                late = self._late("the sandbox had not answered") if clock.expired() else f"timed out: {error!r}"
-                raise SandboxLost(self._session.session_id if self._session else "", late) from error
-
-    async def _open(self) -> Sandbox:
-        """A session that opens after nobody waits for it any more is closed again."""
-        assert self._sandboxes is not None
-        opening = asyncio.ensure_future(self._sandboxes.open(f"{self.task.uid}/{self.task.attempt}"))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:  # also when the deadline has passed
-            opening.add_done_callback(_close_late)
-            raise
-
-    async def _wait_for_room(self, full: BackPressure) -> None:
-        """Jittered, so that a full service is not asked by everybody at the same moment."""
-        pause = max(full.retry_after_s, _MIN_RETRY_S) * random.uniform(0.75, 1.25)
-        now = asyncio.get_running_loop().time()
-        if now + pause >= self._deadline:
-            raise SandboxLost("", self._late(f"the sandbox was full ({full.reason})")) from full
-        self._queue_s += pause
-        await asyncio.sleep(pause)
 
     async def close(self) -> None:
         """End the session, if there is one. Waits a little, never raises: the answer no longer matters."""
-        session, self._session = self._session, None
-        if session is not None:
-            await asyncio.wait({_spawn(_close(session))}, timeout=_CLOSE_S)
+        await self.session.close()
 
     # the record ------------------------------------------------------------------------------------------------------
 
@@ -315,7 +286,7 @@ class Episode:
                 total_s=time.monotonic() - self._began,
                 generate_s=self._generate_s,
                 tool_s=self._tool_s,
-                queue_s=self._queue_s,
+                queue_s=self.session.queue_s,
             ),
             error=error,
         )
@@ -337,9 +308,16 @@ class Episode:
 _DISABLED = "there are no tools in this conversation"
 
 
-def _refused(code: str, reason: str) -> ToolCall:
-    outcome = ToolOutcome.FORMAT_ERROR
-    return ToolCall(code=code, status=outcome, outcome=outcome, observation=FORMAT_ERROR + reason, seconds=0.0)
+def _refused(tool: str, code: str, reason: str) -> ToolCall:
+    outcome, told = ToolOutcome.FORMAT_ERROR, FORMAT_ERROR + reason
+    return ToolCall(code=code, status=outcome, outcome=outcome, observation=told, seconds=0.0, tool=tool)
+
+
+def _written(arguments: object) -> str:
+    """A call for the records: the code alone where there is one, else the arguments as JSON."""
+    if isinstance(arguments, dict) and isinstance(arguments.get("code"), str):
+        return _valid(arguments["code"])
+    return json.dumps(arguments) if isinstance(arguments, dict) and arguments else ""
 
 
 def _valid(text: str) -> str:
@@ -348,23 +326,3 @@ def _valid(text: str) -> str:
 
 def _join(chunks: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=dtype), *chunks])
-
-
-def _spawn(work: object) -> asyncio.Task[None]:
-    task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
-    _background.add(task)
-    task.add_done_callback(_background.discard)
-    return task
-
-
-async def _close(session: Sandbox) -> None:
-    try:
-        async with asyncio.timeout(_CLOSE_S):
-            await session.close()
-    except Exception:  # policy: a session that cannot be closed is swept by the service's idle limit
-        log.warning("sandbox session %s was not closed", session.session_id, exc_info=True)
-
-
-def _close_late(opening: asyncio.Future[Sandbox]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        _spawn(_close(opening.result()))

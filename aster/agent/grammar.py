@@ -31,7 +31,7 @@ _SHOWN = 80  # characters of a wrong value that an error repeats
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """A call whose JSON could be read; whether its name and arguments are any good is `read_code`'s question."""
+    """A call whose JSON could be read; whether its name and arguments are any good is `read_arguments`' question."""
 
     name: object
     arguments: object
@@ -67,6 +67,10 @@ class ToolGrammar(Protocol):
         """The text with every call cut out, so that nothing inside a call can be taken for an answer."""
         ...
 
+    def opening(self, written: str) -> str:
+        """The beginning of a turn that holds one call, up to where the model begins to choose what to call."""
+        ...
+
 
 class HermesGrammar:
     """`<tool_call>` JSON `</tool_call>`; an opening tag that nothing closes is a malformed call."""
@@ -89,6 +93,10 @@ class HermesGrammar:
     def without_calls(self, text: str) -> str:
         return self._CALL.sub("", text)
 
+    def opening(self, written: str) -> str:
+        head, tag, rest = written.partition("<tool_call>")
+        return head + tag + rest[: len(rest) - len(rest.lstrip())]
+
 
 def _read_json(text: str) -> ParsedCall:
     try:
@@ -105,35 +113,64 @@ def _read_json(text: str) -> ParsedCall:
     return ParsedCall(body["name"], body["arguments"])
 
 
-def read_code(call: ParsedCall, tools: Sequence[Mapping[str, Any]] = (CODE_INTERPRETER,)) -> str:
-    """The cell that a call asks for. Raises FormatError, worded for the model.
+def read_arguments(call: ParsedCall, tools: Sequence[Mapping[str, Any]] = (CODE_INTERPRETER,)) -> dict[str, Any]:
+    """What a call asks its tool for, checked against the tool's schema. Raises FormatError, worded for the model.
 
     Arguments that the schema does not know are refused, not ignored: a `timeout` that the model believes in and that
-    does nothing is worse than an error.
+    does nothing is worse than an error. Of a property's schema `type` and `enum` are looked at.
     """
     names = [tool["function"]["name"] for tool in tools]
     if call.name not in names:
         raise FormatError(f"unknown tool {_shown(call.name)}; the tools are: {', '.join(names)}")
     schema = tools[names.index(str(call.name))]["function"]["parameters"]
-    known: list[str] = list(schema["properties"])
+    known: dict[str, Any] = schema["properties"]
     if not isinstance(call.arguments, dict):
         raise FormatError(f"arguments must be a JSON object with {', '.join(known)}, got {_kind(call.arguments)}")
     for key in schema.get("required", ()):
         if key not in call.arguments:
             raise FormatError(f"missing argument {key!r}")
-    for key in call.arguments:
+    for key, value in call.arguments.items():
         if key not in known:
             raise FormatError(f"unknown argument {_shown(key)}; {call.name} takes only: {', '.join(known)}")
-    code = call.arguments["code"]
-    if not isinstance(code, str):
-        raise FormatError(f"argument 'code' must be a string, got {_kind(code)}")
-    if len(code) > MAX_CODE_CHARS:
-        raise FormatError(f"argument 'code' has {len(code)} characters, the limit is {MAX_CODE_CHARS}")
+        _check(key, value, known[key])
+    return call.arguments
+
+
+def _check(key: str, value: object, schema: Mapping[str, Any]) -> None:
+    types = schema.get("type", [])
+    wanted = [types] if isinstance(types, str) else list(types)
+    if wanted and not any(_is(value, kind) for kind in wanted):
+        raise FormatError(
+            f"argument {key!r} must be {' or '.join(_KINDS[kind] for kind in wanted)}, got {_kind(value)}"
+        )
+    if "enum" in schema and value not in schema["enum"]:
+        allowed = ", ".join(map(_shown, schema["enum"]))
+        raise FormatError(f"argument {key!r} must be one of {allowed}, got {_shown(value)}")
+    if not isinstance(value, str):
+        return
+    if len(value) > MAX_CODE_CHARS:
+        raise FormatError(f"argument {key!r} has {len(value)} characters, the limit is {MAX_CODE_CHARS}")
     try:
-        code.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError:  # JSON may spell half of a surrogate pair; no wire format carries it
-        raise FormatError("argument 'code' is not valid Unicode: it holds half of a surrogate pair") from None
-    return code
+        raise FormatError(f"argument {key!r} is not valid Unicode: it holds half of a surrogate pair") from None
+
+
+_KINDS = {
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "a boolean",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _is(value: object, kind: str) -> bool:
+    if kind == "integer":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return _kind(value) == _KINDS[kind]
 
 
 def _shown(value: object) -> str:

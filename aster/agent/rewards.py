@@ -1,8 +1,9 @@
-"""Is the final answer right? Two verifiers as pure functions, and the pool that runs the slow one outside our process.
+"""Is the final answer right? Two verifiers as pure functions, and the pool that runs slow ones outside our process.
 
 `strict` (the training default) is exact string equality of the last `\\boxed{}`; `math_verify` (evaluation) is the
 mathematical comparison of the math-verify package. Both see the final assistant turn only, with tool calls cut out.
-A verifier that hangs or crashes is our failure (`RewardFailed`), never a wrong answer.
+A verifier that hangs or crashes is our failure (`RewardFailed`), never a wrong answer. Another package adds a reward of
+its own through the entry point group `aster.rewards`; an agent loop names it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
-from aster.errors import RewardFailed
+from aster.errors import ConfigError, RewardFailed
 from aster.types import Verdicts
 
 log = logging.getLogger(__name__)
@@ -69,8 +73,31 @@ def math_verify_verdict(final_text: str, ground_truth: str) -> bool:
     return bool(verify(gold, pred))
 
 
+ENTRY_POINTS = "aster.rewards"
+
+
+def named_reward(name: str) -> Callable[[str, str], float]:
+    """An installed package's reward of (final_text, ground_truth). ConfigError with the names that exist."""
+    known = metadata.entry_points(group=ENTRY_POINTS)
+    if name not in known.names:
+        have = ", ".join(sorted(known.names)) or "none"
+        raise ConfigError(f"no reward {name!r} in the entry point group {ENTRY_POINTS!r}; there are: {have}")
+    reward: Callable[[str, str], float] = known[name].load()
+    return reward
+
+
+def judge(name: str, final_text: str, ground_truth: str) -> float:
+    """What a worker computes: 1.0 or 0.0 of math-verify (`name` = ""), or a named reward, which must be finite."""
+    if not name:
+        return float(math_verify_verdict(final_text, ground_truth))
+    value = float(named_reward(name)(final_text, ground_truth))
+    if not math.isfinite(value):
+        raise ValueError(f"the reward {name!r} is {value}")
+    return value
+
+
 class RewardPool:
-    """Scores answers; worker processes that never import torch run math-verify, one answer each at a time.
+    """Scores answers; worker processes that never import torch run what is slow, one answer each at a time.
 
     A worker that is silent for `timeout_s` or dies is killed and replaced, and that answer raises RewardFailed; where
     the reward is `strict`, math-verify's opinion is only logged and its failure only leaves that verdict empty.
@@ -94,22 +121,26 @@ class RewardPool:
         self._closed = False
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards") if self._ask_math_verify else None
+        self._count = workers
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards")
         if self._ask_math_verify:
-            self._workers = [_Worker() for _ in range(workers)]
-            for worker in self._workers:
-                self._free.put(worker)
+            self._start_workers()
+
+    async def score_by(self, reward: str, final_text: str, ground_truth: str) -> tuple[float, Verdicts]:
+        """(value of a package's reward, no verdicts: accuracy is then reward > 0.5). Raises RewardFailed."""
+        try:
+            return await self._ask(reward, final_text, ground_truth), Verdicts()
+        except RewardFailed:
+            self.failures += 1
+            raise
 
     async def score(self, final_text: str, ground_truth: str) -> tuple[float, Verdicts]:
         """(reward 1.0 or 0.0, both verdicts). Raises RewardFailed when the verifier that decides did not answer."""
         strict, pred = strict_verdict(final_text, ground_truth)
         verified: bool | None = None
-        if self._threads is not None:
-            if self._closed:
-                raise RewardFailed("the reward pool is closed")
-            loop = asyncio.get_running_loop()
+        if self._ask_math_verify:
             try:
-                verified = await loop.run_in_executor(self._threads, self._verify, final_text, ground_truth)
+                verified = await self._ask("", final_text[-MATH_VERIFY_TAIL_CHARS:], ground_truth) == 1.0
             except RewardFailed as error:
                 self.failures += 1
                 if self.reward == "math_verify":
@@ -123,14 +154,26 @@ class RewardPool:
         self._closed = True
         for worker in self._workers:
             worker.close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _verify(self, final_text: str, ground_truth: str) -> bool:
+    def _start_workers(self) -> None:
+        self._workers = [_Worker() for _ in range(self._count)]
+        for worker in self._workers:
+            self._free.put(worker)
+
+    async def _ask(self, reward: str, final_text: str, ground_truth: str) -> float:
+        if self._closed:
+            raise RewardFailed("the reward pool is closed")
+        if not self._workers:  # the recipe needs none, but a loop brought a reward of its own
+            self._start_workers()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._judge, reward, final_text, ground_truth)
+
+    def _judge(self, reward: str, final_text: str, ground_truth: str) -> float:
         """Runs in one of as many threads as there are workers, so that a worker is always free."""
         worker = self._free.get(timeout=_START_S)
         try:
-            return worker.ask(final_text[-MATH_VERIFY_TAIL_CHARS:], ground_truth, timeout_s=self._timeout_s)
+            return worker.ask(final_text, ground_truth, reward=reward, timeout_s=self._timeout_s)
         finally:
             self._free.put(worker)
 
@@ -164,13 +207,13 @@ class _Worker:
             theirs.close()
             self._ready = False
 
-    def ask(self, final_text: str, ground_truth: str, *, timeout_s: float) -> bool:
+    def ask(self, final_text: str, ground_truth: str, *, timeout_s: float, reward: str = "") -> float:
         """Raises RewardFailed. A process that is silent or dead is replaced at once, so that the next one is warm."""
         try:
             if not self._ready:
                 self._receive(_START_S)
                 self._ready = True
-            self._pipe.send_bytes(json.dumps([final_text, ground_truth, timeout_s]).encode())
+            self._pipe.send_bytes(json.dumps([reward, final_text, ground_truth, timeout_s]).encode())
             answer = self._receive(timeout_s)
         except (TimeoutError, EOFError, OSError) as error:
             self._kill()
@@ -180,7 +223,7 @@ class _Worker:
             raise RewardFailed(f"the verifier {how}, comparing with {ground_truth!r}") from error
         if "error" in answer:
             raise RewardFailed(f"the verifier could not compare with {ground_truth!r}: {answer['error']}")
-        return answer["right"] is True
+        return float(answer["value"])
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         if not self._pipe.poll(timeout_s):

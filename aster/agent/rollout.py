@@ -1,18 +1,21 @@
 """One trajectory from its task to its record: which agent loop runs, and what becomes of what goes wrong.
 
-A loop is a short coroutine over an `Episode`. Another package adds one through the entry point group
-`aster.agent_loops`; a data row chooses by `agent_name`. Rewards are somebody else's business.
+A loop is a short coroutine over an `Episode`, with its tools. Another package adds one through the entry point group
+`aster.agent_loops`; a data row chooses by `agent_name`. A loop may name its reward; computing it is `rewards.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
 
 from aster.agent.chat import ChatRenderer
 from aster.agent.episode import Aborted, Episode, Generate, Generation, turn_seed
+from aster.agent.grammar import ToolGrammar
+from aster.agent.tools import PythonTool, Tool
 from aster.config import ToolConfig
 from aster.errors import ConfigError, EngineLost, SandboxError
 from aster.roles import SandboxFactory
@@ -25,10 +28,14 @@ ENTRY_POINTS = "aster.agent_loops"
 
 @dataclass(frozen=True)
 class AgentLoop:
-    """How a trajectory goes on, turn by turn, until a cause; `uses_tools` puts the tools into its prompt."""
+    """How a trajectory goes on, turn by turn, until a cause, and with which tools; their schemas go into its prompt."""
 
     run: Callable[[Episode], Awaitable[Cause]]
-    uses_tools: bool = True
+    tools: tuple[Tool, ...] = (PythonTool(),)
+    grammar: ToolGrammar | None = None
+    """How calls are written; None = as our renderer reads them (Hermes)."""
+    reward: str = ""
+    """A name of the entry point group `aster.rewards`; "" = what the recipe says (algo.reward)."""
 
 
 async def code_agent(episode: Episode) -> Cause:
@@ -55,13 +62,16 @@ async def single_turn_agent(episode: Episode) -> Cause:
     return Cause.MAX_TOKENS if turn.finish_reason == "length" else Cause.ANSWERED
 
 
-AGENT_LOOPS = {"code_agent": AgentLoop(code_agent), "single_turn_agent": AgentLoop(single_turn_agent, uses_tools=False)}
+AGENT_LOOPS = {"code_agent": AgentLoop(code_agent), "single_turn_agent": AgentLoop(single_turn_agent, tools=())}
 
 
 def agent_loop(name: str) -> AgentLoop:
     """A loop of ours or of an installed package. Raises ConfigError with the names that exist."""
-    if name in AGENT_LOOPS:
-        return AGENT_LOOPS[name]
+    return AGENT_LOOPS[name] if name in AGENT_LOOPS else _installed(name)
+
+
+@functools.cache
+def _installed(name: str) -> AgentLoop:
     others = metadata.entry_points(group=ENTRY_POINTS)
     if name not in others.names:
         known = ", ".join(sorted({*AGENT_LOOPS, *others.names}))
@@ -84,11 +94,12 @@ async def run_episode(
     """Run one trajectory. The session opens at the first call and is closed whatever happens.
 
     A failure of ours is no exception but a trajectory with that cause and what was finished before it; so is
-    cancelling this coroutine (CANCELLED). Raises DataError or ConfigError for a task that can never run.
+    cancelling this coroutine (CANCELLED). Raises DataError or ConfigError for a task that can never run, and whatever a
+    loop or a tool raises that names no failure of ours: a bug.
     """
     loop = agent_loop(task.agent_name)
-    tools = loop.uses_tools and task.tools_enabled and tool.enabled
-    if tools and sandboxes is None:
+    tools = loop.tools if task.tools_enabled and tool.enabled else ()
+    if sandboxes is None and any(t.needs_sandbox for t in tools):
         raise ConfigError(
             f"agent {task.agent_name!r} runs code, but there is no sandbox: set tool.enabled=false or add one"
         )
@@ -96,10 +107,10 @@ async def run_episode(
         task,
         generate=generate,
         sandboxes=sandboxes,
-        renderer=renderer,
+        renderer=renderer.for_tools([t.schema for t in tools], grammar=loop.grammar) if tools else renderer,
         tool=tool,
         engine=engine,
-        tools_in_prompt=tools,
+        tools=tools,
     )
     error = ""
     try:

@@ -162,6 +162,16 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
 
+def generation_stops(folder: Path, tokenizer: ModelTokenizer) -> list[int]:
+    """End-of-sequence ids that an engine would stop at anyway."""
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    file = folder / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return stops
+
+
 def token_text(entry: Any) -> str | None:
     """A special token of tokenizer_config.json: a string, or an object with `content`."""
     return entry["content"] if isinstance(entry, dict) else entry

@@ -123,6 +123,7 @@ def _turn(turn: Turn, span: tuple[int, int]) -> dict[str, Any]:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {
+        "tool": call.tool,
         "code": call.code,
         "code_lines": len(call.code.splitlines()),
         "status": call.status,

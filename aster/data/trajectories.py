@@ -27,6 +27,7 @@ _CALL = pa.struct(
         ("queue_s", pa.float64()),
         ("state_lost", pa.bool_()),
         ("extra_calls_dropped", pa.int32()),
+        ("tool", pa.string()),
     ]
 )
 _TURN = pa.struct(

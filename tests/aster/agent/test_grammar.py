@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aster.agent.grammar import CODE_INTERPRETER, FormatError, HermesGrammar, ParsedCall, read_code
+from aster.agent.grammar import CODE_INTERPRETER, FormatError, HermesGrammar, ParsedCall, read_arguments
 
 GRAMMAR = HermesGrammar()
 PIECES = [
@@ -46,7 +46,7 @@ def test_the_schema_is_that_of_the_specification() -> None:
 def test_whatever_code_is_written_canonically_is_read_back_in_order(codes: list[str], around: str) -> None:
     codes = [code for code in codes if "</tool_call>" not in code] or ["1"]
     parsed = GRAMMAR.parse(around + around.join(map(written, codes)))
-    assert [read_code(call) for call in parsed.calls] == codes
+    assert [read_arguments(call)["code"] for call in parsed.calls] == codes
     assert parsed.malformed == ()
 
 
@@ -65,7 +65,7 @@ def test_any_text_can_be_parsed_and_is_a_final_answer_exactly_when_it_opens_no_c
 def test_any_name_and_arguments_give_code_or_a_reason_that_can_be_encoded(name: object, arguments: object) -> None:
     for named in (name, "code_interpreter"):
         try:
-            said = read_code(ParsedCall(named, arguments))
+            said = read_arguments(ParsedCall(named, arguments))["code"]
         except FormatError as error:
             said = str(error) or "no reason"
             assert len(said) < 1000
@@ -74,10 +74,10 @@ def test_any_name_and_arguments_give_code_or_a_reason_that_can_be_encoded(name: 
 
 def test_too_much_code_is_refused_with_the_limit() -> None:
     with pytest.raises(FormatError, match="has 4194305 characters, the limit is 4194304"):
-        read_code(ParsedCall("code_interpreter", {"code": "x" * ((4 << 20) + 1)}))
+        read_arguments(ParsedCall("code_interpreter", {"code": "x" * ((4 << 20) + 1)}))
 
 
 def test_a_long_wrong_name_is_not_repeated_at_length() -> None:
     with pytest.raises(FormatError) as caught:
-        read_code(ParsedCall("n" * 5000, {}))
+        read_arguments(ParsedCall("n" * 5000, {}))
     assert len(str(caught.value)) < 200

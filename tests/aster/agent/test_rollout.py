@@ -508,7 +508,7 @@ class TestOurFailures:
         task = a_task(replace(BUDGET, trajectory_timeout_s=0.5))
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert out.cause is Cause.SANDBOX_LOST
-        assert "the sandbox was full (512 sessions) when the trajectory's 0.5 s were over" in out.error
+        assert "the sandbox was full (512 sessions) and the trajectory's time was over" in out.error
 
     async def test_the_deadline_of_a_trajectory_blames_whom_it_waited_for(self, hybrid) -> None:
         task = a_task(replace(BUDGET, trajectory_timeout_s=0.1))
@@ -517,7 +517,7 @@ class TestOurFailures:
         sandbox = ScriptedSandbox(lambda code: asyncio.sleep(5))
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert (out.cause, sandbox.closed) == (Cause.SANDBOX_LOST, 1)
-        assert "the sandbox had not answered" in out.error
+        assert "code_interpreter had not answered" in out.error
 
     async def test_a_time_out_of_their_own_is_told_apart_from_the_deadline(self, hybrid) -> None:
         out, _, _ = await episode(hybrid, [TimeoutError("socket")])
