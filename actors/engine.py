@@ -131,7 +131,12 @@ class RolloutEngine:
         """The first call: proves that the engine core answers, and opens the gate at version 0."""
         await self._within(_CALL_S, self._engine.update_weight_version("0"))
         await self._gate.set(open=True)
-        return {"vocab_size": self._engine.model_config.get_vocab_size(), "pid": os.getpid()}
+        cache = self._engine.vllm_config.cache_config  # vLLM has put in what it could allocate
+        return {
+            "vocab_size": self._engine.model_config.get_vocab_size(),
+            "pid": os.getpid(),
+            "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        }
 
     # episodes --------------------------------------------------------------------------------------------------------
 

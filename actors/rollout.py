@@ -1,4 +1,4 @@
-"""Engines as the pool sees them: `spawn_engines` starts them on the cluster, `RayEngine` is the handle of one.
+"""Engines as the pool sees them: `EngineMaker` starts them on the cluster, `RayEngine` is the handle of one.
 
 All of Ray that concerns engines is here; what an engine does is in `engine.py`. A dead actor is not an exception for
 the caller of `run` but a trajectory with cause ENGINE_LOST, which the pool may run elsewhere.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from typing import Any
 
@@ -52,7 +51,8 @@ class RayEngine:
         self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
         self.max_model_len = recipe.max_model_len
         self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
-        self.vocab_size = 0  # known once it is ready, as is
+        self.vocab_size = 0  # known once it is ready, as are
+        self.kv_tokens = 0  # tokens that its KV cache holds
         self.pid = 0  # of the actor, on its node
         self.lost = ""  # why it is dead; "" = alive as far as we know
         self._actor = actor
@@ -68,6 +68,10 @@ class RayEngine:
         if trajectory.cause is Cause.ENGINE_LOST:
             await self.probe()
         return trajectory
+
+    def know(self, answer: dict[str, Any]) -> None:
+        """What `RolloutEngine.ready` said."""
+        self.vocab_size, self.pid, self.kv_tokens = answer["vocab_size"], answer["pid"], answer["kv_tokens"]
 
     async def probe(self) -> bool:
         """Is it alive? Remembers in `lost` if not: an actor may outlive its engine core."""
@@ -122,51 +126,87 @@ class RayEngine:
 
 
 def spawn_engines(recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory | None) -> list[RayEngine]:
-    """Start `rollout.engines` engines in parallel and wait until all of them answer.
+    """`EngineMaker.start` for those who need no replacements."""
+    return EngineMaker(recipe, model_path=model_path, sandboxes=sandboxes).start()
 
-    Raises `ConfigError` where the cluster or the recipe cannot hold them, `EngineLost` with vLLM's own words when one
-    does not come up within `rollout.start_timeout_s`; nothing is left running then.
-    """
-    rollout = recipe.rollout
-    device = _device(recipe)
-    backend = _weight_backend(recipe, device)
-    _check(recipe, device)
-    parallel = rollout.tensor_parallel
-    options = {
-        "num_cpus": parallel if device == "cpu" else 1,
-        "num_gpus": 0 if device == "cpu" else parallel,
-        "max_concurrency": rollout.max_num_seqs + _CONTROL_CALLS,
-        "runtime_env": {"env_vars": {**_ENV, **(_CPU_ENV if device == "cpu" else {})}},
-    }
-    make = functools.partial(
-        ray.remote(RolloutEngine).options(**options).remote,
-        recipe,
-        device=device,
-        transfer="nccl" if backend == "vllm_nccl" else "aster",
-        model_path=model_path,
-        sandboxes=sandboxes,
-    )
-    engines = []
-    for i in range(rollout.engines):
-        name = f"engine-{i}"
-        engines.append(
-            RayEngine(make(name=name, seed=recipe.run.seed + i), name=name, recipe=recipe, weight_backend=backend)
-        )
-    try:
-        answers = ray.get([engine._actor.ready.remote() for engine in engines], timeout=rollout.start_timeout_s)
-    except RayError as error:
+
+class EngineMaker:
+    """Starts the engines of a recipe, and a successor for one that died."""
+
+    def __init__(self, recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory | None) -> None:
+        """Raises `ConfigError` where the cluster or the recipe cannot hold the engines."""
+        device = _device(recipe)
+        self._recipe = recipe
+        self._model_path = model_path
+        self._backend = _weight_backend(recipe, device)
+        _check(recipe, device)
+        parallel = recipe.rollout.tensor_parallel
+        self._options = {
+            "num_cpus": parallel if device == "cpu" else 1,
+            "num_gpus": 0 if device == "cpu" else parallel,
+            "max_concurrency": recipe.rollout.max_num_seqs + _CONTROL_CALLS,
+            "runtime_env": {"env_vars": {**_ENV, **(_CPU_ENV if device == "cpu" else {})}},
+        }
+        self._arguments = {
+            "device": device,
+            "transfer": "nccl" if self._backend == "vllm_nccl" else "aster",
+            "model_path": model_path,
+            "sandboxes": sandboxes,
+        }
+        self._made = 0  # seeds of engines must differ, also from those of the dead
+
+    def start(self) -> list[RayEngine]:
+        """`rollout.engines` engines in parallel; waits until all of them answer.
+
+        Raises `EngineLost` with vLLM's own words when one does not come up within `rollout.start_timeout_s`; nothing
+        is left running then.
+        """
+        engines = [self._make(f"engine-{i}") for i in range(self._recipe.rollout.engines)]
+        try:
+            answers = ray.get(
+                [engine._actor.ready.remote() for engine in engines], timeout=self._recipe.rollout.start_timeout_s
+            )
+        except RayError as error:
+            raise self._did_not_start(engines, error) from None
+        for engine, answer in zip(engines, answers, strict=True):
+            engine.know(answer)
+        return engines
+
+    async def replace(self, dead: RayEngine) -> RayEngine:
+        """End what is left of `dead` (its actor may outlive its core) and start another on its resources.
+
+        It has the weights of the model directory. `engine-1` is followed by `engine-1.1`, and that by `engine-1.2`.
+        Raises `EngineLost` as `start` does.
+        """
+        await dead.close()
+        stem, _, times = dead.name.partition(".")
+        engine = self._make(f"{stem}.{int(times or 0) + 1}")
+        try:
+            engine.know(await asyncio.wait_for(engine._actor.ready.remote(), self._recipe.rollout.start_timeout_s))
+        except (RayError, TimeoutError) as error:
+            raise self._did_not_start([engine], error) from None
+        except BaseException:
+            ray.kill(engine._actor, no_restart=True)
+            raise
+        return engine
+
+    def _make(self, name: str) -> RayEngine:
+        make = ray.remote(RolloutEngine).options(**self._options).remote
+        actor = make(self._recipe, name=name, seed=self._recipe.run.seed + self._made, **self._arguments)
+        self._made += 1
+        return RayEngine(actor, name=name, recipe=self._recipe, weight_backend=self._backend)
+
+    def _did_not_start(self, engines: list[RayEngine], error: BaseException) -> EngineLost:
         for engine in engines:
             ray.kill(engine._actor, no_restart=True)
-        if isinstance(error, GetTimeoutError):
-            raise EngineLost(
-                f"{rollout.engines} engine(s) on {model_path!r} were not ready within rollout.start_timeout_s="
-                f"{rollout.start_timeout_s:g}; the cluster has {_resources()}, each engine asks for "
-                f"{options['num_cpus']} CPU and {options['num_gpus']} GPU: raise the limit, or free what holds them"
-            ) from None
-        raise EngineLost(f"an engine on {model_path!r} did not start: {error}") from None
-    for engine, answer in zip(engines, answers, strict=True):
-        engine.vocab_size, engine.pid = answer["vocab_size"], answer["pid"]
-    return engines
+        if not isinstance(error, GetTimeoutError | TimeoutError):
+            return EngineLost(f"an engine on {self._model_path!r} did not start: {error}")
+        return EngineLost(
+            f"{len(engines)} engine(s) on {self._model_path!r} were not ready within rollout.start_timeout_s="
+            f"{self._recipe.rollout.start_timeout_s:g}; the cluster has {_resources()}, each engine asks for "
+            f"{self._options['num_cpus']} CPU and {self._options['num_gpus']} GPU: raise the limit, or free what "
+            "holds them"
+        )
 
 
 def _device(recipe: Recipe) -> str:

@@ -1,17 +1,22 @@
 """The pool of engines: hands out trajectories, scores what comes home, and puts groups together.
 
-    submit(work) --> waiting [retries | new, FIFO] --pull--> engine 0  <= capacity trajectories, each stays there
-                         ^                            +----> engine 1  <= capacity
-                         |                                       |
+    submit(work) --> waiting [retries | new, FIFO] --pull--> engine 0  <= seats and KV tokens; each stays there
+                         ^                            +----> engine 1  ...  dead? --> replace, bring up to date --+
+                         |                                       |   ^                                            |
+                         |                                       |   +------------------ join <-------------------+
                          +------- lost by us: RETRY -- judge <-- + score (reward pool: own processes)
                                                         |
                                         KEEP | MASK     v
                                      group complete --> finished --> groups()   in order of completion
 
-Every arrow is one asyncio task per trajectory; there is no other background task. An engine pulls when it has room,
-so a slow trajectory never holds up a queue, and `submit` never blocks. Back-pressure is the caller's: it decides how
-many groups are outstanding. Whatever raises in a task ends `groups()` with that exception and its traceback.
-No Ray here: engines are duck-typed handles whose awaits have deadlines of their own.
+Where it presses back, from the end to the beginning:
+- `finished` and `waiting` have no bound: the caller decides how many groups are outstanding, and `submit` never blocks.
+- An engine pulls when it has room (`admission.Room`: a seat, and KV tokens for what will probably be needed), so a slow
+  trajectory never holds up a queue. The first in line that fits nowhere keeps those behind it waiting: nothing starves.
+- Scoring has no bound here: it holds no room on an engine, and the reward pool queues what its workers cannot take.
+
+One asyncio task per trajectory, and one per engine that is being replaced. Whatever raises in a task ends `groups()`
+with that exception and its traceback. No Ray here: engines are duck-typed handles whose awaits have deadlines.
 """
 
 from __future__ import annotations
@@ -21,14 +26,15 @@ import functools
 import hashlib
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from actors.admission import Room
 from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
 from aster.agent.rollout import agent_loop
-from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed
+from aster.errors import CircuitOpen, ConfigError, EngineLost, GangFailure, RewardFailed, WeightSyncError
 from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -36,13 +42,15 @@ log = logging.getLogger(__name__)
 _GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
 _CANCEL_S = 60.0
 _CLOSE_S = 120.0
+_BARREN = 3  # replacements in a row that died before they had finished a trajectory: no more are made then
 
 
 class EngineHandle(Protocol):
     """One engine. `lost` says why it is dead; "" = alive as far as anybody knows."""
 
     name: str
-    capacity: int
+    capacity: int  # seats: trajectories at once
+    kv_tokens: int  # tokens that its KV cache holds; 0 = not known
     lost: str
 
     async def run(self, task: Task) -> Trajectory: ...
@@ -50,8 +58,16 @@ class EngineHandle(Protocol):
     async def close(self) -> None: ...
 
 
+Replace = Callable[[Any], Awaitable[EngineHandle]]
+"""Ends what is left of a dead engine and starts another. Raises `EngineLost` when that one does not come up."""
+
+
 class Publisher(Protocol):
     async def publish(self, source: Any, version: int) -> PublishReport: ...
+
+    async def admit(self, engine: Any) -> bool:
+        """Bring a new engine to the version that was published last. False: it has to wait for the next publication."""
+        ...
 
 
 @dataclass
@@ -79,6 +95,7 @@ class EnginePool:
         *,
         rewards: RewardPool,
         publisher: Publisher | None = None,
+        replace_engine: Replace | None = None,
         max_retries: int = 1,
         max_infra_failed_rate: float = 0.5,
         run_name: str = "aster",
@@ -91,10 +108,15 @@ class EnginePool:
         self._engines = list(engines)
         self._rewards = rewards
         self._publisher = publisher
+        self._replace_engine = replace_engine
+        self._replacing: set[asyncio.Task[None]] = set()
+        self._mourned: set[str] = set()  # dead engines that were seen to
+        self._late: list[EngineHandle] = []  # replacements that wait for the next publication
+        self._barren = 0
         self._run_name = run_name
         self._waiting: deque[_Attempt] = deque()
         self._running: dict[asyncio.Task[None], tuple[_Attempt, EngineHandle]] = {}
-        self._load: Counter[str] = Counter()
+        self._room = Room()
         self._open: dict[int, _Group] = {}
         self._finished: asyncio.Queue[TrajectoryGroup | None] = asyncio.Queue()  # None wakes groups() to raise
         self._seen: Counter[str] = Counter()
@@ -115,7 +137,8 @@ class EnginePool:
     def join(self, engine: EngineHandle) -> None:
         """Let another engine, a replacement perhaps, take work at once: it must hold the weights of `version`.
 
-        An engine leaves by being `lost`. The publisher has to be told by whoever adds the engine.
+        An engine leaves by being `lost`. The publisher has to be told by whoever adds the engine; the pool does so for
+        the replacements that it asks for itself.
         """
         if any(engine.name == other.name and not other.lost for other in self._engines):
             raise ConfigError(f"an engine named {engine.name!r} is alive in this pool already")
@@ -127,6 +150,7 @@ class EnginePool:
             raise RuntimeError("the pool is closed" if self._closed else "the pool is being drained")
         if work.group_size < 1:
             raise ValueError(f"group_size={work.group_size}: a group has at least one sample")
+        self._expect(work)
         group = _Group(work)
         self._open[id(group)] = group
         self.ledger.opened(work.kind, work.step, work.group_size)
@@ -148,8 +172,14 @@ class EnginePool:
             raise self._failure
         if self._publisher is None:
             raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
-        report = await self._publisher.publish(source, version)
+        try:
+            report = await self._publisher.publish(source, version)
+        finally:
+            self._see_to_the_dead()
         self.version = version
+        late, self._late = self._late, []
+        for engine in late:
+            self.join(engine)
         return report
 
     async def drain(self) -> list[Trajectory]:
@@ -161,10 +191,10 @@ class EnginePool:
         self._draining = True
         try:
             self._waiting.clear()
-            await self._within(_CANCEL_S, "cancelling", [engine.cancel_all() for engine in self._engines])
+            await self._within(_CANCEL_S, "cancelling", {engine.name: engine.cancel_all() for engine in self._engines})
             if self._running:
                 await asyncio.wait(self._running, timeout=_CANCEL_S)
-            await self._cancel_running()
+            await self._cancel(self._running)
             unfinished = [t for group in self._open.values() for t in group.done.values()]
             self._open.clear()
             return unfinished
@@ -178,8 +208,10 @@ class EnginePool:
             return
         self._closed = self._draining = True
         self._waiting.clear()
-        await self._cancel_running()
-        await self._within(_CLOSE_S, "closing", [engine.close() for engine in self._engines])
+        await self._cancel(self._replacing)
+        await self._cancel(self._running)
+        self._engines += self._late
+        await self._within(_CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
 
     # the way of one trajectory ---------------------------------------------------------------------------------------
 
@@ -204,30 +236,51 @@ class EnginePool:
             for sample in range(work.group_size)
         ]
 
+    def _expect(self, work: RolloutWork) -> None:
+        """Raises `ConfigError` for a budget that no engine could ever hold."""
+        need = work.budget.max_model_len
+        capacities = [engine.kv_tokens for engine in self._engines if not engine.lost]
+        if capacities and all(0 < tokens < need for tokens in capacities):
+            raise ConfigError(
+                f"a trajectory of kind {work.kind!r} may have budget.max_prompt_tokens={work.budget.max_prompt_tokens} "
+                f"+ max_response_tokens={work.budget.max_response_tokens} = {need} tokens, and the largest KV cache of "
+                f"an engine holds {max(capacities)}: lower the budget, or raise rollout.kv_cache_bytes, "
+                "rollout.gpu_memory_utilization or rollout.tensor_parallel"
+            )
+        self._room.expect(work.kind, need)
+
     def _pull(self) -> None:
         """Give waiting attempts to engines with room, the emptiest first."""
+        self._see_to_the_dead()
         alive = [engine for engine in self._engines if not engine.lost]
         if self._waiting and not alive:
-            reasons = "; ".join(f"{engine.name}: {engine.lost}" for engine in self._engines)
-            self._fail(
-                CircuitOpen(f"every engine is dead, {len(self._waiting)} trajectories have nowhere to run: {reasons}")
-            )
+            if not self._replacing:
+                self._fail(CircuitOpen(self._nowhere_to_run()))
             return
         held: deque[_Attempt] = deque()  # what only the engine it must avoid has room for
         while self._waiting and not self._failure:
             attempt = self._waiting.popleft()
-            others = [e for e in alive if e.name != attempt.avoid] or alive
-            roomy = [e for e in others if self._load[e.name] < e.capacity]
-            if roomy:
-                self._start(attempt, min(roomy, key=lambda e: self._load[e.name] / e.capacity))
+            roomy = [e for e in alive if self._room.fits(e, attempt.group.work.kind)]
+            others = [e for e in roomy if e.name != attempt.avoid] if len(alive) > 1 else roomy
+            if others:
+                self._start(attempt, min(others, key=self._room.share) if len(others) > 1 else others[0])
                 continue
             held.append(attempt)
-            if not any(self._load[e.name] < e.capacity for e in alive):
+            if not roomy:
                 break
         self._waiting.extendleft(reversed(held))
 
+    def _nowhere_to_run(self) -> str:
+        reasons = "; ".join(f"{engine.name}: {engine.lost}" for engine in self._engines)
+        late = (
+            f"; {len(self._late)} replacements wait for weights of which no copy is held (rollout.weight_rollback=true)"
+            if self._late
+            else ""
+        )
+        return f"every engine is dead, {len(self._waiting)} trajectories have nowhere to run: {reasons}{late}"
+
     def _start(self, attempt: _Attempt, engine: EngineHandle) -> None:
-        self._load[engine.name] += 1
+        self._room.enter(engine.name, attempt.group.work.kind)
         running = asyncio.create_task(self._attempt(attempt, engine), name=f"{attempt.task.uid} on {engine.name}")
         self._running[running] = (attempt, engine)
         running.add_done_callback(self._ended)
@@ -246,10 +299,12 @@ class EnginePool:
         try:
             trajectory = await self._run(attempt.task, engine)
         finally:
-            self._load[engine.name] -= 1
+            self._room.leave(engine.name, attempt.group.work.kind)
         if not self._draining:
             self._pull()  # the engine has room while this one is being scored
         if not trajectory.cause.is_ours:
+            self._barren = 0
+            self._room.observe(attempt.group.work.kind, trajectory.num_tokens)
             trajectory = await self._score(trajectory, attempt.group.work.row)
         self._settle(attempt, trajectory)
 
@@ -305,6 +360,55 @@ class EnginePool:
             members = tuple(group.done[sample] for sample in range(work.group_size))
             self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
 
+    # engines that die ------------------------------------------------------------------------------------------------
+
+    def _see_to_the_dead(self) -> None:
+        """Have every engine that died replaced, once, in the background."""
+        if self._replace_engine is None or self._closed or self._failure:
+            return
+        for engine in self._engines:
+            if engine.lost and engine.name not in self._mourned:
+                self._mourned.add(engine.name)
+                if self._barren >= _BARREN:
+                    log.error("%s is not replaced: %d replacements died before any finished work", engine.name, _BARREN)
+                    continue
+                self._barren += 1
+                task = asyncio.create_task(self._bring_up(engine), name=f"replacement of {engine.name}")
+                self._replacing.add(task)
+                task.add_done_callback(self._replaced)
+
+    async def _bring_up(self, dead: EngineHandle) -> None:
+        assert self._replace_engine is not None
+        log.warning("%s is dead and is being replaced: %s", dead.name, dead.lost)
+        try:
+            engine = await self._replace_engine(dead)
+        except EngineLost as error:  # policy: the others go on; without any the pool says so
+            log.error("%s was not replaced: %s", dead.name, error)
+            return
+        try:
+            current = self._publisher is None or await self._publisher.admit(engine)
+        except BaseException as error:
+            await self._within(_CLOSE_S, "closing", {engine.name: engine.close()})
+            if not isinstance(error, EngineLost | WeightSyncError | GangFailure):
+                raise
+            log.error("%s does not get the weights, and leaves again: %s", engine.name, error)
+            return
+        self._engines.remove(dead)
+        if current:
+            log.warning("%s takes the place of %s, with version %d", engine.name, dead.name, self.version)
+            self.join(engine)
+        else:
+            self._late.append(engine)
+
+    def _replaced(self, task: asyncio.Task[None]) -> None:
+        self._replacing.discard(task)
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            self._fail(error)
+        elif not self._draining:
+            self._pull()
+
     # failure and the end ---------------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
@@ -314,21 +418,21 @@ class EnginePool:
             self._waiting.clear()
             self._finished.put_nowait(None)
 
-    async def _cancel_running(self) -> None:
-        running = list(self._running)
-        for task in running:
+    async def _cancel(self, which: Collection[asyncio.Task[None]]) -> None:
+        tasks = list(which)
+        for task in tasks:
             task.cancel()
-        if running:
-            _, late = await asyncio.wait(running, timeout=_CANCEL_S)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_CANCEL_S)
             for task in late:
                 log.error("%s did not end within %g s of its cancellation", task.get_name(), _CANCEL_S)
 
-    async def _within(self, seconds: float, doing: str, steps: Sequence[Awaitable[None]]) -> None:
+    async def _within(self, seconds: float, doing: str, steps: Mapping[str, Awaitable[None]]) -> None:
         """All at once, each guarded: one engine that does not answer must not keep the others."""
-        results = await asyncio.gather(*(asyncio.wait_for(step, seconds) for step in steps), return_exceptions=True)
-        for engine, result in zip(self._engines, results, strict=True):
+        waits = [asyncio.wait_for(step, seconds) for step in steps.values()]
+        for name, result in zip(steps, await asyncio.gather(*waits, return_exceptions=True), strict=True):
             if isinstance(result, BaseException):
-                log.error("%s %s: %r", doing, engine.name, result)
+                log.error("%s %s: %r", doing, name, result)
 
 
 def sample_seed(seed: int, place: str) -> int:

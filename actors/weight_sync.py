@@ -123,11 +123,12 @@ class _Good:
 
     version: int
     canary: np.ndarray  # float32 [len(canary ids) - 1], the learner's log-probs of it
-    ranks: tuple[Any, ...]  # the gang that published it; another one has no copy
+    source: RayWeightSource  # the gang that published it; another one has no copy
 
 
 class WeightSync:
-    """Publishes to a fixed set of engines (`router.Publisher`). One publication at a time."""
+    """Publishes to the engines that it was given and those that it admitted since (`router.Publisher`). One publication
+    at a time."""
 
     def __init__(
         self,
@@ -159,6 +160,7 @@ class WeightSync:
         self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len - 1]
         self._rollback = rollback and actual != "vllm_nccl"  # the stock sender's stream cannot be recorded
         self._good: _Good | None = None
+        self._published = False
         self._phases: dict[str, float] = {}  # seconds of the publication under way
         self._members: tuple[Any, ...] = ()  # who is in the open group; () = none is open
         self._lock = asyncio.Lock()
@@ -176,6 +178,7 @@ class WeightSync:
             tensors = await source.describe()
             try:
                 engines, worst = await self._deliver(source, tensors, version)
+                self._published = True
             except WeightSyncError as error:
                 raise await self._roll_back(source, tensors, error) from error
             return PublishReport(
@@ -187,6 +190,22 @@ class WeightSync:
                 phases=dict(self._phases),
             )
 
+    async def admit(self, engine: RayEngine) -> bool:
+        """Bring a new engine, and it alone, to the version that verified last; the others go on meanwhile.
+
+        False where no copy of that version is held: it takes part from the next publication on. Raises what `publish`
+        raises; the engine is forgotten then.
+        """
+        async with self._lock:
+            self._phases = {}
+            if self._good is not None:
+                tensors = await self._good.source.describe()
+                await self._deliver(
+                    self._good.source, tensors, self._good.version, recorded=self._good.canary, among=[engine]
+                )
+            self._engines.append(engine)
+            return self._good is not None or not self._published
+
     async def _roll_back(
         self, source: RayWeightSource, tensors: list[TensorMeta], error: WeightSyncError
     ) -> WeightSyncError:
@@ -194,7 +213,7 @@ class WeightSync:
         good = self._good
         if not self._rollback:
             return WeightSyncError(f"{error}; no copy of the last version is held, so the engines stay shut")
-        if good is None or good.ranks != tuple(source.ranks):
+        if good is None or tuple(good.source.ranks) != tuple(source.ranks):
             return WeightSyncError(f"{error}; this learner published nothing before, so the engines stay shut")
         log.error("rolling back to version %d: %s", good.version, error)
         try:
@@ -212,17 +231,18 @@ class WeightSync:
         version: int,
         *,
         recorded: np.ndarray | None = None,
+        among: Sequence[RayEngine] | None = None,
     ) -> tuple[int, float]:
-        """One version to every living engine: (how many there are, the canary's largest difference in nats).
+        """One version to every living engine (`among` some): (how many there are, the canary's largest difference).
 
         `recorded`: send the kept copy instead of the learner's weights, and expect these log-probs of the canary.
         """
         while True:
-            engines = [engine for engine in self._engines if not engine.lost]
+            known = self._engines if among is None else among
+            engines = [engine for engine in known if not engine.lost]
             if not engines:
                 raise EngineLost(
-                    "no engine is left to publish to: "
-                    + "; ".join(f"{e.name} is dead: {e.lost}" for e in self._engines)
+                    "no engine is left to publish to: " + "; ".join(f"{e.name} is dead: {e.lost}" for e in known)
                 )
             try:
                 await self._join(source, engines)
@@ -233,7 +253,7 @@ class WeightSync:
                 accepting = [self._one(engine, "weight_accept") for engine in engines]
                 if recorded is None and self._rollback:
                     await _together([source.keep(), *accepting])
-                    self._good = _Good(version, ours, tuple(source.ranks))
+                    self._good = _Good(version, ours, source)
                 else:
                     await _together(accepting)
                 return len(engines), worst

@@ -71,7 +71,7 @@ class Rollouts:
 @contextlib.asynccontextmanager
 async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> AsyncIterator[Rollouts]:
     """Engines on `model.path`, with rewards and weight publication, behind one pool."""
-    from actors.rollout import spawn_engines
+    from actors.rollout import EngineMaker
     from actors.router import EnginePool
     from actors.weight_sync import WeightSync
 
@@ -79,7 +79,8 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
     renderer = ChatRenderer.from_model_dir(recipe.model.path)
     rewards = RewardPool(reward=recipe.algo.reward)
     try:
-        engines = await asyncio.to_thread(spawn_engines, recipe, model_path=recipe.model.path, sandboxes=sandboxes)
+        maker = EngineMaker(recipe, model_path=recipe.model.path, sandboxes=sandboxes)
+        engines = await asyncio.to_thread(maker.start)
         pool = EnginePool(
             engines,
             rewards=rewards,
@@ -89,6 +90,7 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
                 rollback=recipe.rollout.weight_rollback,
                 timeout_s=recipe.learner.step_timeout_s,
             ),
+            replace_engine=maker.replace,
             max_retries=recipe.rollout.max_retries,
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
             run_name=recipe.run.name,

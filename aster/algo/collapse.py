@@ -282,11 +282,22 @@ def _in_order(nodes: Iterable[ast.AST | None]) -> tuple[set[str], set[str]]:
     return loaded, stored
 
 
+_OWN_RULES = frozenset(
+    {
+        ast.Name, ast.alias, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For, ast.AsyncFor,
+        ast.ExceptHandler, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp,
+        ast.DictComp, ast.GeneratorExp,
+    }
+)  # fmt: skip
+
+
 def _scope(node: ast.AST) -> tuple[set[str], set[str]]:
     """(names that `node` loads from outside itself, names that it binds in the scope it stands in).
 
     Branches count as if both ran. `global` and `del` are not followed.
     """
+    if type(node) not in _OWN_RULES:  # most nodes: 14 patterns that cannot match would be tried on each
+        return _in_order(ast.iter_child_nodes(node)) if node._fields else (set(), set())
     match node:
         case ast.Name(id=name, ctx=ast.Load()):
             return {name}, set()

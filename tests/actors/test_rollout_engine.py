@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
 
 import ray
 
-from actors.rollout import RayEngine, spawn_engines
+from actors.rollout import EngineMaker, RayEngine, spawn_engines
 from actors.weight_sync import RayWeightSource, WeightSync
 from aster.errors import ConfigError, EngineLost, GangFailure, WeightSyncError
 from aster.types import Budget, Cause, Sampling, Task
@@ -34,6 +34,7 @@ BUCKET = 100_000  # bytes: the toy model makes a handful of buckets
 class World:
     """The engines, the learner behind `source`, and `model`: Hugging Face with the learner's weights."""
 
+    maker: EngineMaker
     engines: list[RayEngine]
     learner: Any
     source: RayWeightSource
@@ -60,9 +61,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     ray.cloudpickle.register_pickle_by_value(publishing)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"/tmp/re{os.getpid()}")
     try:
-        engines = spawn_engines(publishing.recipe(folder, engines=2), model_path=str(folder), sandboxes=None)
+        maker = EngineMaker(publishing.recipe(folder, engines=2), model_path=str(folder), sandboxes=None)
+        engines = maker.start()
         learner = ray.remote(publishing.ToyLearner).remote()
-        yield World(engines, learner, RayWeightSource([learner], timeout_s=60), publishing.build_model())
+        yield World(maker, engines, learner, RayWeightSource([learner], timeout_s=60), publishing.build_model())
         asyncio.run(close(engines))
     finally:
         ray.shutdown()
@@ -344,6 +346,29 @@ async def test_an_engine_killed_between_two_buckets_loses_its_requests_and_the_o
     assert time.monotonic() - began < 20, "someone sat out a timeout"
     assert report.engines == 1
     np.testing.assert_allclose(await engine_log_probs(survivor), publishing.log_probs(world.model, PROMPT), atol=1e-4)
+
+
+async def test_a_dead_engine_is_replaced_and_brought_to_the_current_version_while_the_others_go_on(
+    world: World,
+) -> None:
+    """After the one above, which killed engine 0's core: its actor still lives, and must go."""
+    dead, other = world.engines
+    sync = WeightSync([other], bucket_bytes=BUCKET, timeout_s=30)
+    await sync.publish(world.source, world.train())
+    flying = asyncio.ensure_future(generate(other, max_tokens=900))
+    fresh = await world.maker.replace(dead)
+    assert (fresh.name, fresh.pid != dead.pid, dead.lost != "") == ("engine-0.1", True, True)
+    assert fresh.kv_tokens >= world.maker._recipe.max_model_len
+    assert await sync.admit(fresh)
+    assert (await flying).finish_reason == "length"
+    new = publishing.log_probs(world.model, PROMPT)
+    np.testing.assert_allclose(await engine_log_probs(fresh), new, atol=1e-4)
+    assert ((await generate(fresh, max_tokens=8)).versions == world.version).all()
+    report = await sync.publish(world.source, world.train())
+    assert report.engines == 2
+    for engine in (fresh, other):
+        np.testing.assert_allclose(await engine_log_probs(engine), publishing.log_probs(world.model, PROMPT), atol=1e-4)
+    world.engines[0] = fresh
 
 
 async def test_a_dead_actor_is_a_lost_trajectory_and_no_engine_left_is_said_so(world: World) -> None:

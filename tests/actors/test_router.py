@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -62,6 +62,7 @@ class FakeEngine:
     name: str
     rule: Rule = lambda task: 0.0
     capacity: int = 4
+    kv_tokens: int = 0
     lost: str = ""
     ran: list[Task] = field(default_factory=list)
     now: int = 0
@@ -100,12 +101,18 @@ class FakeEngine:
 class FakePublisher:
     def __init__(self) -> None:
         self.published: list[int] = []
+        self.admitted: list[object] = []
+        self.has_copy = True
 
     async def publish(self, source: object, version: int) -> PublishReport:
         if version < 0:
             raise WeightSyncError("bucket 3 differs")
         self.published.append(version)
         return PublishReport(version, bytes=1, seconds=0.0, engines=1)
+
+    async def admit(self, engine: object) -> bool:
+        self.admitted.append(engine)
+        return self.has_copy
 
 
 @pytest.fixture
@@ -379,6 +386,191 @@ class TestOurFailures:
         for step in range(4):
             pool.submit(work("a", n=2, step=step))
         assert len(await take(pool, 4)) == 4
+
+
+class TestRoomInTokens:
+    """Budget 16 + 64 = 80 tokens: 40 expected of a trajectory, give or take 20, before any has ended."""
+
+    async def test_an_engine_takes_what_its_kv_cache_will_probably_hold(self, make) -> None:
+        small, unknown = FakeEngine("e0", lambda t: asyncio.Event(), capacity=64, kv_tokens=400), FakeEngine("e1")
+        pool = make(small, unknown)
+        unknown.rule = small.rule
+        for i in range(40):
+            pool.submit(work(str(i), n=1))
+        await asyncio.sleep(0.01)
+        assert unknown.now == unknown.capacity == 4
+        assert small.now == 7, "7 x 40 + 2 x sqrt(7) x 20 = 386; with the eighth 433"
+
+    async def test_short_trajectories_make_room_for_more_at_once(self, make) -> None:
+        engine = FakeEngine("e0", lambda t: 0.001, capacity=64, kv_tokens=400)
+        pool = make(engine)
+        for i in range(60):
+            pool.submit(work(str(i), n=8))
+        await take(pool, 60)
+        assert engine.most > 30, "6 tokens each were observed, 40 assumed"
+        assert (pool.in_flight, pool.waiting) == (0, 0)
+
+    async def test_a_lone_trajectory_always_runs_and_nothing_waits_for_ever(self, make) -> None:
+        engine = FakeEngine("e0", capacity=8, kv_tokens=80)  # 40 + 2 x 20 = 80: exactly one
+        pool = make(engine)
+        for i in range(6):
+            pool.submit(work(str(i), n=2))
+        assert pool.in_flight == 1
+        assert len(await take(pool, 6)) == 6
+
+    async def test_a_budget_that_no_engine_can_hold_is_refused_with_the_sum(self, make) -> None:
+        pool = make(FakeEngine("e0", kv_tokens=64), FakeEngine("e1", kv_tokens=79))
+        with pytest.raises(ConfigError, match=r"max_prompt_tokens=16 \+ max_response_tokens=64 = 80 .* holds 79"):
+            pool.submit(work("a"))
+        assert (pool.in_flight, pool.waiting) == (0, 0)
+
+    async def test_the_first_in_line_is_not_overtaken_by_smaller_ones(self, make) -> None:
+        go = asyncio.Event()
+        engine = FakeEngine("e0", lambda t: go if t.row_id == "runs" else 0.0, capacity=8, kv_tokens=120)
+        pool = make(engine)
+        small = replace(work("small", n=1, kind="val"), budget=replace(BUDGET, max_response_tokens=4))
+        pool.submit(work("runs", n=1))
+        pool.submit(work("large", n=1))  # 2 x 40 + 2 x sqrt(2) x 20 = 137
+        pool.submit(small)  # 40 + 10 + 2 x sqrt(400 + 25) = 91: would fit beside the first
+        await asyncio.sleep(0.01)
+        assert [t.row_id for t in engine.ran] == ["runs"]
+        go.set()
+        assert len(await take(pool, 3)) == 3
+
+    async def test_the_emptier_engine_by_what_is_scarcer_is_chosen(self, make) -> None:
+        never = lambda t: asyncio.Event()  # noqa: E731
+        seats, tokens = FakeEngine("e0", never, capacity=4), FakeEngine("e1", never, capacity=100, kv_tokens=800)
+        pool = make(seats, tokens)
+        for i in range(3):
+            pool.submit(work(str(i), n=1))
+        await asyncio.sleep(0.01)
+        assert (seats.now, tokens.now) == (1, 2), "one seat of four is 25 %; one of 800 tokens 10 %, two 17 %"
+
+
+class TestReplacement:
+    @staticmethod
+    def dying(name: str) -> FakeEngine:
+        engine = FakeEngine(name, capacity=4)
+
+        def die(task: Task) -> Trajectory:
+            engine.lost = "OOM killed"
+            return lost_trajectory(task, Cause.ENGINE_LOST, "OOM killed", engine=name)
+
+        engine.rule = die
+        return engine
+
+    async def test_a_dead_engine_is_replaced_with_current_weights_and_its_work_runs_there(self, make) -> None:
+        publisher, order = FakePublisher(), []
+        dead, successor = self.dying("e0"), FakeEngine("e0.1", lambda t: order.append("runs") or 0.0)
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            assert engine is dead
+            await asyncio.sleep(0.02)
+            order.append("spawned")
+            return successor
+
+        admit = publisher.admit
+
+        async def watched(engine: object) -> bool:
+            order.append("admitted")
+            return await admit(engine)
+
+        publisher.admit = watched
+        pool = make(dead, publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=2))
+        [group] = await take(pool, 1)
+        assert order == ["spawned", "admitted", "runs", "runs"]
+        assert [t.engine for t in group.trajectories] == ["e0.1", "e0.1"]
+        assert {t.cause for t in group.lost} == {Cause.ENGINE_LOST}
+
+    async def test_without_a_copy_of_the_weights_it_works_after_the_next_publication(self, make) -> None:
+        publisher = FakePublisher()
+        publisher.has_copy = False
+        successor = FakeEngine("e0.1")
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            return successor
+
+        other = FakeEngine("e1", lambda t: 0.001)
+        pool = make(self.dying("e0"), other, publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        for i in range(4):
+            pool.submit(work(str(i)))
+        await take(pool, 4)
+        assert (publisher.admitted, successor.ran) == ([successor], [])
+        await pool.publish(None, 1)
+        for i in range(4):
+            pool.submit(work(str(i), step=1))
+        await take(pool, 4)
+        assert successor.ran
+
+    async def test_when_nobody_is_left_to_wait_for_the_pool_says_which_switch_would_have_helped(self, make) -> None:
+        publisher = FakePublisher()
+        publisher.has_copy = False
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            return FakeEngine("e0.1")
+
+        pool = make(self.dying("e0"), publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a"))
+        with pytest.raises(CircuitOpen, match=r"1 replacements wait for weights .*rollout.weight_rollback=true"):
+            await take(pool, 1)
+
+    async def test_replacements_that_never_finish_anything_come_to_an_end(self, make) -> None:
+        made: list[FakeEngine] = []
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            made.append(self.dying(f"e0.{len(made) + 1}"))
+            return made[-1]
+
+        pool = make(self.dying("e0"), replace_engine=spawn, max_retries=9, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=1))
+        with pytest.raises(CircuitOpen, match=r"every engine is dead, 1 trajectories .*e0.3: OOM killed"):
+            await take(pool, 1)
+        assert len(made) == 3
+
+    async def test_one_that_does_not_come_up_leaves_the_others_at_work(self, make, caplog) -> None:
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            raise EngineLost("not ready within 900 s")
+
+        pool = make(self.dying("e0"), FakeEngine("e1"), replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=4))
+        [group] = await take(pool, 1)
+        assert {t.engine for t in group.trajectories} == {"e1"}
+        assert "e0 was not replaced: not ready within 900 s" in caplog.text
+
+    async def test_one_that_does_not_get_the_weights_is_closed_again(self, make) -> None:
+        publisher, successor = FakePublisher(), FakeEngine("e0.1")
+
+        async def refuse(engine: object) -> bool:
+            raise WeightSyncError("version 3 does not verify on e0.1")
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            return successor
+
+        publisher.admit = refuse
+        pool = make(
+            self.dying("e0"), FakeEngine("e1"), publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0
+        )
+        pool.submit(work("a", n=4))
+        await take(pool, 1)
+        assert (successor.closed, successor.ran) == (1, [])
+
+    async def test_closing_the_pool_ends_a_replacement_under_way(self, make) -> None:
+        spawning, ended = asyncio.Event(), asyncio.Event()
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            spawning.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+            raise AssertionError
+
+        pool = make(self.dying("e0"), replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=1))
+        await asyncio.wait_for(spawning.wait(), 5)
+        await asyncio.wait_for(pool.close(), 5)
+        assert ended.is_set()
 
 
 class TestBackgroundFailure:
