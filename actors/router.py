@@ -25,6 +25,7 @@ import asyncio
 import functools
 import hashlib
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -328,7 +329,9 @@ class EnginePool:
             try:
                 reward = agent_loop(row.agent_name).reward
                 asked = functools.partial(self._rewards.score_by, reward) if reward else self._rewards.score
-                return trajectory.with_reward(*await asked(trajectory.final_text, row.ground_truth))
+                began = time.monotonic()
+                scored = trajectory.with_reward(*await asked(trajectory.final_text, row.ground_truth))
+                return replace(scored, timing=replace(scored.timing, score_s=time.monotonic() - began))
             except RewardFailed as error:
                 if last:
                     return trajectory.failed(Cause.REWARD_FAILED, str(error))

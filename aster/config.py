@@ -45,6 +45,9 @@ class RunConfig(_Section):
     """Continue from the newest checkpoint of the run directory when there is one."""
     deterministic: bool = False
     """One engine, one sequence at a time, FIFO: a repeated or resumed run is bit-equal, at the price of speed."""
+    trace_every: int = Field(default=1, ge=0)
+    """Write every so many steps to trace.json, for https://ui.perfetto.dev; 0 = never. The newest steps are kept, in
+    128 MB at most."""
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -445,7 +448,9 @@ class Recipe(_Section):
     @property
     def config_hash(self) -> str:
         """12 hex digits over everything but where the run lives and how long it lasts."""
-        body = self.model_dump(mode="json", exclude={"run": {"name", "dir", "steps", "resume", "keep_checkpoints"}})
+        body = self.model_dump(
+            mode="json", exclude={"run": {"name", "dir", "steps", "resume", "keep_checkpoints", "trace_every"}}
+        )
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
 
     # reading and writing ---------------------------------------------------------------------------------------------

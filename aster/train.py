@@ -17,6 +17,7 @@ from aster.data.prompts import PromptStream, read_prompts
 from aster.driver import GrpoLoop
 from aster.errors import ConfigError
 from aster.roles import SandboxFactory
+from aster.trace import Tracer
 from aster.tracking import Tracker
 
 
@@ -45,15 +46,15 @@ async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
     )
     val_rows = read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) if recipe.data.val_files else []
     steps = recipe.run.steps or prompts.total_steps
-    with Tracker.open(recipe, total_steps=steps) as tracker:
+    with Tracker.open(recipe, total_steps=steps) as tracker, Tracer.open(recipe) as tracer:
         async with launch.trainer(recipe, sandboxes=sandboxes, total_steps=steps * recipe.updates_per_step) as (
             rollouts,
             learners,
         ):
             await GrpoLoop(
                 recipe=recipe,
-                learners=learners,
-                pool=rollouts.pool,
+                learners=tracer.learners(learners),
+                pool=tracer.pool(rollouts.pool),
                 prompts=prompts,
                 log=tracker,
                 decode=rollouts.renderer.decode,

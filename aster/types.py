@@ -167,6 +167,7 @@ class Timing:
     generate_s: float = 0.0
     tool_s: float = 0.0
     queue_s: float = 0.0
+    score_s: float = 0.0  # of the verifier, behind total_s
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class Trajectory:
     cause: Cause
     final_text: str = ""  # the final assistant turn, special tokens skipped; what the reward looks at
     engine: str = ""
+    sandbox: str = ""  # node of its session
     timing: Timing = Timing()
     parent: str | None = None
     branch_turn: int | None = None

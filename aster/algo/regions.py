@@ -50,7 +50,11 @@ def regions_of(ids: np.ndarray, mask: np.ndarray, markers: Markers) -> dict[str,
     out = {name: np.zeros(len(ids), bool) for name in REGIONS}
     calls, ends, thoughts = (_places(ids, tag) for tag in (markers.call, markers.call_end, markers.think_end))
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+    for turn, (start, stop) in enumerate(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)):
+        given = _last(calls, start) if turn == 0 else None
+        if given is not None and _first(ends, given, start) == start:  # `tool.force_first_call`: on with the code
+            out["code"][start : _first(ends, start, stop)] = True
+            continue
         call = _first(calls, start, stop)
         out["think"][start : min(_first(thoughts, start, stop), call)] = True
         if call < stop:
@@ -89,6 +93,12 @@ def _places(ids: np.ndarray, tag: tuple[int, ...]) -> np.ndarray:
         return np.zeros(0, np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(ids, len(tag))
     return np.flatnonzero((windows == np.array(tag)).all(axis=1))
+
+
+def _last(places: np.ndarray, stop: int) -> int | None:
+    """The last of `places` before `stop`."""
+    at = int(np.searchsorted(places, stop)) - 1
+    return int(places[at]) if at >= 0 else None
 
 
 def _first(places: np.ndarray, start: int, stop: int) -> int:

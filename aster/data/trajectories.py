@@ -59,6 +59,7 @@ _SCALARS: dict[str, pa.DataType] = {
     "reward": pa.float64(),
     "final_text": pa.string(),
     "engine": pa.string(),
+    "sandbox": pa.string(),
     "parent": pa.string(),
     "branch_turn": pa.int32(),
     "error": pa.string(),
@@ -129,7 +130,7 @@ def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bo
 
 def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
     turns = tuple(_turn(turn) for turn in row["turns"])
-    plain: dict[str, Any] = {name: row[name] for name in _SCALARS if name != "cause"} | arrays
+    plain: dict[str, Any] = {name: row[name] for name in _SCALARS if name != "cause" and name in row} | arrays
     return Trajectory(
         **plain,
         turns=turns,

@@ -39,6 +39,15 @@ def test_a_tag_of_several_ids_is_found_as_a_whole() -> None:
     assert regions([7, 1, 7, 8, 5, 8, 7, 3], [1] * 8, tags) == {"think": [0, 1], "code": [4], "call_start": [2]}
 
 
+def test_a_call_whose_opening_was_given_is_code_from_its_first_sampled_token() -> None:
+    ids = [CALL, 30, 21, 22, END, DONE, OBSERVED, 11, DONE]
+    assert regions(ids, [0, 0, 1, 1, 1, 1, 0, 1, 1]) == {"think": [7, 8], "code": [2, 3], "call_start": []}
+
+
+def test_a_closed_call_in_the_prompt_opens_nothing() -> None:
+    assert regions([CALL, 30, END, 11], [0, 0, 0, 1]) == {"think": [3], "code": [], "call_start": []}
+
+
 @pytest.mark.parametrize("mask", [[0, 0, 0], [1, 0, 1]])
 def test_only_sampled_tokens_are_in_a_region(mask: list[int]) -> None:
     found = regions_of(np.array([11, CALL, 12]), np.array(mask, bool), TAGS)
