@@ -138,7 +138,7 @@ class Tracer:
             self.span(engine, lane, "generate", began + turn.began_s, began + turn.ended_s, turn=number, tokens=tokens)
             at = began + turn.ended_s
             for call in (turn.call, *turn.further_calls) if turn.call is not None else ():
-                done = min(at + call.queue_s + call.seconds, ended)
+                done = min(at + call.seconds, ended)  # waiting for room included
                 self.span(engine, lane, "tool", at, done, status=call.status, queue_s=round(call.queue_s, 4))
                 if call.seconds > 0:
                     node = f"sandbox {t.sandbox}" if t.sandbox else "sandbox"

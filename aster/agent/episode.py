@@ -281,6 +281,7 @@ class Episode:
             cause=cause,
             final_text=self.renderer.final_text(ids[last.start : last.stop]) if last else "",
             engine=self._engine,
+            sandbox=self.session.node,
             timing=Timing(
                 began_unix=self._began_unix,
                 total_s=time.monotonic() - self._began,

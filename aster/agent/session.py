@@ -30,6 +30,7 @@ class ToolSession:
         self.memory: dict[str, Any] = {}
         self.timeout_s = timeout_s
         self.queue_s = 0.0  # waited for room, in the service and in front of it
+        self.node = ""  # of the last sandbox session: ids are OWNER.RANDOM.SEAL
         self.loss_told = False  # the last observation said that the interpreter's state was lost
         self._sandboxes = sandboxes
         self._sandbox: Sandbox | None = None
@@ -52,6 +53,7 @@ class ToolSession:
         while True:
             try:
                 sandbox = self._sandbox = self._sandbox or await self._open()
+                self.node = sandbox.session_id.partition(".")[0]
                 response = await sandbox.execute(code, timeout_s=self.timeout_s, call_id=call_id)
             except BackPressure as full:
                 await self._wait_for_room(full)

@@ -89,7 +89,7 @@ def test_intervals_of_one_lane_never_overlap():
 
 def test_a_trajectory_is_turns_and_calls_inside_a_lane_and_the_calls_again_where_they_ran(tmp_path):
     tracer = Tracer(TraceFile(tmp_path / "trace.json"))
-    call = ToolCall("1", "ok", ToolOutcome.SUCCESS, "1", seconds=0.5, queue_s=0.25)
+    call = ToolCall("1", "ok", ToolOutcome.SUCCESS, "1", seconds=0.75, queue_s=0.25)
     done = replace(
         trajectory(work(row(0)), 0, version=0, reward=1.0),
         engine="engine-1",
