@@ -45,7 +45,10 @@ class TraceFile:
         args: Mapping[str, Any] | None = None,
     ) -> None:
         """`name` from unix time `begin_s` for `seconds`. Spans of one track must nest or lie apart."""
-        body = {"ph": "X", "name": name, "ts": round(begin_s * 1e6), "dur": max(round(seconds * 1e6), 0)}
+        begin = round(
+            begin_s * 1e6
+        )  # the end is rounded, not the length: what touches must not overlap by a microsecond
+        body = {"ph": "X", "name": name, "ts": begin, "dur": max(round((begin_s + seconds) * 1e6) - begin, 0)}
         self._write(process, thread, body | ({"args": dict(args)} if args else {}))
 
     def instant(self, process: str, thread: str, name: str, *, at_s: float) -> None:

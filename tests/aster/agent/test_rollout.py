@@ -53,7 +53,7 @@ class ScriptedSandbox:
 
     answer: Callable[[str], ExecuteResponse | Exception | Awaitable[ExecuteResponse]]
     open_errors: list[Exception] = field(default_factory=list)
-    session_id: str = "node-1.7.seal"
+    session_id: str = "s-1"
     opened: list[str] = field(default_factory=list)
     cells: list[tuple[str, float, str]] = field(default_factory=list)
     closed: int = 0
@@ -130,7 +130,7 @@ def check_aligned(out: Trajectory) -> None:
 class TestStream:
     async def test_a_call_is_run_and_its_observation_stands_between_two_sampled_turns(self, thinking) -> None:
         out, engine, sandbox = await episode(thinking, [f"x\n</think>\n\n{call('2+2')}", "so\n</think>\n\n\\boxed{4}"])
-        assert (out.engine, out.sandbox) == ("e0", "node-1")
+        assert (out.engine, out.sandbox) == ("e0", "s-1")
         check_aligned(out)
         assert out.cause is Cause.ANSWERED
         assert out.final_text == "so\n</think>\n\n\\boxed{4}"
