@@ -123,6 +123,7 @@ def test_turns_point_into_the_output_and_what_lies_between_is_the_observation(tm
     assert row["output"][slice(*last["text"])] == "<think>\\boxed{2}"
     assert (first["tokens"], first["seconds"], first["finish_reason"]) == (4, 1.5, "stop")
     assert first["call"] == {
+        "tool": "code_interpreter",
         "code": "x = 1\nx + 1",
         "code_lines": 2,
         "status": "ok",
