@@ -8,6 +8,7 @@
 A directory carries its final name only when everything in it is on disk, so a run that is killed while saving resumes
 from the checkpoint before. The learners write behind the training; a task of this class waits for them, gives the
 directory its name and prunes. `finish` waits for that task, and so do the next save and a restore.
+What else belongs to the step (its metrics, its rollouts) has to be on disk before that: `after`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from aster.errors import DataError
@@ -43,7 +44,15 @@ class DirectoryCheckpointer:
         self.keep = keep
         self._saving: asyncio.Task[None] | None = None
 
-    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str:
+    async def save(
+        self,
+        step: int,
+        learners: LearnerGroup,
+        driver_state: dict[str, object],
+        *,
+        after: Callable[[], Awaitable[None]] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> str:
         await self.finish()
         for ruin in self.directory.glob("global_step_*.tmp"):  # of a run that was killed; each is a whole model large
             shutil.rmtree(ruin, ignore_errors=True)
@@ -53,7 +62,7 @@ class DirectoryCheckpointer:
         copy_model_files(self.model_path, partial / "huggingface")
         state = {"step": step, "config_hash": self.config_hash, **driver_state}
         (partial / "driver.json").write_text(json.dumps(state, indent=1), "utf-8")
-        self._saving = asyncio.create_task(self._appear(step, learners))
+        self._saving = asyncio.create_task(self._appear(step, learners, after, then))
         return str(self.directory / f"global_step_{step}")
 
     async def finish(self) -> None:
@@ -61,10 +70,18 @@ class DirectoryCheckpointer:
         if saving is not None:
             await saving
 
-    async def _appear(self, step: int, learners: LearnerGroup) -> None:
+    async def _appear(
+        self,
+        step: int,
+        learners: LearnerGroup,
+        after: Callable[[], Awaitable[None]] | None,
+        then: Callable[[], None] | None,
+    ) -> None:
         final = self.directory / f"global_step_{step}"
         try:
             await learners.saved()
+            if after is not None:
+                await after()
         except Exception as error:  # raised again by whoever waits, which may be many steps from now
             log.error("%s will not appear: %s", final, error)
             raise
@@ -73,6 +90,8 @@ class DirectoryCheckpointer:
         os.replace(self.directory / f"global_step_{step}.tmp", final)
         _write_atomically(self.directory / LATEST, f"{step}\n")
         self._prune()
+        if then is not None:
+            then()
 
     def latest(self) -> str | None:
         found = newest(self.directory)

@@ -41,6 +41,9 @@ class RunConfig(_Section):
     val_every: int = Field(default=10, ge=0)
     """Validate every so many steps; 0 = never."""
     val_before_train: bool = True
+    val_overlap: bool = True
+    """Validate beside the next step, which has the same weights; its publication waits for the end. False, and in
+    deterministic runs: in between."""
     resume: bool = True
     """Continue from the newest checkpoint of the run directory when there is one."""
     deterministic: bool = False

@@ -3,23 +3,30 @@
 Legend: P prompts of a step · G samples of a prompt · M optimizer mini-batches of a step · k = `max_staleness`.
 
     PromptStream --submit--> RolloutPool --groups, as they complete--> Inbox --take P--> one step of the learner
-                    ^                                                                        |
+                    ^             ^                                      |                   |
+                    |             +---- validation rows of version v ----+                   +--> Recorder
+                    |                   (beside step v+1, which has the same weights)        |    (a thread)
                     +------------- at most (k+1)·P groups outstanding <---- publish v+1 -----+
 
-With k = 0 nothing is in flight while the learner works, so no sample is ever older than the weights it trains. With
-k > 0 rollouts go on during the update; their tokens carry their own version and log-probs, and a group that holds a
-token more than k versions old is dropped, counted and replaced.
+With k = 0 nothing of the training is in flight while the learner works, so no sample is ever older than the weights it
+trains. With k > 0 rollouts go on during the update; their tokens carry their own version and log-probs, and a group
+that holds a token more than k versions old is dropped, counted and replaced.
+
+Beside the loop, in one task group, whose first failure ends the run with its own traceback:
+- the validation of version v. Its prompts stand behind the training prompts of step v+1, so that the learner waits for
+  none of them; the engines work on them while it updates; the publication of v+1 waits for the last one.
+- the recorder (`recorder.py`): metrics, rollouts and validation files, at most two steps behind.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +37,12 @@ from aster.algo.packing import denominators, packed, unpack_row
 from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.checkpoints import finishing
 from aster.config import Recipe
-from aster.data.rollouts import Decode, write_rollouts, write_trajectories_parquet, write_validation
+from aster.data.rollouts import Decode
 from aster.errors import AsterError, WeightSyncError
+from aster.inbox import Inbox, evaluate
+from aster.recorder import Log, Recorder, RunRecord
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
-from aster.types import OptimStats, PromptRow, RolloutWork, StepStats, TrajectoryGroup, TrajectorySample
+from aster.types import Cause, OptimStats, PromptRow, RolloutWork, StepStats, TrajectoryGroup, TrajectorySample
 
 log = logging.getLogger("aster")
 
@@ -50,26 +59,6 @@ class Prompts(Protocol):
     def done(self, row: PromptRow) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Log(Protocol):
-    """Where metrics go (`tracking.Tracker`)."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-
-@dataclass
-class Inbox:
-    """Sorts the pool's one stream of finished groups into training and validation."""
-
-    stream: AsyncIterator[TrajectoryGroup]
-    waiting: dict[str, deque[TrajectoryGroup]] = field(default_factory=lambda: {"train": deque(), "val": deque()})
-
-    async def next(self, kind: str) -> TrajectoryGroup:
-        while not self.waiting[kind]:
-            group = await anext(self.stream)
-            self.waiting[group.kind].append(group)
-        return self.waiting[kind].popleft()
 
 
 @dataclass
@@ -90,23 +79,45 @@ class GrpoLoop:
         self.step = 0
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
+        self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
         self._outstanding = 0
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
         self._places = count()
         self._inbox = Inbox(self.pool.groups())
+        self._record = RunRecord(self.recipe, self.log, self.decode)
+        self._recorder = Recorder()
+        self._beside: asyncio.TaskGroup | None = None
+        self._to_validate: int | None = None  # a version whose validation is due and not asked for
+        self._validating: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Train to the last step. However that ends, the checkpoint under way is completed first."""
+        """Train to the last step. However that ends, the checkpoint and the records under way are completed first."""
         if self.checkpoints is None:
-            await self._run()
+            await self._with_what_runs_beside()
         else:
             async with finishing(self.checkpoints):
-                await self._run()
+                await self._with_what_runs_beside()
+
+    async def _with_what_runs_beside(self) -> None:
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as self._beside:
+                watching = self._beside.create_task(self._recorder.broken(), name="the recorder")
+                try:
+                    await self._run()
+                    await self._recorder.flush()
+                finally:
+                    await self._recorder.settle()
+                    watching.cancel()
+        except BaseExceptionGroup as group:
+            failure = group.exceptions[0]
+        if failure is not None:
+            raise failure  # the first, as it was raised
 
     async def _run(self) -> None:
         await self.resume()
         await self.publish()
-        if self.step == 0 and self.recipe.run.val_before_train:
+        if self._validation_is_due():
             await self.validate()
         while self.step < self.total_steps:
             began = time.monotonic()
@@ -115,14 +126,13 @@ class GrpoLoop:
             sampled = time.monotonic()
             values = await self.learn(groups)
             values |= await self.publish()
-            values |= metrics.rollout_metrics(groups, scale_by_std=self.recipe.algo.scale_by_std, decode=self.decode)
             values |= self._timing(groups, began=began, sampled=sampled)
-            self._write([*groups, *self._replaced])  # the filter counts all that was sampled
-            self.log.log(self.step, values)
-            if self._due(self.recipe.run.val_every):
+            await self.record(groups, values)
+            if self._validation_is_due():
                 await self.validate()
             if self._due(self.recipe.run.save_every):
                 await self.save()
+        await self.validated()
 
     # the steps of the algorithm --------------------------------------------------------------------------------------
 
@@ -134,15 +144,17 @@ class GrpoLoop:
         """
         r, algo = self.recipe.rollout, self.recipe.algo
         groups: list[TrajectoryGroup] = []
-        self._replaced = []
+        self._replaced, self._stale = [], []
         most = (algo.dynamic_sampling_limit - 1) * r.prompts_per_step if algo.dynamic_sampling else 0
         while len(groups) < r.prompts_per_step:
             self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
+            self._begin_validation()
             group = await self._inbox.next("train")
             self._outstanding -= 1
             self.prompts.done(group.row)
-            if self._oldest_version(group) < self.step - 1 - r.max_staleness:
+            if self._is_too_old(group):
                 self.stale_groups += 1
+                self._stale.append(group)
                 continue
             if len(self._replaced) < most and not has_signal(group.scored, algo, budget=self._response_tokens):
                 self._replaced.append(group)
@@ -220,6 +232,7 @@ class GrpoLoop:
         A publication that was rolled back is tried once more, since a bit may flip once. What fails twice, or leaves
         the engines shut, ends the run.
         """
+        waited = await self.validated()
         began = time.monotonic()
         source = self.learners.weight_source()
         try:
@@ -231,21 +244,56 @@ class GrpoLoop:
             report = await self.pool.publish(source, self.step)
         return {
             "timing_s/publish": time.monotonic() - began,
+            "timing_s/validation_wait": waited,
             "perf/publish_bytes": float(report.bytes),
             "training/canary_max_diff": float(report.canary_max_diff or 0.0),
         }
 
-    async def validate(self) -> dict[str, float]:
-        """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*."""
-        if not self.val_rows:
-            return {}
+    async def record(self, groups: Sequence[TrajectoryGroup], values: Mapping[str, float]) -> None:
+        """Metrics, rollouts and trajectories of the step, beside the steps that follow."""
+        more = {"replaced": self._replaced, "stale": self._stale}
+        await self._recorder.put(partial(self._record.step, self.step, groups, values, **more))
+
+    # validation ------------------------------------------------------------------------------------------------------
+
+    async def validate(self) -> None:
+        """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*.
+
+        Beside the next step, which begins with the same weights; at once where the run has no overlap.
+        """
+        if self.val_rows:
+            self._to_validate = self.step
+            if self.recipe.run.deterministic or not self.recipe.run.val_overlap:
+                await self.validated()
+
+    def _begin_validation(self) -> None:
+        """Engines take work in the order it is submitted: when this is called, the step's own prompts are."""
+        step, self._to_validate = self._to_validate, None
+        if step is not None:
+            assert self._beside is not None, "validation runs within `run`"
+            self._validating = self._beside.create_task(self._validation(step), name=f"validation of version {step}")
+
+    async def _validation(self, step: int) -> None:
         began = time.monotonic()
-        groups = await evaluate(self.recipe, self.pool, self._inbox, self.val_rows, step=self.step)
-        values = metrics.validation_metrics(groups, n=self.recipe.eval.samples, decode=self.decode)
-        values["timing_s/testing"] = time.monotonic() - began
-        write_validation(self.recipe.run.path / "val_rollout_data", groups, step=self.step, decode=self.decode)
-        self.log.log(self.step, values)
-        return values
+        groups = await evaluate(self.recipe, self.pool, self._inbox, self.val_rows, step=step)
+        seconds = time.monotonic() - began
+        await self._recorder.put(partial(self._record.validation, step, groups, seconds=seconds))
+
+    async def validated(self) -> float:
+        """Until no validation is due or under way; the seconds that took. All its tokens are of one version, then."""
+        began = time.monotonic()
+        self._begin_validation()
+        running, self._validating = self._validating, None
+        if running is not None:
+            await running
+        return time.monotonic() - began
+
+    def _validation_is_due(self) -> bool:
+        """Also after a kill between a checkpoint and the end of the validation of the same step."""
+        if self.step == 0:
+            return self.recipe.run.val_before_train
+        done = self.recipe.run.path / "val_rollout_data" / f"{self.step}.jsonl"
+        return self._due(self.recipe.run.val_every) and not done.exists()
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -254,8 +302,9 @@ class GrpoLoop:
             return
         began = time.monotonic()
         state: dict[str, object] = {"prompts": self.prompts.state_dict(), "stale_groups": self.stale_groups}
-        await self.checkpoints.save(self.step, self.learners, state)
-        self.log.log(self.step, {"timing_s/save_checkpoint": time.monotonic() - began})
+        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far())
+        seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
+        await self._recorder.put(partial(self._record.note, self.step, seconds))
 
     async def resume(self) -> None:
         if self.checkpoints is None:
@@ -314,9 +363,13 @@ class GrpoLoop:
     def _response_tokens(self) -> int:
         return self.recipe.budget.max_response_tokens
 
-    def _oldest_version(self, group: TrajectoryGroup) -> int:
-        versions = [int(t.versions[t.mask].min()) for t in group.scored if t.mask.any()]
-        return min(versions, default=self.step - 1)
+    def _is_too_old(self, group: TrajectoryGroup) -> bool:
+        """A token more than k versions older than the weights that the step begins with."""
+        oldest = self.step - 1 - self.recipe.rollout.max_staleness
+        return any(
+            t.cause is Cause.STALE or (t.reward is not None and bool((t.versions[t.mask] < oldest).any()))
+            for t in group.trajectories
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
@@ -337,30 +390,3 @@ class GrpoLoop:
                 + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
             ),
         }
-
-    def _write(self, groups: Sequence[TrajectoryGroup]) -> None:
-        path: Path = self.recipe.run.path
-        write_rollouts(path / "rollout_data", groups, step=self.step, decode=self.decode)
-        write_trajectories_parquet(path / "trajectories", groups, step=self.step)
-
-
-async def evaluate(
-    recipe: Recipe, pool: RolloutPool, inbox: Inbox, rows: Sequence[PromptRow], *, step: int
-) -> list[TrajectoryGroup]:
-    """Sample `rows` under the evaluation budget; groups in order of `rows`. Shared by training and `aster eval`."""
-    for row in rows:
-        pool.submit(
-            RolloutWork(
-                row=row,
-                group_size=recipe.eval.samples,
-                budget=recipe.eval_budget(),
-                sampling=recipe.eval_sampling(),
-                step=step,
-                seed=recipe.run.seed,
-                kind="val",
-                tools_enabled=recipe.tool.enabled,
-            )
-        )
-    groups = [await inbox.next("val") for _ in rows]
-    order = {row.row_id: index for index, row in enumerate(rows)}
-    return sorted(groups, key=lambda g: order[g.row.row_id])

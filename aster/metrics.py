@@ -32,15 +32,17 @@ Decode = Callable[[np.ndarray], str]
 def rollout_metrics(
     groups: Sequence[TrajectoryGroup],
     *,
+    others: Sequence[TrajectoryGroup] = (),
     scale_by_std: bool = True,
     decode: Decode | None = None,
     markers: Markers | None = None,
 ) -> dict[str, float]:
     """Everything that follows from the trajectories of one training step, the collapse monitor included.
 
-    `scale_by_std` as in `algo`, for critic/advantages. `decode` and `markers` sharpen the collapse monitor (see there).
+    `others` came home in this step and were not learnt from: only their causes count. `scale_by_std` as in `algo`, for
+    critic/advantages. `decode` and `markers` sharpen the collapse monitor (see there).
     """
-    out = cause_metrics(groups)
+    out = cause_metrics([*groups, *others])
     scored = [t for g in groups for t in g.scored]
     if not scored:
         return out
@@ -69,24 +71,27 @@ def rollout_metrics(
 def cause_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """Why trajectories ended, over all attempts, those replaced by a retry included.
 
-    `infra_failed_rate`: attempts that ended by our failure / all attempts. `training/infra_masked_count`: how many of
-    them no retry replaced, so that their group is smaller.
+    `infra_failed_rate`: attempts that ended by our failure / all attempts; 0 where there are none. One that was too old
+    to be learnt from (STALE) did not fail, and is counted by its cause alone. `training/infra_masked_count`: how many
+    of the failed no retry replaced, so that their group is smaller.
     """
     final = [t for g in groups for t in g.trajectories]
     attempts = final + [t for g in groups for t in g.lost]
-    if not attempts:
-        return {}
     out: dict[str, float] = {}
     for cause in Cause:
         count = sum(t.cause is cause for t in attempts)
         out[f"causes/{cause.value}_count"] = float(count)
-        out[f"causes/{cause.value}_ratio"] = count / len(attempts)
-    failed = sum(t.cause.is_ours for t in attempts)
-    out["infra_failed_rate"] = failed / len(attempts)
+        out[f"causes/{cause.value}_ratio"] = count / max(len(attempts), 1)
+    failed = sum(_failed(t) for t in attempts)
+    out["infra_failed_rate"] = failed / max(len(attempts), 1)
     out["training/infra_failed_count"] = float(failed)
-    out["training/infra_masked_count"] = float(sum(t.reward is None for t in final))
-    out["training/infra_masked_groups"] = float(sum(len(g.scored) < len(g.trajectories) for g in groups))
+    out["training/infra_masked_count"] = float(sum(_failed(t) for t in final))
+    out["training/infra_masked_groups"] = float(sum(any(_failed(t) for t in g.trajectories) for g in groups))
     return out
+
+
+def _failed(trajectory: Trajectory) -> bool:
+    return trajectory.cause.is_ours and trajectory.cause is not Cause.STALE
 
 
 def tool_metrics(trajectories: Sequence[Trajectory], *, prefix: str) -> dict[str, float]:

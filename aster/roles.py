@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from aster.types import (
@@ -122,8 +122,20 @@ class LearnerGroup(Protocol):
 class Checkpointer(Protocol):
     """Names checkpoints, keeps the newest ones, and finds the one to resume from."""
 
-    async def save(self, step: int, learners: LearnerGroup, driver_state: dict[str, object]) -> str:
-        """Returns the directory that will appear when everything in it is on disk; one save at a time."""
+    async def save(
+        self,
+        step: int,
+        learners: LearnerGroup,
+        driver_state: dict[str, object],
+        *,
+        after: Callable[[], Awaitable[None]] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> str:
+        """Returns the directory that will appear when everything in it is on disk; one save at a time.
+
+        It appears not before `after` is done; what that raises is raised like a failed write. `then` is called when the
+        directory is there.
+        """
         ...
 
     async def finish(self) -> None:

@@ -145,9 +145,13 @@ class FakeLearners:
 class MemoryLog:
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.events: list[tuple[int, str, str]] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.lines.append((step, dict(values)))
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        self.events.append((step, kind, message))
 
 
 __all__ = ["FakeLearners", "FakePool", "MemoryLog", "Sampling", "row", "trajectory", "work"]

@@ -7,6 +7,7 @@ step, acc, pred, final_reward; validation also reward and non_tensor_*) and ours
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from aster.types import ToolCall, Trajectory, TrajectoryGroup, Turn
 
 __all__ = [
     "Decode",
+    "DecodeOnce",
     "ScoreTable",
     "average_scores",
     "read_rows",
@@ -39,6 +41,21 @@ class Decode(Protocol):
     """`ChatRenderer.decode`."""
 
     def __call__(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str: ...
+
+
+class DecodeOnce:
+    """`decode` that looks at equal ids only once, for the several readers of one step (metrics, files; G samples have
+    one prompt). It keeps every text, so make a new one for the next step."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._texts: dict[tuple[bytes, bool], str] = {}
+
+    def __call__(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str:
+        key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest(), skip_special
+        if key not in self._texts:
+            self._texts[key] = self._decode(ids, skip_special=skip_special)
+        return self._texts[key]
 
 
 # writing -------------------------------------------------------------------------------------------------------------

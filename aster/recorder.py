@@ -1,0 +1,177 @@
+"""What a run says about itself: `RunRecord` knows what is computed and written, `Recorder` does it beside the loop.
+
+    the loop --put(job)--> at most `ahead` jobs wait --> one after the other, in a thread --> metrics, files, tracker
+        ^                          |
+        +------ put waits here ----+      back-pressure: a disk that is slower than the training slows it down
+
+A step is one line of metrics.jsonl with all its values, written after its files; the seconds of its checkpoint and
+its validation come in lines of their own. A job that raises is the last one: `broken` raises what it raised, with its
+traceback, and so do `put` and `flush` from then on. The loop waits for `broken` in its task group, and so ends at once.
+Nothing here decides about training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from aster import metrics
+from aster.config import Recipe
+from aster.data.rollouts import Decode, DecodeOnce, write_rollouts, write_trajectories_parquet, write_validation
+from aster.errors import AsterError
+from aster.types import TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 1800.0  # for a file system that hangs; a step's files are written in seconds
+_SETTLE_S = 120.0
+
+
+class Recorder:
+    """Runs jobs one at a time in a thread, in the order of `put`. Belongs to one event loop."""
+
+    def __init__(self, *, ahead: int = 2) -> None:
+        self._room = asyncio.Semaphore(ahead)  # each waiting job holds the trajectories of a step
+        self._last: asyncio.Task[None] | None = None
+        self._broken: asyncio.Future[None] | None = None
+
+    async def put(self, job: Callable[[], None]) -> None:
+        """Run `job` after those before it. Returns at once unless too many wait."""
+        await self._patiently(self._room.acquire(), "has room for no further one")
+        self._raise()
+        self._last = asyncio.create_task(self._after(self._last, job), name="a step's record")
+
+    def so_far(self) -> Callable[[], Awaitable[None]]:
+        """Call and await what this returns to wait for the jobs that were put until now, and no others."""
+        last = self._last
+
+        async def wait() -> None:
+            if last is not None:
+                await self._patiently(asyncio.shield(last), "is not done with the steps before")
+                self._raise()
+
+        return wait
+
+    async def flush(self) -> None:
+        """Until everything that was put is done."""
+        await self.so_far()()
+
+    async def broken(self) -> None:
+        """For ever, or raises what a job raised."""
+        await asyncio.shield(self._failure())
+
+    async def settle(self) -> None:
+        """At the end, however it came: what was put is still done, as far as it can be. Never raises."""
+        if self._last is not None:
+            _, late = await asyncio.wait({self._last}, timeout=_SETTLE_S)
+            if late:
+                log.error("the records of the last steps were not written within %g s", _SETTLE_S)
+
+    async def _after(self, before: asyncio.Task[None] | None, job: Callable[[], None]) -> None:
+        try:
+            if before is not None:
+                await before
+            if not self._failure().done():
+                await asyncio.to_thread(job)
+        except Exception as error:  # policy: kept with its traceback, for whoever waits in `broken`, `put` or `flush`
+            self._failure().set_exception(error)
+        finally:
+            self._room.release()
+
+    def _failure(self) -> asyncio.Future[None]:
+        if self._broken is None:
+            self._broken = asyncio.get_running_loop().create_future()
+        return self._broken
+
+    def _raise(self) -> None:
+        failure = self._failure()
+        if failure.done():
+            failure.result()
+
+    async def _patiently(self, wait: Awaitable[object], what: str) -> None:
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await wait
+        except TimeoutError:
+            raise AsterError(
+                f"the writer of metrics and rollouts {what} after {_PATIENCE_S:g} s: is the disk gone?"
+            ) from None
+
+
+class Log(Protocol):
+    """Where metrics go (`tracking.Tracker`)."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def event(self, step: int, kind: str, message: str) -> None: ...
+
+
+class RunRecord:
+    """The files, the metrics and the alarms of a run; one call at a time. Each trajectory is decoded once."""
+
+    def __init__(self, recipe: Recipe, log: Log, decode: Decode) -> None:
+        self._recipe, self._log, self._decode = recipe, log, decode
+        self._mismatched = False
+
+    def step(
+        self,
+        step: int,
+        groups: Sequence[TrajectoryGroup],
+        values: Mapping[str, float],
+        *,
+        replaced: Sequence[TrajectoryGroup] = (),
+        stale: Sequence[TrajectoryGroup] = (),
+    ) -> None:
+        """What was learnt from `groups`. The files hold `replaced` too, since the filter counts all that was sampled;
+        of the `stale` ones only the causes are counted."""
+        began = time.monotonic()
+        decode = DecodeOnce(self._decode)
+        path = self._recipe.run.path
+        write_rollouts(path / "rollout_data", [*groups, *replaced], step=step, decode=decode)
+        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step)
+        values = dict(values) | metrics.rollout_metrics(
+            groups,
+            others=[*replaced, *stale],
+            scale_by_std=self._recipe.algo.scale_by_std,
+            decode=partial(decode, skip_special=True),
+        )
+        values["timing_s/record"] = time.monotonic() - began
+        self._watch(step, values)
+        self._log.log(step, values)
+
+    def validation(self, step: int, groups: Sequence[TrajectoryGroup], *, seconds: float) -> None:
+        decode = DecodeOnce(self._decode)
+        values = metrics.validation_metrics(groups, n=self._recipe.eval.samples, decode=decode)
+        values["timing_s/testing"] = seconds
+        write_validation(self._recipe.run.path / "val_rollout_data", groups, step=step, decode=decode)
+        self._log.log(step, values)
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Values that are known later than the rest of the step."""
+        self._log.log(step, values)
+
+    def _watch(self, step: int, values: dict[str, float]) -> None:
+        """The alarm of `rollout.mismatch_alarm_k3`: one event when it goes on, one when it is over."""
+        if "training/rollout_probs_diff_valid" not in values:  # the learner was not asked (algo.proximal_pass=false)
+            return
+        limit = self._recipe.rollout.mismatch_alarm_k3
+        k3 = values.get("training/mismatch_k3", math.nan)
+        on = not (k3 <= limit and values["training/rollout_probs_diff_valid"])
+        values["training/mismatch_alarm"] = float(on)
+        if on and not self._mismatched:
+            self._log.event(
+                step,
+                "mismatch",
+                f"engine and learner disagree about the same tokens: k3 = {k3:.3g} nats, rollout.mismatch_alarm_k3="
+                f"{limit:g}; pearson {values.get('training/rollout_actor_probs_pearson_corr', math.nan):.4f}, largest "
+                f"difference of a probability {values.get('training/rollout_probs_diff_max', math.nan):.3g}"
+                + ("" if values["training/rollout_probs_diff_valid"] else "; some log-probs are not finite"),
+            )
+        elif self._mismatched and not on:
+            self._log.event(step, "mismatch_over", f"engine and learner agree again: k3 = {k3:.3g} nats")
+        self._mismatched = on
