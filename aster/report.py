@@ -2,16 +2,16 @@
 
     aster report runs/stage1
     aster report runs/quickstart-0                    every run inside it, in the order in which they were made
-    aster report runs/a runs/b --output compare.html
+    aster report runs/a runs/b --output compare.html  two runs side by side
+    aster report runs/stage1 --follow 30              while it trains: written again every 30 s, and reloaded by itself
 
-Curves, the collapse monitor, accuracies with paired intervals, and every trajectory with its turns.
+Curves, the collapse monitor, accuracies with paired intervals, one step on the clock, and every trajectory with its
+turns and tokens. A run that is half-written is reported as far as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import gzip
 import json
 import os
 import re
@@ -23,19 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from aster.command import run_verb
-from aster.errors import ConfigError
+from aster.errors import ConfigError, DataError
 from aster.page.runs import Run, accuracies, comparison, find_runs, load_run, page_data
-from aster.page.trajectories import Trajectories, collect
+from aster.page.tokens import NATS_PER_UNIT, RATIO_PER_UNIT, texts_for
+from aster.page.trajectories import Collector, Source, Trajectories, pack
+
+SCRIPTS = ("base.js", "overview.js", "charts.js", "curves.js", "step.js", "table.js", "viewer.js", "start.js")
+_IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.follow is not None:
+        return follow(args)
     paths = find_runs(args.runs)
     output = args.output or default_output(args.runs, paths)
     if args.dry_run:
         print("\n".join([*(f"would read {path}" for path in paths), f"would write {output}"]))
         return 0
-    write_report(paths, output, limit=args.max_trajectories, max_chars=args.max_chars)
+    write_report(paths, output, limit=args.max_trajectories, max_chars=args.max_chars, tokenizer=args.tokenizer)
     print(f"{output}  ({output.stat().st_size / 1e6:.1f} MB, {len(paths)} run{'s' * (len(paths) > 1)})")
     return 0
 
@@ -46,8 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     parser.add_argument("--output", type=Path, help="the page (RUN/report.html; of several runs, next to them)")
+    parser.add_argument(
+        "--follow",
+        nargs="?",
+        type=float,
+        const=30.0,
+        metavar="SECONDS",
+        help="write the page again every so often (%(const)s) until Ctrl-C, or until nothing new came for an hour; an "
+        "open page reloads itself and says how old its numbers are",
+    )
     parser.add_argument("--max-trajectories", type=int, default=10_000, help="in the page, over all runs (%(default)s)")
-    parser.add_argument("--max-chars", type=int, default=20_000, help="of one text in the page (%(default)s)")
+    parser.add_argument(
+        "--max-chars",
+        type=int,
+        default=20_000,
+        help="of one text in the page (%(default)s; less where many trajectories would make the page too large)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer.json is, if not in the run's model.path"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, then stop")
     return parser
 
@@ -59,40 +82,63 @@ def default_output(asked: Sequence[Path], runs: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.resolve().parent for path in runs])) / "report.html"
 
 
-def write_report(paths: Sequence[Path], output: Path, *, limit: int = 10_000, max_chars: int = 20_000) -> None:
-    """Read the run directories in `paths` and write the page; atomic."""
+# one page ------------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    limit: int = 10_000,
+    max_chars: int = 20_000,
+    tokenizer: Path | None = None,
+    every: float | None = None,
+    collector: Collector | None = None,
+) -> None:
+    """Read the run directories in `paths` and write the page; atomic.
+
+    `every`: the page is written again after so many seconds, and says so. `collector` remembers what it has read.
+    """
     if limit < 0 or max_chars < 100:
         raise ConfigError(f"--max-trajectories {limit} must not be negative, --max-chars {max_chars} at least 100")
     names = _distinct_names(paths)
     runs = [load_run(path, name=name) for path, name in zip(paths, names, strict=True)]
-    trajectories = collect(list(enumerate(paths)), limit=limit, max_chars=max_chars)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
+    texts = texts_for(
+        {run.path: str((run.config.get("model") or {}).get("path") or "") for run in runs}, override=tokenizer
+    )
+    sources = [Source(run.path, texts[run.path], phases=run.phases(), logged_at=run.logged_at) for run in runs]
+    trajectories = (collector or Collector(limit=limit, max_chars=max_chars)).collect(sources)
     parent = Path(os.path.commonpath([path.resolve().parent for path in paths])).name
     title = names[0] if len(paths) == 1 else f"{parent}: {len(paths)} runs"
-    partial.write_text(render(runs, trajectories, title=title), encoding="utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text(render(runs, trajectories, title=title, every=every), encoding="utf-8", errors="replace")
     partial.replace(output)
 
 
-def render(runs: Sequence[Run], trajectories: Trajectories, *, title: str) -> str:
-    """The page's text. Everything the scripts show is in the elements `data`, `rows` and `chunk-K`."""
+def render(runs: Sequence[Run], trajectories: Trajectories, *, title: str, every: float | None = None) -> str:
+    """The page's text. Everything the scripts show is in the elements `data`, `rows`, `chunk-K` and `step-K`."""
     data: dict[str, Any] = {
         "title": title,
         "made": time.time(),
+        "every": every,
         "runs": [page_data(run) for run in runs],
         "accuracy": comparison([a for run in runs for a in accuracies(run)]),
         "trajectories_total": trajectories.total,
         "chunks": len(trajectories.chunks),
+        "steps": trajectories.step_index,
+        "notes": [*(note for run in runs for note in run.notes), *trajectories.notes],
+        "units": {"lp": NATS_PER_UNIT, "r": RATIO_PER_UNIT},
     }
-    rows = json.dumps(trajectories.rows, ensure_ascii=False, separators=(",", ":")).encode()
-    blocks = [_block("rows", base64.b64encode(gzip.compress(rows, mtime=0)).decode())]
+    blocks = [_block("rows", pack(trajectories.rows))]
     blocks += [_block(f"chunk-{number}", text) for number, text in enumerate(trajectories.chunks)]
+    blocks += [_block(f"step-{number}", text) for number, text in enumerate(trajectories.steps)]
     parts = {
         "TITLE": _escape(f"{title} · Aster"),
         "STYLE": _asset("style.css"),
         "DATA": _in_script(json.dumps(data, ensure_ascii=False, separators=(",", ":"))),
         "BLOCKS": "\n".join(blocks),
-        "SCRIPT": _asset("charts.js") + "\n" + _asset("viewer.js"),
+        "SCRIPT": "\n".join(_asset(name) for name in SCRIPTS),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], _asset("page.html"))
 
@@ -121,6 +167,55 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         name if names.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
         for path, name in zip(paths, names, strict=True)
     ]
+
+
+# while a run goes on -------------------------------------------------------------------------------------------------
+
+
+def follow(args: argparse.Namespace, *, idle_s: float = _IDLE_S) -> int:
+    """Write the page every `args.follow` seconds in which a run wrote something. The last page no longer reloads.
+
+    The runs need not have begun: what the paths hold is looked up every time.
+    """
+    every = float(args.follow)
+    if every < 1:
+        raise ConfigError(f"--follow {every:g} is too often: name at least 1 second")
+    collector = Collector(limit=args.max_trajectories, max_chars=args.max_chars)
+    seen: object = None
+    output: Path | None = None
+    changed_at = time.monotonic()
+    options = {"limit": args.max_trajectories, "max_chars": args.max_chars, "tokenizer": args.tokenizer}
+    print(f"following {', '.join(map(str, args.runs))} every {every:g} s; Ctrl-C ends it", flush=True)
+    try:
+        while time.monotonic() - changed_at < idle_s:
+            try:
+                paths = find_runs(args.runs)
+                now = [_stamp(path) for path in paths]
+                if now != seen:
+                    output = args.output or default_output(args.runs, paths)
+                    write_report(paths, output, every=every, collector=collector, **options)
+                    print(f"{time.strftime('%H:%M:%S')}  {output}  ({output.stat().st_size / 1e6:.1f} MB)", flush=True)
+                    seen, changed_at = now, time.monotonic()
+            except (DataError, FileNotFoundError) as error:  # policy: not begun yet, or a file was just replaced
+                print(f"{time.strftime('%H:%M:%S')}  waiting: {error}", flush=True)
+            time.sleep(every)
+        print(f"nothing new for {idle_s:g} s")
+    except KeyboardInterrupt:
+        print()
+    if output is not None:
+        write_report(find_runs(args.runs), output, collector=collector, **options)
+        print(f"{output} is final")
+    return 0
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    """Changes when the run has written something that the page shows."""
+    files = [path / "metrics.jsonl", *path.glob("*rollout_data/*.jsonl"), *path.glob("trajectories/*.parquet")]
+    return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file in sorted(files) if (stat := _stat(file)))
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    return file.stat() if file.exists() else None
 
 
 if __name__ == "__main__":

@@ -355,7 +355,7 @@ def summary_line(values: Mapping[str, float]) -> str:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a metrics.jsonl in order. A line torn by a killed process is skipped."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import yaml
 from aster.algo.intervals import paired_bootstrap
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import DataError
+from aster.page.steps import PHASES
 from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
 
+_ROLLOUTS = ("rollout_data", "val_rollout_data")
 _UNREAD = ("timing_per_token_ms/", "/tool_use_info/", "/causes/", "tool_use_info/extra", "/infra_", "events/")
 
 
@@ -31,6 +33,8 @@ class Run:
     events: list[dict[str, Any]]
     began: float
     ended: float
+    logged_at: dict[int, float]  # step -> unix time of the line with its seconds, which is when it ended
+    notes: tuple[str, ...] = ()  # what could not be read
 
     def series(self, name: str) -> list[tuple[int, float]]:
         return [(step, values[name]) for step, values in self.metrics.items() if name in values]
@@ -39,15 +43,27 @@ class Run:
     def names(self) -> list[str]:
         return sorted({name for values in self.metrics.values() for name in values})
 
+    def phases(self) -> dict[int, dict[str, float]]:
+        """Seconds of each step by phase, as `timing_s/*` has them."""
+        wanted = {f"timing_s/{name}": name for name in (*(name for name, _ in PHASES), "step")}
+        return {
+            step: {short: values[name] for name, short in wanted.items() if name in values}
+            for step, values in self.metrics.items()
+            if "timing_s/step" in values
+        }
+
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories among `paths` or directly inside them, oldest first. DataError when there is none."""
+    """Run directories among `paths` or directly inside them, oldest first. DataError when there is none.
+
+    A run is what has metrics, or rollouts (a run that was copied in part, or that has just begun).
+    """
     found: list[Path] = []
     for path in paths:
-        if (path / METRICS_FILE).is_file():
+        if _is_run(path):
             found.append(path)
         elif path.is_dir():
-            found += [p.parent for p in path.glob(f"*/{METRICS_FILE}")]
+            found += [inside for inside in path.iterdir() if _is_run(inside)]
         else:
             raise DataError(f"{path} does not exist: name a run directory, such as runs/NAME")
     if not found:
@@ -57,19 +73,33 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return sorted(dict.fromkeys(found), key=lambda p: (_began(p), str(p)))
 
 
+def _is_run(path: Path) -> bool:
+    return (path / METRICS_FILE).is_file() or any((path / folder).is_dir() for folder in _ROLLOUTS)
+
+
 def _began(path: Path) -> float:
-    return next((float(line["time"]) for line in read_lines(path / METRICS_FILE) if "time" in line), 0.0)
+    return next((float(line["time"]) for line in _lines(path) if "time" in line), 0.0)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    file = path / METRICS_FILE
+    return read_lines(file) if file.is_file() else iter(())
 
 
 def load_run(path: Path, *, name: str | None = None) -> Run:
+    """What there is of it: a missing or half-written config or metrics file is a note, not an error."""
     file = path / METRICS_FILE
-    config_file = path / "config.yaml"
-    config = yaml.safe_load(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    config, notes = _config(path / "config.yaml")
+    if not file.is_file():
+        notes.append(f"{file} does not exist: no curves")
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
-    for line in read_lines(file):
+    logged_at: dict[int, float] = {}
+    for line in _lines(path):
         first = first or line
         last = line
+        if "timing_s/step" in line:
+            logged_at[int(line["step"])] = float(line["time"])
     return Run(
         name=name or path.name,
         path=path,
@@ -77,11 +107,25 @@ def load_run(path: Path, *, name: str | None = None) -> Run:
         run_id=str(last.get("run_id", "")),
         config_hash=str(last.get("config_hash", "")),
         config=config,
-        metrics=read_metrics(file),
-        events=read_events(file),
+        metrics=read_metrics(file) if file.is_file() else {},
+        events=read_events(file) if file.is_file() else [],
         began=float(first.get("time", 0.0)),
         ended=float(last.get("time", 0.0)),
+        logged_at=logged_at,
+        notes=tuple(notes),
     )
+
+
+def _config(file: Path) -> tuple[dict[str, Any], list[str]]:
+    if not file.is_file():
+        return {}, []
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return {}, [f"{file} cannot be read: {error}"]
+    if not isinstance(config, dict):
+        return {}, [f"{file} holds no config"]
+    return config, []
 
 
 def page_data(run: Run) -> dict[str, Any]:
@@ -101,10 +145,17 @@ def page_data(run: Run) -> dict[str, Any]:
         "began": run.began,
         "ended": run.ended,
         "steps": max(run.metrics, default=0),
+        "planned": _planned(run),
         "series": series,
         "events": [{"step": e["step"], "kind": e["event"], "message": e["message"]} for e in run.events],
         "config": _flat(run.config),
     }
+
+
+def _planned(run: Run) -> int | None:
+    """Steps that the recipe asks for; None where the data decides."""
+    steps = (run.config.get("run") or {}).get("steps") if run.stage in {"rl", "sft"} else None
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _rounded(value: float) -> float | str:
@@ -138,6 +189,8 @@ class Accuracy:
     low: float | None
     high: float | None
     verdicts: dict[str, list[float]]  # row_id -> one verdict per sample; empty where the rows are not on disk
+    best: float | None = None  # pass@n and maj@n, where n > 1
+    majority: float | None = None
 
 
 def accuracies(run: Run) -> list[Accuracy]:
@@ -151,7 +204,9 @@ def accuracies(run: Run) -> list[Accuracy]:
                 values = run.metrics[step]
                 low, high = values.get(f"{name}/ci_low"), values.get(f"{name}/ci_high")
                 verdicts = _verdicts(run.path, step, parts[1])
-                out.append(Accuracy(run.name, step, parts[1], parts[3], mean, low, high, verdicts))
+                core, n = "/".join(parts[:3]), parts[3].removeprefix("mean@")
+                best, majority = (values.get(f"{core}/{kind}@{n}/mean") for kind in ("best", "maj"))
+                out.append(Accuracy(run.name, step, parts[1], parts[3], mean, low, high, verdicts, best, majority))
     return out
 
 
@@ -169,6 +224,8 @@ def comparison(all_accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
                 "mean": a.mean,
                 "low": a.low,
                 "high": a.high,
+                "best": None if a.metric == "mean@1" else a.best,
+                "majority": None if a.metric == "mean@1" else a.majority,
                 "problems": len(a.verdicts) or None,
                 "versus": None if base is a else _difference(base, a),
             }
@@ -197,7 +254,7 @@ def _verdicts(path: Path, step: int, source: str) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     if folder.is_dir():
         for _, file in rollout_files(folder, step_min=step, step_max=step):
-            for row in read_rows(file):
+            for row in read_rows(file, on_bad_line=lambda _: None):  # the table says which lines are no rows
                 if row.get("acc") is not None and row.get("data_source") == source:
                     out.setdefault(str(row.get("row_id")), []).append(float(row["acc"]))
     return out

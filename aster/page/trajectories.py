@@ -1,7 +1,8 @@
-"""Trajectories as the report's table and viewer read them: one short row each, and their turns in compressed chunks.
+"""Trajectories as the report's table and viewer read them: one short row each, and their texts, tokens and clocks in
+compressed blocks.
 
-Rows are small and always loaded; the texts of a chunk are unpacked by the browser when one of them is opened. The
-reference's own rollout files, which have no turns, are taken apart by their tool-response markers.
+Rows are small and always loaded; a block is unpacked by the browser when one of its trajectories is opened. A block
+never holds trajectories of two steps, so that a report which follows a run makes only the new ones.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aster.data.prompts import INSTRUCTION
 from aster.data.rollouts import read_rows, rollout_files
+from aster.page.steps import Clocked, clocks_of_rows, read_clocks, step_view
+from aster.page.tokens import TokenTexts, arrays_of, token_view
+from aster.page.turns import cut, problem_of, turns_of
 
 CHUNK = 40  # trajectories whose texts are unpacked together
+PAGE_CHARS = 120_000_000  # of texts in one page; more trajectories leave less for each
+STEP_VIEWS = 200  # steps with a timeline, evenly spaced
 _SNIPPET = 160
 _DETAILS = (
     "uid",
@@ -36,59 +46,127 @@ _DETAILS = (
     "acc_math_verify",
     "mean_logprob",
 )
-_SPECIAL = re.compile(r"<\|im_(?:start|end)\|>|<\|endoftext\|>")
-_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-_RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-_OBSERVED = re.compile(
-    r"(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?user\n<tool_response>.*?</tool_response>(?:<\|im_end\|>)?"
-    r"\n(?:<\|im_start\|>)?assistant\n(?:<think>\n)?",
-    re.DOTALL,
-)
-_PROBLEM = re.compile(
-    r"(?:\A|\n)(?:<\|im_start\|>)?user\n(.*?)(?:<\|im_end\|>)?\n(?:<\|im_start\|>)?assistant\n", re.DOTALL
-)
+_TOKEN_COLUMNS = ("ids", "mask", "behaviour_logprobs", "versions", "old_logprobs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run as `collect` reads it."""
+
+    path: Path
+    texts: TokenTexts | str  # or why tokens cannot be shown
+    phases: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step -> seconds by phase
+    logged_at: Mapping[int, float] = field(default_factory=dict)  # step -> unix time of its line
 
 
 @dataclass
 class Trajectories:
-    """What goes into the page. `rows` are dicts of short values; `chunks` base64 of gzip of a JSON list of details."""
+    """What goes into the page. `rows` are dicts of short values; `chunks` base64 of gzip of a JSON list of details;
+    `steps` what `chunks` is, of one timeline each, named by `step_index` [run, kind, step]."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     chunks: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+    step_index: list[tuple[int, str, int]] = field(default_factory=list)
     total: int = 0  # on disk
+    notes: list[str] = field(default_factory=list)  # what could not be read
 
 
-def collect(runs: Sequence[tuple[int, Path]], *, limit: int, max_chars: int) -> Trajectories:
-    """Rows of all rollout files of `runs` (index, directory). Past `limit` every file gives the same number, its first
-    ones; `max_chars` cuts the middle out of longer texts."""
-    files = [
-        (index, kind, step, file)
-        for index, path in runs
-        for kind, folder in (("train", path / "rollout_data"), ("val", path / "val_rollout_data"))
-        if folder.is_dir()
-        for step, file in rollout_files(folder)
-    ]
-    sizes = [_count_lines(file) for *_, file in files]
-    quota = _quota(sizes, limit)
-    out = Trajectories(total=sum(sizes))
-    pending: list[dict[str, Any]] = []
-    for index, kind, step, file in files:
-        for number, row in enumerate(read_rows(file)):
-            if number >= quota:
-                break
-            if len(pending) == CHUNK:
-                out.chunks.append(_pack(pending))
-                pending = []
-            out.rows.append(_row(row, run=index, kind=kind, step=step) | {"c": len(out.chunks), "i": len(pending)})
-            pending.append(_details(row, max_chars=max_chars))
-    if pending:
-        out.chunks.append(_pack(pending))
-    return out
+@dataclass(frozen=True)
+class _Step:
+    """The files of one step of one run; `rows` lines are in the first."""
+
+    run: int
+    kind: str
+    step: int
+    file: Path | None
+    arrays: Path | None
+    lines: int
+
+    @property
+    def stamp(self) -> tuple[object, ...]:
+        """Changes when a file does."""
+        stats = [
+            (p.stat().st_mtime_ns, p.stat().st_size) if p and p.exists() else None for p in (self.file, self.arrays)
+        ]
+        return (self.run, self.kind, self.step, *stats)
 
 
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+@dataclass(frozen=True)
+class _Part:
+    """One step, ready for the page but for the numbers of its rows and chunks."""
+
+    rows: list[dict[str, Any]]
+    chunks: list[str]
+    clocks: list[Clocked]
+    uids: list[str]
+    notes: list[str]
+
+
+class Collector:
+    """Reads the trajectories of runs; called again, it reads only what is new or has changed."""
+
+    def __init__(self, *, limit: int, max_chars: int) -> None:
+        self._limit, self._max_chars = limit, max_chars
+        self._parts: dict[tuple[object, ...], _Part] = {}
+        self._lines: dict[tuple[object, ...], int] = {}
+
+    def collect(self, sources: Sequence[Source]) -> Trajectories:
+        """Rows of all rollout files. Past the limit every file gives the same number, its first ones; texts lose their
+        middle past `max_chars`, or earlier where so many trajectories would make a page of over PAGE_CHARS."""
+        steps = [s for index, source in enumerate(sources) for s in self._steps(index, source)]
+        quota = _quota([s.lines for s in steps], self._limit)
+        shown = sum(min(s.lines, quota) for s in steps)
+        chars = max(100, min(self._max_chars, PAGE_CHARS // max(shown, 1)))
+        timed = {steps[i].stamp for i in _evenly(len(steps), STEP_VIEWS)}
+        out = Trajectories(total=sum(s.lines for s in steps))
+        kept: dict[tuple[object, ...], _Part] = {}
+        for step in steps:
+            source = sources[step.run]
+            key = (*step.stamp, quota, chars)
+            part = self._parts.get(key) or _read(step, source, quota=quota, max_chars=chars)
+            kept[key] = part
+            first_row, first_chunk = len(out.rows), len(out.chunks)
+            out.rows += [row | {"c": row["c"] + first_chunk} for row in part.rows]
+            out.chunks += part.chunks
+            out.notes += part.notes
+            if step.stamp in timed:
+                is_training = step.kind == "train"
+                view = step_view(
+                    part.clocks,
+                    phases=source.phases.get(step.step, {}) if is_training else {},
+                    logged_at=source.logged_at.get(step.step) if is_training else None,
+                    row_of={uid: first_row + n for n, uid in enumerate(part.uids)},
+                )
+                if view is not None:
+                    out.steps.append(pack(view))
+                    out.step_index.append((step.run, step.kind, step.step))
+        self._parts = kept
+        return out
+
+    def _steps(self, run: int, source: Source) -> Iterator[_Step]:
+        path = source.path
+        arrays = {int(p.stem): p for p in (path / "trajectories").glob("*.parquet") if p.stem.isdigit()}
+        folders = [("train", path / "rollout_data"), ("val", path / "val_rollout_data")]
+        files = [(k, s, f) for k, folder in folders if folder.is_dir() for s, f in rollout_files(folder)]
+        trained = any(kind == "train" for kind, *_ in files)
+        for kind, step, file in files:
+            # a training run writes the arrays of its training steps; an evaluation those of what it sampled
+            theirs = arrays.get(step) if kind == "train" or not trained else None
+            yield _Step(run, kind, step, file, theirs, self._count(file))
+
+    def _count(self, path: Path) -> int:
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._lines:
+            with path.open("rb") as file:
+                self._lines[key] = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return self._lines[key]
+
+
+def pack(value: object) -> str:
+    raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return base64.b64encode(gzip.compress(raw, mtime=0)).decode()
 
 
 def _quota(sizes: Sequence[int], limit: int) -> int:
@@ -105,19 +183,124 @@ def _quota(sizes: Sequence[int], limit: int) -> int:
     return low
 
 
-def _pack(details: list[dict[str, Any]]) -> str:
-    raw = json.dumps(details, ensure_ascii=False, separators=(",", ":")).encode()
-    return base64.b64encode(gzip.compress(raw, mtime=0)).decode()
+def _evenly(count: int, most: int) -> list[int]:
+    """
+    >>> _evenly(3, 5), _evenly(9, 3)
+    ([0, 1, 2], [0, 4, 8])
+    """
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _row(row: dict[str, Any], *, run: int, kind: str, step: int) -> dict[str, Any]:
+# one step ------------------------------------------------------------------------------------------------------------
+
+
+def _read(step: _Step, source: Source, *, quota: int, max_chars: int) -> _Part:
+    notes: list[str] = []
+    found: list[dict[str, Any]] = []
+    if step.file is not None:
+        for row in read_rows(step.file, on_bad_line=notes.append):
+            if len(found) >= quota:
+                break
+            found.append(row)
+    wanted = {str(row["uid"]) for row in found if row.get("uid")}
+    tokens: dict[str, dict[str, Any]] = {}
+    lost: list[dict[str, Any]] = []
+    clocks = clocks_of_rows(found)
+    if step.arrays is not None and quota:
+        try:
+            clocks = read_clocks(step.arrays)
+            if isinstance(source.texts, TokenTexts):
+                tokens = dict(_token_views(step.arrays, source.texts, uids=wanted, max_chars=max_chars))
+            lost = list(_lost(step.arrays, step=step.step, texts=source.texts, most=quota))
+        except (pa.ArrowException, OSError, KeyError) as error:  # policy: half a run is reported without this file
+            notes.append(f"{step.arrays} cannot be read ({error}): its steps have no tokens and no clock")
+    rows: list[dict[str, Any]] = []
+    details: list[dict[str, Any]] = []
+    for row in [*found, *lost]:
+        number = len(details)
+        rows.append(_row(row, step) | {"c": number // CHUNK, "i": number % CHUNK})
+        detail = _details(row, max_chars=max_chars)
+        if row.get("uid") in tokens and not row.get("replaced"):
+            detail["tk"] = tokens[str(row["uid"])]
+        elif isinstance(source.texts, str) and step.arrays is not None:
+            detail["no_tk"] = source.texts
+        details.append(detail)
+    chunks = [pack(details[i : i + CHUNK]) for i in range(0, len(details), CHUNK)]
+    uids = [str(row.get("uid") or "") for row in found]
+    return _Part(rows, chunks, clocks, uids, notes)
+
+
+def _token_views(
+    path: Path, texts: TokenTexts, *, uids: set[str], max_chars: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By uid, of those in `uids`. Row groups that hold none of them are not read."""
+    file = pq.ParquetFile(path)
+    there = set(file.schema_arrow.names)
+    columns = [name for name in _TOKEN_COLUMNS if name in there]
+    for group in range(file.num_row_groups):
+        head = file.read_row_group(group, columns=["uid", "lost"]).to_pydict()
+        mine = [i for i, uid in enumerate(head["uid"]) if uid in uids and not head["lost"][i]]
+        if not mine:
+            continue
+        table = file.read_row_group(group, columns=columns).take(mine)
+        lists = {name: [np.asarray(v.values) for v in table.column(name)] for name in columns}
+        for index, row in enumerate(mine):
+            yield head["uid"][row], token_view(arrays_of(lists, index), texts, max_chars=max_chars)
+
+
+def _lost(path: Path, *, step: int, texts: TokenTexts | str, most: int) -> Iterator[dict[str, Any]]:
+    """Attempts that our infrastructure lost and a retry replaced, as rows of a rollout file would say it."""
+    names = ["uid", "row_id", "sample", "data_source", "lost", "cause", "error", "engine", "turns", "timing", "ids"]
+    names += ["prompt_ids"]
+    table = pq.read_table(path, columns=names, filters=[("lost", "=", True)]).slice(0, most)
+    for row in table.to_pylist():
+        calls = sum(turn["call"] is not None for turn in row["turns"])
+        readable = isinstance(texts, TokenTexts)
+        output, spans, at = "", [], 0
+        for turn in row["turns"]:
+            if isinstance(texts, TokenTexts):
+                output += texts.text(row["ids"][at : turn["start"]])
+                begin = len(output)
+                output += texts.text(row["ids"][turn["start"] : turn["stop"]])
+                spans.append((begin, len(output)))
+                at = turn["stop"]
+        timing = row["timing"]
+        yield {
+            **{name: row[name] for name in ("uid", "row_id", "sample", "data_source", "error", "engine")},
+            "input": texts.text(row["prompt_ids"]) if isinstance(texts, TokenTexts) else "",
+            "output": output,
+            "acc": None,
+            "replaced": True,
+            "stop_reason": row["cause"],
+            "tool_calls": calls,
+            "response_tokens": len(row["ids"]),
+            "began_unix": timing["began_unix"],
+            "seconds": timing["total_s"],
+            **{name: timing[name] for name in ("generate_s", "tool_s", "queue_s")},
+            "turns": [
+                {
+                    "text": span,
+                    "tokens": turn["stop"] - turn["start"],
+                    "finish_reason": turn["finish_reason"],
+                    "seconds": round(turn["ended_s"] - turn["began_s"], 4),
+                    "call": turn["call"],
+                }
+                for turn, span in zip(row["turns"], spans, strict=True)
+            ]
+            if readable
+            else [],
+        }
+
+
+def _row(row: dict[str, Any], step: _Step) -> dict[str, Any]:
     accuracy = row.get("acc")
     truth = row.get("ground_truth") or (row.get("non_tensor_reward_model") or {}).get("ground_truth")
-    problem = " ".join(_problem(str(row.get("input") or "")).split())
-    return {
-        "run": run,
-        "kind": kind,
-        "step": step,
+    problem = " ".join(problem_of(str(row.get("input") or "")).replace(INSTRUCTION, "").split())
+    strict, other = row.get("acc_strict"), row.get("acc_math_verify")
+    out = {
+        "run": step.run,
+        "kind": step.kind,
+        "step": step.step,
         "src": row.get("data_source") or row.get("non_tensor_data_source") or "",
         "id": row.get("row_id") or "",
         "n": row.get("sample"),
@@ -130,88 +313,16 @@ def _row(row: dict[str, Any], *, run: int, kind: str, step: int) -> dict[str, An
         "gt": str(truth if truth is not None else "")[:80],
         "q": problem[:_SNIPPET],
     }
+    if strict is not None and other is not None and strict != other:
+        out["split"] = 1  # the two verifiers disagree
+    if row.get("replaced"):
+        out["rep"] = 1
+    return out
 
 
 def _details(row: dict[str, Any], *, max_chars: int) -> dict[str, Any]:
     return {
-        "input": _cut(str(row.get("input") or ""), max_chars),
-        "turns": list(_turns(row, max_chars=max_chars)),
+        "input": cut(str(row.get("input") or ""), max_chars),
+        "turns": list(turns_of(row, max_chars=max_chars)),
         **{name: row[name] for name in _DETAILS if row.get(name) is not None},
     }
-
-
-def _problem(text: str) -> str:
-    match = _PROBLEM.search(text)
-    return _SPECIAL.sub("", match[1] if match else text)
-
-
-def _turns(row: dict[str, Any], *, max_chars: int) -> Iterator[dict[str, Any]]:
-    """`think`, `text`, `code`, `obs` of each turn with what was measured; empty parts are left out."""
-    output = str(row.get("output") or "")
-    recorded = row.get("turns")
-    spans = [tuple(t["text"]) for t in recorded] if recorded else list(_guess_spans(output))
-    for number, (start, stop) in enumerate(spans):
-        measured = recorded[number] if recorded else {}
-        call = measured.get("call") or {}
-        then = output[stop : spans[number + 1][0]] if number + 1 < len(spans) else output[stop:]
-        think, text, written = _parts(output[start:stop])
-        responses = _RESPONSE.findall(then)
-        observation = "\n\n".join(responses) if responses else _SPECIAL.sub("", then).strip()
-        turn = {
-            "think": _cut(think, max_chars),
-            "text": _cut(text, max_chars),
-            "code": _cut(call.get("code") if call else written, max_chars),
-            "obs": _cut(observation, max_chars) if call or responses else "",
-            "more": [_cut(c["code"], max_chars) for c in measured.get("further_calls", ())],
-            "status": call.get("status"),
-            "outcome": call.get("outcome"),
-            "lost": call.get("state_lost"),
-            "call_s": call.get("seconds"),
-            "s": measured.get("seconds"),
-            "tok": measured.get("tokens"),
-            "end": measured.get("finish_reason"),
-        }
-        yield {name: value for name, value in turn.items() if value not in (None, "", [], False)} | (
-            {"obs": turn["obs"]} if call else {}
-        )
-
-
-def _guess_spans(output: str) -> Iterator[tuple[int, int]]:
-    at = 0
-    for match in _OBSERVED.finditer(output):
-        yield at, match.start()
-        at = match.end()
-    yield at, len(output)
-
-
-def _parts(text: str) -> tuple[str, str, str]:
-    """(reasoning, visible text, code of the first tool call) of one turn.
-
-    A chat template may open <think> itself, so the turn may begin inside it.
-    """
-    text = _SPECIAL.sub("", text)
-    think, closed, rest = text.partition("</think>")
-    if not closed:
-        think, rest = (text, "") if text.lstrip().startswith("<think>") else ("", text)
-    code = ""
-    match = _TOOL_CALL.search(rest)
-    if match:
-        code = _code_of(match[1])
-        rest = _TOOL_CALL.sub("", rest)
-    return think.replace("<think>", "", 1).strip(), rest.strip(), code
-
-
-def _code_of(call: str) -> str:
-    """The code argument of a well-formed call, else the call as the model wrote it."""
-    try:
-        arguments = json.loads(call)["arguments"]
-        return str(arguments["code"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return call
-
-
-def _cut(text: str | None, max_chars: int) -> str:
-    if not text or len(text) <= max_chars:
-        return text or ""
-    half = max_chars // 2
-    return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters are not in this page …]\n\n{text[-half:]}"

@@ -1,108 +1,4 @@
-// The table of trajectories and the view of one. Texts are unpacked chunk by chunk, only when they are needed.
-async function unpack(id) {
-  const raw = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
-  return JSON.parse(await new Response(new Blob([raw]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
-}
-const chunks = new Map();
-async function details(row) {
-  if (!chunks.has(row.c)) {
-    if (chunks.size > 60) chunks.delete(chunks.keys().next().value);
-    chunks.set(row.c, unpack(`chunk-${row.c}`));
-  }
-  return (await chunks.get(row.c))[row.i];
-}
-
-let ROWS = [], found = [], page = 0, sortBy = null, sortDown = false, hits = null, searchRun = 0;
-const PAGE = 50;
-const filter = { run: "", kind: "", step: "", src: "", ok: "", cause: "", text: "", deep: false };
-const verdict = (row) => (row.ok === null ? ["lost", "warn", "–"] : row.ok ? ["right", "good", "✓"] : ["wrong", "bad", "✗"]);
-
-function select(label, key, values, show = (v) => v) {
-  const el = h("select", { "aria-label": label, onchange: (e) => { filter[key] = e.target.value; if (key === "run" || key === "kind") steps(); refresh(); } },
-    h("option", { value: "" }, label), values.map((v) => h("option", { value: String(v) }, String(show(v)))));
-  el.id = `filter-${key}`;
-  return el;
-}
-const distinct = (key) => [...new Set(ROWS.map((r) => r[key]))].sort((a, b) => (typeof a === "number" ? a - b : String(a).localeCompare(String(b))));
-
-function steps() {
-  const kept = ROWS.filter((r) => (filter.run === "" || r.run === Number(filter.run)) && (filter.kind === "" || r.kind === filter.kind));
-  const values = [...new Set(kept.map((r) => r.step))].sort((a, b) => a - b);
-  if (!values.includes(Number(filter.step))) filter.step = "";
-  const el = $("filter-step");
-  el.replaceChildren(h("option", { value: "" }, "every step"), ...values.map((v) => h("option", { value: v, selected: String(v) === filter.step }, `step ${v}`)));
-}
-
-function filterBar() {
-  const bar = $("filters");
-  let timer = null;
-  const search = h("input", { type: "search", class: "grow", placeholder: "Search problem, answer, row id …", "aria-label": "search",
-    oninput: (e) => { filter.text = e.target.value.trim().toLowerCase(); clearTimeout(timer); timer = setTimeout(refresh, 180); } });
-  if (DATA.runs.length > 1) bar.append(select("every run", "run", distinct("run"), (v) => DATA.runs[v].name));
-  bar.append(select("training and validation", "kind", distinct("kind"), (v) => (v === "val" ? "validation" : "training")));
-  bar.append(h("select", { id: "filter-step", "aria-label": "step", onchange: (e) => { filter.step = e.target.value; refresh(); } }));
-  if (distinct("src").length > 1) bar.append(select("every source", "src", distinct("src")));
-  bar.append(select("right or wrong", "ok", ["1", "0", "null"], (v) => ({ 1: "right", 0: "wrong", null: "lost by us" })[v]));
-  bar.append(select("every ending", "cause", distinct("cause").filter(Boolean), (v) => v.replaceAll("_", " ")));
-  bar.append(search, h("label", {}, h("input", { type: "checkbox", onchange: (e) => { filter.deep = e.target.checked; refresh(); } }), "also in the texts"));
-  steps();
-}
-
-async function refresh() {
-  const mine = ++searchRun;
-  const f = filter;
-  const text = f.text;
-  let kept = ROWS.filter((r) => (f.run === "" || r.run === Number(f.run)) && (f.kind === "" || r.kind === f.kind) && (f.step === "" || r.step === Number(f.step)) &&
-    (f.src === "" || r.src === f.src) && (f.ok === "" || String(r.ok) === f.ok) && (f.cause === "" || r.cause === f.cause));
-  hits = null;
-  if (text) {
-    const shallow = (r) => `${r.q} ${r.pred} ${r.gt} ${r.id}`.toLowerCase().includes(text);
-    if (f.deep) {
-      const inside = new Set();
-      const wanted = [...new Set(kept.map((r) => r.c))];
-      for (const [n, c] of wanted.entries()) {
-        if (mine !== searchRun) return;
-        if (n % 5 === 0) $("pager").textContent = `Searching the texts … ${Math.round(100 * n / wanted.length)} %`;
-        const block = await (chunks.get(c) || unpack(`chunk-${c}`));
-        for (const [i, d] of block.entries()) if (JSON.stringify(d).toLowerCase().includes(JSON.stringify(text).slice(1, -1))) inside.add(`${c}/${i}`);
-      }
-      kept = kept.filter((r) => shallow(r) || inside.has(`${r.c}/${r.i}`));
-      hits = text;
-    } else kept = kept.filter(shallow);
-  }
-  if (mine !== searchRun) return;
-  if (sortBy) kept = kept.slice().sort((a, b) => (a[sortBy] === b[sortBy] ? 0 : a[sortBy] === null || (a[sortBy] < b[sortBy]) ? -1 : 1) * (sortDown ? -1 : 1));
-  found = kept;
-  page = 0;
-  table();
-}
-
-const COLUMNS = [["run", "run"], ["step", "step", "r"], ["kind", "kind"], ["src", "source"], ["ok", "result"], ["q", "problem"], ["pred", "answer"], ["gt", "truth"], ["cause", "ended by"], ["calls", "calls", "r"], ["tok", "tokens", "r"], ["s", "seconds", "r"]];
-function table() {
-  const columns = COLUMNS.filter(([key]) => (key !== "run" || DATA.runs.length > 1) && (key !== "src" || distinct("src").length > 1));
-  const cell = (r, [key, , cls]) => {
-    if (key === "run") return h("td", {}, h("span", { class: "dot", style: `background:${color(r.run)};margin-right:7px` }), DATA.runs[r.run].name);
-    if (key === "kind") return h("td", {}, r.kind === "val" ? "validation" : "training");
-    if (key === "ok") return h("td", {}, h("span", { class: `badge ${verdict(r)[1]}` }, verdict(r)[0]));
-    if (key === "q") return h("td", { class: "q" }, h("div", {}, r.q));
-    if (key === "cause") return h("td", {}, r.cause.replaceAll("_", " "));
-    if (key === "pred" || key === "gt") return h("td", {}, h("div", { class: "clip", title: r[key] }, r[key] || "–"));
-    return h("td", { class: cls || "" }, r[key] === null || r[key] === undefined ? "–" : typeof r[key] === "number" ? r[key].toLocaleString("en") : r[key]);
-  };
-  const from = page * PAGE;
-  $("table").replaceChildren(
-    h("thead", {}, h("tr", {}, columns.map(([key, label, cls]) => h("th", { class: cls || "", "data-sort": key, onclick: () => { sortDown = sortBy === key ? !sortDown : ["calls", "tok", "s", "ok"].includes(key); sortBy = key; refresh(); } }, label, sortBy === key ? (sortDown ? " ↓" : " ↑") : "")))),
-    h("tbody", {}, found.slice(from, from + PAGE).map((r, n) => h("tr", { tabindex: 0, onclick: () => open(from + n), onkeydown: (e) => { if (e.key === "Enter") open(from + n); } }, columns.map((c) => cell(r, c))))));
-  if (!found.length) $("table").append(h("caption", { class: "empty" }, ROWS.length ? "No trajectory fits these filters." : "These runs wrote no rollouts."));
-  const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
-  const go = (to) => () => { page = Math.max(0, Math.min(last, to)); table(); };
-  const right = found.filter((r) => r.ok === 1).length, judged = found.filter((r) => r.ok !== null).length;
-  $("pager").replaceChildren(
-    h("span", { class: "num" }, found.length ? `${(from + 1).toLocaleString("en")}–${Math.min(from + PAGE, found.length).toLocaleString("en")} of ${found.length.toLocaleString("en")}` : "", judged ? ` · ${pct(right / judged)} right` : ""),
-    h("span", {}, h("button", { class: "step", disabled: page === 0, onclick: go(0) }, "«"), " ", h("button", { class: "step", disabled: page === 0, onclick: go(page - 1) }, "‹ back"), ` page ${page + 1} of ${last + 1} `, h("button", { class: "step", disabled: page === last, onclick: go(page + 1) }, "next ›"), " ", h("button", { class: "step", disabled: page === last, onclick: go(last) }, "»")));
-}
-
-// one trajectory ------------------------------------------------------------------------------------------------------
+// One trajectory: its turns to read, or its tokens, coloured by who wrote them, how likely they were, or which policy.
 const KEYWORDS = /^(?:False|None|True|and|as|assert|async|await|break|class|continue|def|del|elif|else|except|finally|for|from|global|if|import|in|is|lambda|nonlocal|not|or|pass|raise|return|try|while|with|yield)$/;
 const TOKEN = /(#[^\n]*)|("""[\s\S]*?"""|'''[\s\S]*?'''|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|(\b\d[\w.]*)|([A-Za-z_]\w*)/g;
 function python(code) {
@@ -117,10 +13,11 @@ function python(code) {
   return [...out, code.slice(at)];
 }
 function marked(text) {
-  if (!hits || !text.toLowerCase().includes(hits)) return [text];
+  const low = text.toLowerCase();
+  if (!hits || !low.includes(hits) || low.length !== text.length) return [text];
   const out = [];
   let at = 0;
-  for (let i = text.toLowerCase().indexOf(hits); i >= 0; i = text.toLowerCase().indexOf(hits, at)) {
+  for (let i = low.indexOf(hits); i >= 0; i = low.indexOf(hits, at)) {
     out.push(text.slice(at, i), h("mark", {}, text.slice(i, i + hits.length)));
     at = i + hits.length;
   }
@@ -131,61 +28,148 @@ function part(kind, label, text, { extra = "", fold = 26, failed = false } = {})
   const box = h("div", { class: `part ${kind}${failed ? " failed" : ""}` }, h("div", { class: "tag" }, h("span", {}, label), h("span", {}, extra)), pre);
   if (text.split("\n").length > fold || text.length > fold * 110) {
     pre.classList.add("long");
-    box.append(h("button", { class: "more", onclick: (e) => { pre.classList.remove("long"); e.target.remove(); } }, "show all"));
+    box.append(h("button", { class: "quiet more", onclick: (e) => { pre.classList.remove("long"); e.target.remove(); } }, "Show all"));
   }
   return box;
 }
 const seconds = (s) => (s === undefined || s === null ? "" : s < 10 ? `${s.toFixed(2)} s` : `${s.toFixed(0)} s`);
 
-async function open(at) {
-  const row = found[at];
-  const d = await details(row);
-  const v = $("viewer");
-  const [word, cls] = verdict(row);
-  const family = ROWS.filter((r) => r.run === row.run && r.kind === row.kind && r.step === row.step && r.id && r.id === row.id);
-  const move = (to) => { if (to >= 0 && to < found.length) open(to); };
-  const show = (r) => { const i = found.indexOf(r); if (i < 0) found = [r, ...found]; open(Math.max(i, 0)); };
-  const parts = [];
-  const busy = d.turns.reduce((a, t) => a + (t.s || 0) + (t.call_s || 0), 0);
-  for (const [n, t] of d.turns.entries()) {
-    const failed = t.outcome && t.outcome !== "success";
-    const final = n === d.turns.length - 1 && !t.code;
-    parts.push(h("div", { class: `turn${failed ? " failed" : ""}${final ? " final" : ""}` },
-      h("header", {}, h("b", {}, final ? "Final turn" : `Turn ${n + 1}`), t.tok !== undefined && h("span", {}, `${t.tok.toLocaleString("en")} tokens`), h("span", {}, seconds(t.s)), t.end === "length" && h("span", { class: "badge warn" }, "cut by length"), t.lost && h("span", { class: "badge warn" }, "session state lost")),
-      t.think && part("think", "thinking", t.think), t.text && part("text", final ? "answer" : "text", t.text),
-      t.code && part("code", "python", t.code, { extra: `${t.code.split("\n").length} lines` }), (t.more || []).map((c) => part("code", "python, further call", c)),
-      t.obs !== undefined && part("obs", "observation", t.obs || "(no output)", { failed, fold: 18, extra: [t.status, seconds(t.call_s)].filter(Boolean).join(" · ") })));
+// tokens --------------------------------------------------------------------------------------------------------------
+const MODES = [["read", "Read"], ["mask", "Who wrote it"], ["lp", "Surprise"], ["r", "Learner against engine"], ["v", "Policy version"]];
+let mode = "read";
+const SURPRISE = 4, RATIO = 0.5; // nats at which the colour is full
+
+function tokenPaint(tk, kind) {
+  const first = tk.v.length ? Math.min(...tk.v.map(([v]) => v)) : 0;
+  const versions = tk.v.flatMap(([v, n]) => Array(n).fill(v));
+  const tint = (ink, share) => `background:color-mix(in srgb, var(${ink}) ${Math.round(100 * Math.min(1, share))}%, transparent)`;
+  return (m) => {
+    if (kind === "mask") return "background:var(--model-bg)";
+    if (kind === "lp") return tint("--r1", 0.85 * tk.lp[m] * DATA.units.lp / SURPRISE);
+    if (kind === "r") { const x = tk.r[m] * DATA.units.r; return tint(x < 0 ? "--r1" : "--r0", 0.85 * Math.abs(x) / RATIO); }
+    return tint(`--r${(versions[m] - first) % 8}`, 0.28);
+  };
+}
+
+function legend(tk, kind) {
+  const box = (style, label) => h("span", {}, h("i", { style }), label);
+  const obs = box("background:var(--obs-bg)", "observation and template: no loss");
+  if (kind === "mask") return [box("background:var(--model-bg)", "sampled by the model: trained on"), obs];
+  if (kind === "lp") return [h("span", {}, "certain ", h("i", { class: "ramp", style: "background:linear-gradient(90deg, transparent, color-mix(in srgb, var(--r1) 85%, transparent))" }), ` p ≤ ${Math.exp(-SURPRISE).toFixed(2)}`), h("span", {}, "−log p of the sampled token under the policy that sampled it"), obs];
+  if (kind === "r") return [h("span", {}, "learner finds it less likely ", h("i", { class: "ramp", style: "background:linear-gradient(90deg, var(--r1), transparent, var(--r0))" }), " more likely"), h("span", {}, `log ratio, full colour at ${RATIO} nats`), obs];
+  const seen = [...new Set(tk.v.map(([v]) => v))], first = Math.min(...seen);
+  return [...seen.map((v) => box(`background:color-mix(in srgb, var(--r${(v - first) % 8}) 28%, transparent)`, `version ${v}`)), obs];
+}
+
+function tokens(tk, kind) {
+  const pre = h("pre", { class: "tokens", tabindex: 0, "aria-label": "the response, token by token" });
+  const paint = tokenPaint(tk, kind), index = [];
+  let at = 0, token = 0, sampled = 0, mine = true;
+  for (const run of tk.m) {
+    const group = h("span", { class: mine ? "mine" : "theirs" });
+    for (let i = 0; i < run; i++, token++) {
+      const text = tk.text.slice(at, at + tk.n[token]);
+      at += tk.n[token];
+      if (mine) { if (text) group.append(h("span", { "data-t": sampled, style: paint(sampled) }, text.replace(/^\n+$/, (s) => "↵".repeat(s.length) + s))); index.push(text); sampled++; }
+      else if (text) group.append(text);
+    }
+    if (run) pre.append(group);
+    mine = !mine;
   }
-  const facts = [["answer", row.pred || "–"], ["truth", row.gt || "–"], ["ended by", row.cause.replaceAll("_", " ") || "–"], ["reward", d.reward ?? d.score ?? "–"], ["response", row.tok === null || row.tok === undefined ? "–" : `${row.tok.toLocaleString("en")} tokens, ${(d.model_tokens ?? 0).toLocaleString("en")} by the model`], ["policy version", d.policy_version === undefined ? "–" : d.policy_version_oldest !== d.policy_version ? `${d.policy_version_oldest}–${d.policy_version}` : d.policy_version], ["math_verify / strict", `${d.acc_math_verify ?? "–"} / ${d.acc_strict ?? "–"}`], ["engine", d.engine || "–"]];
+  const versions = tk.v.flatMap(([v, n]) => Array(n).fill(v));
+  pre.addEventListener("pointermove", (e) => {
+    const m = e.target.dataset?.t;
+    if (m === undefined) return untip();
+    const nats = tk.lp[m] * DATA.units.lp;
+    tip(e, [h("b", {}, JSON.stringify(index[m])), h("div", {}, `p = ${nats === 0 ? "over 0.97" : Math.exp(-nats).toPrecision(2)}, −log p = ${nats.toFixed(2)}`), tk.r && h("div", {}, `learner − engine ${minus((tk.r[m] * DATA.units.r).toFixed(2))} nats`), h("div", {}, `policy version ${versions[m]}`)].filter(Boolean));
+  });
+  pre.addEventListener("pointerleave", untip);
+  return [h("div", { class: "key legend" }, legend(tk, kind)), pre, tk.cut && h("p", { class: "muted" }, `${whole(tk.cut)} further tokens are not in this page; --max-chars takes more.`)];
+}
+
+function modeBar(d, again) {
+  if (!d.tk) return h("p", { class: "muted small" }, d.no_tk ? `Tokens cannot be shown: ${d.no_tk}.` : "Tokens are not in the files of this trajectory.");
+  return h("div", { class: "modes", role: "group", "aria-label": "how to show it" }, MODES.filter(([m]) => m !== "r" || d.tk.r).map(([m, label], n) => h("button", { "data-mode": m, "aria-pressed": String(mode === m), title: `key ${n + 1}`, onclick: () => { mode = m; again(); } }, label)));
+}
+
+// one trajectory ------------------------------------------------------------------------------------------------------
+const tick = (x) => (x === undefined || x === null ? "–" : x ? "✓" : "✗");
+function openRow(row) {
+  let i = found.indexOf(row);
+  if (i < 0) { found = [row, ...found]; i = 0; }
+  return open(i);
+}
+
+function turnsOf(d) {
+  return d.turns.map((t, n) => {
+    const failed = t.outcome && t.outcome !== "success", final = n === d.turns.length - 1 && !t.code;
+    return h("section", { class: `turn${failed ? " failed" : ""}${final ? " final" : ""}`, tabindex: -1, "data-turn": n, "aria-label": final ? "final turn" : `turn ${n + 1}` },
+      h("header", {}, h("b", {}, final ? "Final turn" : `Turn ${n + 1}`), t.tok !== undefined && h("span", {}, `${whole(t.tok)} tokens`), h("span", {}, seconds(t.s)), t.end === "length" && h("span", { class: "badge warn" }, "cut by length"), t.lost && h("span", { class: "badge warn" }, "session state lost")),
+      t.think && part("think", "thinking", t.think), t.text && part("text", final ? "answer" : "text", t.text),
+      t.code && part("code", "python", t.code, { extra: `${t.code.split("\n").length} line${t.code.includes("\n") ? "s" : ""}` }), (t.more || []).map((c) => part("code", "python, further call", c)),
+      t.obs !== undefined && part("obs", "observation", t.obs || "(no output)", { failed, fold: 18, extra: [failed ? said(t.outcome) : t.status, seconds(t.call_s)].filter(Boolean).join(" · ") }));
+  });
+}
+
+function meter(d, v) {
+  const busy = d.turns.reduce((a, t) => a + (t.s || 0) + (t.call_s || 0), 0);
+  if (!(busy > 0)) return null;
+  const jump = (n) => { const el = v.querySelector(`[data-turn="${n}"]`); if (el) { el.scrollIntoView({ block: "start" }); el.focus({ preventScroll: true }); } };
+  return h("div", { class: "when" }, h("div", { class: "meter", title: "in order: generating, in a tool" }, d.turns.flatMap((t, n) => [
+    h("i", { class: "gen", style: `flex:${Math.max(0.002, (t.s || 0) / busy)}`, title: `turn ${n + 1}, generating ${seconds(t.s)}`, onclick: () => jump(n) }),
+    t.call_s ? h("i", { class: "tool", style: `flex:${Math.max(0.002, t.call_s / busy)}`, title: `turn ${n + 1}, in a tool ${seconds(t.call_s)}`, onclick: () => jump(n) }) : null])),
+    h("p", { class: "key" }, h("span", {}, h("i", { style: "background:var(--r0)" }), `generating ${seconds(d.generate_s)}`), h("span", {}, h("i", { style: "background:var(--r1)" }), `in a tool ${seconds(d.tool_s)}${d.queue_s > 0.005 ? `, queueing ${seconds(d.queue_s)}` : ""}`)));
+}
+
+async function open(at) {
+  const row = found[at], d = await details(row), v = $("viewer"), [word, cls] = verdict(row);
+  const family = ROWS.filter((r) => r.kind === row.kind && (r.run === row.run ? r.step === row.step : r.kind === "val") && r.id && r.id === row.id).slice(0, 128);
+  const move = (to) => { if (to >= 0 && to < found.length) open(to); };
+  const name = RUNS[row.run].stage === "eval" ? "evaluation" : `${row.kind === "val" ? "validation at" : "training"} step ${row.step}`;
+  const version = d.policy_version === undefined ? "–" : d.policy_version_oldest !== d.policy_version ? `${d.policy_version_oldest} to ${d.policy_version}` : d.policy_version;
+  const facts = [["answer", row.pred || "–"], ["truth", row.gt || "–"], ["ended by", said(row.cause) || "–"], ["reward", d.reward ?? d.score ?? "–"],
+    ["strict verdict", tick(d.acc_strict)], ["math-verify", tick(d.acc_math_verify)],
+    ["response", finite(row.tok) ? `${whole(row.tok)} tokens${d.model_tokens === undefined ? "" : `, ${whole(d.model_tokens)} sampled`}` : "–"], ["calls", row.calls ?? "–"], ["policy version", version], ["engine", d.engine || "–"]];
+  const view = h("div", {});
+  const draw = () => {
+    const kind = d.tk && mode !== "read" && (mode !== "r" || d.tk.r) ? mode : "read";
+    view.replaceChildren(...[modeBar(d, draw), kind === "read" ? [part("prompt", "prompt", d.input, { fold: 12 }), turnsOf(d)] : tokens(d.tk, kind)].flat(2).filter(Boolean));
+    for (const b of view.querySelectorAll("[data-mode]")) b.setAttribute("aria-pressed", String(b.dataset.mode === kind));
+    // What had the focus may be gone; keys go on working only inside the dialog.
+    if (v.open && !v.contains(document.activeElement)) v.querySelector(".view-body").focus({ preventScroll: true });
+  };
+  draw();
+  const sibling = (r, i) => h("button", { class: verdict(r)[1], "aria-current": r === row ? "true" : null, title: `${RUNS[r.run].name}, sample ${r.n ?? i}: ${verdict(r)[0]}, ${r.calls} calls`, onclick: () => openRow(r) }, `${verdict(r)[2]} ${r.n ?? i}`);
+  const families = [...new Set(family.map((r) => r.run))].map((run) => h("span", { class: "siblings" }, families1(run, row.run), family.filter((r) => r.run === run).map(sibling)));
   v.replaceChildren(
-    h("div", { class: "view-head" },
-      h("div", { class: "bar" }, h("span", { class: `badge ${cls}` }, word), h("strong", {}, `${DATA.runs[row.run].name} · ${row.kind === "val" ? "validation" : "training"} step ${row.step}`), h("span", { class: "muted", style: "margin:0;flex:1" }, row.src),
-        h("span", { class: "moves" }, h("button", { class: "step", disabled: at === 0, title: "previous (←)", onclick: () => move(at - 1) }, "←"),  " ", h("button", { class: "step", disabled: at >= found.length - 1, title: "next (→)", onclick: () => move(at + 1) }, "→"),  " ", h("button", { class: "step", title: "close (Esc)", onclick: () => v.close() }, "✕"))),
-      family.length > 1 && h("div", { class: "bar" }, h("span", { class: "muted", style: "margin:0;font-size:13px" }, "samples of this problem"), h("span", { class: "siblings" }, family.map((r, i) => h("button", { class: verdict(r)[1], "aria-current": r === row, title: `${verdict(r)[0]}, ${r.calls} calls`, onclick: () => show(r) }, `${verdict(r)[2]} ${r.n ?? i}`))))),
-    h("div", { class: "view-body", tabindex: -1, autofocus: true },
-      d.error && h("p", { class: "notice" }, `Lost by our infrastructure, not by the model: ${d.error}`),
-      h("dl", { class: "facts", style: "grid-template-columns:auto 1fr auto 1fr;margin-bottom:12px" }, facts.map(([k, x]) => [h("dt", {}, k), h("dd", { style: "text-align:left;overflow-wrap:anywhere" }, String(x))])),
-      busy > 0 && h("div", {}, h("div", { class: "meter", title: "time, in order: generating, in the tool" }, d.turns.flatMap((t) => [h("i", { class: "gen", style: `flex:${(t.s || 0) / busy}` }), t.call_s ? h("i", { class: "tool", style: `flex:${t.call_s / busy}` }) : null])),
-        h("p", { class: "muted", style: "font-size:13px" }, h("span", { class: "dot", style: "background:var(--r0);margin-right:5px" }), `generating ${seconds(d.generate_s)}   `, h("span", { class: "dot", style: "background:var(--r1);margin:0 5px 0 10px" }), `in the tool ${seconds(d.tool_s)}`, d.queue_s ? `, queueing ${seconds(d.queue_s)}` : "")),
-      part("text", "prompt", d.input, { fold: 14 }), parts,
-      h("p", { class: "muted num", style: "font-size:12.5px;overflow-wrap:anywhere" }, [row.id && `row ${row.id}`, d.uid].filter(Boolean).join(" · "))));
-  v.onkeydown = (e) => { if (e.key === "ArrowLeft") move(at - 1); if (e.key === "ArrowRight") move(at + 1); };
-  if (v.open) v.querySelector(".view-body").focus();
-  else v.showModal();
+    h("header", { class: "view-head" },
+      h("div", { class: "bar" }, h("span", { class: `badge ${cls}` }, `${verdict(row)[2]} ${word}`), h("strong", { id: "viewer-title" }, `${RUNS[row.run].name}, ${name}`), h("span", { class: "soft grow" }, row.src),
+        h("span", { class: "soft num" }, `${whole(at + 1)} of ${whole(found.length)}`),
+        h("span", { class: "moves" }, h("button", { class: "step", disabled: at === 0, "aria-label": "previous trajectory", onclick: () => move(at - 1) }, "←"), h("button", { class: "step", disabled: at >= found.length - 1, "aria-label": "next trajectory", onclick: () => move(at + 1) }, "→"), h("button", { class: "step", "aria-label": "close", onclick: () => v.close() }, "✕"))),
+      family.length > 1 && h("div", { class: "bar family" }, h("span", { class: "soft" }, "same problem"), families)),
+    h("div", { class: "view-body", tabindex: -1 },
+      d.error && h("p", { class: "notice bad" }, h("b", {}, row.rep ? "Lost by our infrastructure and run again. " : "Lost by our infrastructure, not by the model; it has no reward. "), d.error),
+      row.split && h("p", { class: "notice" }, "The two verifiers disagree on this answer."),
+      h("dl", { class: "facts" }, facts.map(([k, x]) => h("div", {}, h("dt", {}, k), h("dd", {}, String(x))))),
+      meter(d, v), view,
+      h("p", { class: "muted small" }, [row.id && `row ${row.id}`, d.uid].filter(Boolean).join(" · "))),
+    h("footer", { class: "view-foot" }, h("kbd", {}, "←"), h("kbd", {}, "→"), " trajectories ", h("kbd", {}, "j"), h("kbd", {}, "k"), " turns ", d.tk && [h("kbd", {}, "1"), "–", h("kbd", {}, String(d.tk.r ? 5 : 4)), " colours "], h("kbd", {}, "Esc"), " close"));
+  v.onkeydown = (e) => {
+    if (e.ctrlKey || e.metaKey || e.altKey) return;
+    const modes = MODES.filter(([m]) => m === "read" || (d.tk && (m !== "r" || d.tk.r)));
+    if (e.key === "ArrowLeft") move(at - 1);
+    else if (e.key === "ArrowRight") move(at + 1);
+    else if (modes[Number(e.key) - 1]) { mode = modes[Number(e.key) - 1][0]; draw(); }
+    else if (e.key === "j" || e.key === "k") {
+      const turns = [...v.querySelectorAll(".turn")], here = turns.indexOf(document.activeElement?.closest(".turn"));
+      const to = turns[Math.max(0, Math.min(turns.length - 1, here + (e.key === "j" ? 1 : -1)))];
+      if (to) { to.focus({ preventScroll: true }); to.scrollIntoView({ block: "start" }); }
+    }
+  };
+  untip();
+  if (!v.open) v.showModal();
+  v.querySelector(".view-body").focus({ preventScroll: true });
   v.scrollTop = 0;
 }
+const families1 = (run, mine) => (RUNS.length > 1 ? h("small", { class: run === mine ? "" : "soft" }, dot(run), RUNS[run].name) : null);
 $("viewer").addEventListener("click", (e) => { if (e.target === $("viewer")) $("viewer").close(); });
-
-async function start() {
-  ROWS = await unpack("rows");
-  found = ROWS;
-  $("trajectory-lede").textContent = ROWS.length < DATA.trajectories_total
-    ? `${ROWS.length.toLocaleString("en")} of ${DATA.trajectories_total.toLocaleString("en")} are in this page, the first of every step; --max-trajectories takes more.`
-    : "Every trajectory of every step. Click one to read it; ← and → walk through the list.";
-  filterBar();
-  await refresh();
-  const wanted = location.hash.match(/^#trajectory-(\d+)$/);
-  if (wanted && found[Number(wanted[1])]) await open(Number(wanted[1]));
-  document.body.dataset.ready = "true";
-}
-start();

@@ -1,108 +1,21 @@
+import argparse
 import base64
 import gzip
-import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from rich.console import Console
+from report_runs import HOSTILE, make_run
 
-from aster.config import Recipe
-from aster.data.rollouts import write_rollouts, write_validation
 from aster.errors import ConfigError, DataError
-from aster.metrics import rollout_metrics, validation_metrics
-from aster.report import main
-from aster.tracking import Tracker
-from aster.types import (
-    Cause,
-    PromptRow,
-    Timing,
-    ToolCall,
-    ToolOutcome,
-    Trajectory,
-    TrajectoryGroup,
-    Turn,
-    Verdicts,
-)
+from aster.page.trajectories import Collector, Source
+from aster.report import follow, main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "filter"
-HOSTILE = "</script><img src=x onerror=alert(1)>{{SCRIPT}}"
-
-
-class Texts:
-    """A vocabulary in which every piece of text is one id."""
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-
-    def ids(self, *pieces: str) -> np.ndarray:
-        first = len(self.pieces)
-        self.pieces += pieces
-        return np.arange(first, len(self.pieces), dtype=np.int32)
-
-    def decode(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str:
-        text = "".join(self.pieces[i] for i in ids.tolist())
-        return re.sub(r"<\|im_(start|end)\|>", "", text) if skip_special else text
-
-
-TEXTS = Texts()
-
-
-def trajectory(problem: str, sample: int, *, right: bool) -> Trajectory:
-    code = f"x = {sample}\nprint(x)  # <b>{problem}</b>"
-    call = json.dumps({"name": "code_interpreter", "arguments": {"code": code}})
-    prompt = TEXTS.ids(f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    parts = [
-        f"first thought {sample}\n</think>\n\n<tool_call>\n{call}\n</tool_call><|im_end|>",
-        f"\n<|im_start|>user\n<tool_response>\nseen {sample}\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n",
-        f"second thought\n</think>\n\nThe answer is \\boxed{{{sample}}}.<|im_end|>",
-    ]
-    status = "ok" if right else "error"
-    outcome = ToolOutcome.SUCCESS if right else ToolOutcome.RUNTIME_ERROR
-    return Trajectory(
-        uid=f"u/{problem[:9]}/{sample}",
-        row_id=f"row {problem[:9]}",
-        sample=sample,
-        prompt_ids=prompt,
-        ids=TEXTS.ids(*parts),
-        mask=np.array([True, False, True]),
-        behaviour_logprobs=np.array([-0.1, 0, -0.2], np.float32),
-        versions=np.array([3, -1, 3], np.int32),
-        turns=(
-            Turn(0, 1, "stop", 0.0, 1.0, ToolCall(code, status, outcome, f"seen {sample}", 0.5)),
-            Turn(2, 3, "stop", 1.5, 2.0),
-        ),
-        cause=Cause.ANSWERED,
-        timing=Timing(0, 2.0, 1.5, 0.5, 0.0),
-    ).with_reward(float(right), Verdicts(right, right, str(sample)))
-
-
-def group(problem: str, step: int, *right: bool, source: str = "math") -> TrajectoryGroup:
-    members = tuple(trajectory(problem, i, right=ok) for i, ok in enumerate(right))
-    return TrajectoryGroup(PromptRow(f"row {problem[:9]}", (), "1", source), step, members)
-
-
-def make_run(root: Path, name: str, *, problem: str = "What is 1+1?", steps: int = 3, right: int = 1) -> Path:
-    recipe = Recipe.load(
-        "rl_stage1_18k", [f"run.dir={root}", f"run.name={name}", "run.tensorboard=false", f"optim.lr={right}e-6"]
-    )
-    with Tracker.open(recipe, total_steps=steps, console=Console(file=io.StringIO())) as tracker:
-        for step in range(1, steps + 1):
-            train = [group(problem, step, True, False, True), group("other", step, False, False, True)]
-            tracker.log(step, rollout_metrics(train) | {"actor/lr": 1e-6, "perf/throughput": 10.0 * step})
-            write_rollouts(recipe.run.path / "rollout_data", train, step=step, decode=TEXTS.decode)
-        val = [group(f"problem {i}", steps, *[i % 3 < right] * 2, source="aime") for i in range(9)]
-        tracker.log(steps, validation_metrics(val, n=2))
-        write_validation(recipe.run.path / "val_rollout_data", val, step=steps, decode=TEXTS.decode)
-        tracker.event(2, "collapse", f"few calls {HOSTILE}")
-    return recipe.run.path
 
 
 class Page(HTMLParser):
@@ -172,14 +85,14 @@ def test_the_page_loads_nothing_from_anywhere(page: Page) -> None:
 
 def test_every_trajectory_of_every_step_is_in_the_page(page: Page) -> None:
     rows = page.unpack("rows")
-    assert page.data["trajectories_total"] == len(rows) == 2 * (3 * 6 + 9 * 2)
+    assert page.data["trajectories_total"] == len([r for r in rows if "rep" not in r]) == 2 * (3 * 6 + 9 * 2)
     train = [r for r in rows if r["run"] == 1 and r["kind"] == "train" and r["step"] == 2]
     assert [(r["id"], r["n"], r["ok"]) for r in train[:3]] == [
         ("row What is 1", i, ok) for i, ok in enumerate((1, 0, 1))
     ]
     assert train[0] | {"c": 0, "i": 0} == {
         "run": 1, "kind": "train", "step": 2, "src": "math", "id": "row What is 1", "n": 0, "ok": 1,
-        "cause": "answered", "calls": 1, "tok": 3, "s": 2.0, "pred": "0", "gt": "1", "q": "What is 1+1?",
+        "cause": "answered", "calls": 1, "tok": train[0]["tok"], "s": 2.0, "pred": "0", "gt": "1", "q": "What is 1+1?",
         "c": 0, "i": 0,
     }  # fmt: skip
     assert page.data["chunks"] == len([name for name in page.scripts if name.startswith("chunk-")])
@@ -189,11 +102,13 @@ def test_a_trajectory_comes_apart_into_thought_code_observation_and_answer(page:
     row = next(r for r in page.unpack("rows") if r["run"] == 1 and r["n"] == 1 and r["kind"] == "val")
     details = page.details(row)
     first, last = details["turns"]
-    assert first["think"] == "first thought 1"
+    assert first["think"] == "first thought 1 é🙂"
     assert first["code"].startswith("x = 1\nprint(x)")
-    assert (first["obs"], first["tok"], first["s"], first["call_s"]) == ("seen 1", 1, 1.0, 0.5)
-    assert last == {"think": "second thought", "text": "The answer is \\boxed{1}.", "s": 0.5, "tok": 1, "end": "stop"}
-    assert details["policy_version"] == 3
+    assert (first["obs"], first["s"], first["call_s"]) == ("seen 1 in 0", 1.0, 0.5)
+    assert last == {
+        "think": "second thought", "text": "The answer is \\boxed{1}.", "s": 0.5, "tok": last["tok"], "end": "stop"
+    }  # fmt: skip
+    assert details["policy_version"] == 2
 
 
 def test_text_that_looks_like_markup_stays_text(page: Page) -> None:
@@ -229,7 +144,8 @@ def test_a_limit_takes_the_same_number_from_every_step(root: Path, tmp_path: Pat
     assert main([str(root / "stage1"), "--output", str(out), "--max-trajectories", "10", "--max-chars", "100"]) == 0
     page = Page(out)
     rows = page.unpack("rows")
-    assert [(r["kind"], r["step"]) for r in rows] == [("train", s) for s in (1, 1, 2, 2, 3, 3)] + [("val", 3)] * 2
+    shown = [(r["kind"], r["step"]) for r in rows if "rep" not in r]
+    assert shown == [("train", s) for s in (1, 1, 2, 2, 3, 3)] + [("val", 3)] * 2
     assert page.data["trajectories_total"] == 36
 
 
@@ -299,24 +215,118 @@ def test_dry_run_names_what_it_would_read_and_writes_nothing(root: Path, capsys:
     assert not (root / "stage1" / "report.html").exists()
 
 
-CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+# tokens, clocks, what was lost ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page's scripts are not run")
-def test_a_browser_draws_the_page_and_opens_a_trajectory(page: Page, root: Path, tmp_path: Path) -> None:
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=8000 --window-size=1300,1000 --dump-dom"
-    address = (root / "report.html").resolve().as_uri() + "#trajectory-0"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path}", address]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "data-error" not in dom, re.search(r'data-error="[^"]*"', dom)
-    assert 'data-ready="true"' in dom
-    assert "onerror=alert" in dom, "hostile text is shown ..."
-    assert "<img" not in dom, "... and is not markup"
-    assert dom.count("<article") == 2
-    assert dom.count('class="card chart"') >= 12
-    assert 'aria-label="Training reward"' in dom
-    assert "page 1 of 2" in dom, "72 trajectories, 50 on a page"
-    viewer = dom[dom.index('<dialog id="viewer"') :]
-    for text in ("first thought 0", "seen 0", "Final turn", '<span class="n">0</span>', "ended by"):
-        assert text in viewer
+def test_the_tokens_of_a_trajectory_spell_its_text_and_carry_mask_probability_and_version(page: Page) -> None:
+    row = next(r for r in page.unpack("rows") if r["run"] == 1 and r["kind"] == "train" and r["step"] == 2)
+    tokens = page.details(row)["tk"]
+    assert tokens["text"].startswith("first thought 0 é🙂\n</think>")
+    assert sum(tokens["n"]) == len(tokens["text"].encode("utf-16-le")) // 2, "the emoji counts twice, as in JavaScript"
+    assert len(tokens["n"]) == sum(tokens["m"]) == row["tok"]
+    assert len(tokens["m"]) == 3, "model, observation, model"
+    assert set(tokens["lp"]) == {2}, "0.1 nats in units of 0.05"
+    assert tokens["v"] == [[1, tokens["m"][0] + tokens["m"][2]]]
+
+
+def test_tokens_past_the_limit_of_characters_are_counted(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short.html"
+    assert main([str(root / "stage2"), "--output", str(out), "--max-chars", "100"]) == 0
+    page = Page(out)
+    row = page.unpack("rows")[0]
+    tokens = page.details(row)["tk"]
+    assert len(tokens["text"]) <= 100
+    assert len(tokens["n"]) + tokens["cut"] == row["tok"]
+
+
+def test_without_the_tokenizer_the_page_says_what_is_missing_and_an_option_names_one(
+    root: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(root / "stage2", run)
+    config = (run / "config.yaml").read_text().replace("model-for-tests", "nowhere")
+    (run / "config.yaml").write_text(config)
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert "tokenizer.json" in page.details(page.unpack("rows")[0])["no_tk"]
+    assert main([str(run), "--tokenizer", str(root / "model-for-tests")]) == 0
+    page = Page(run / "report.html")
+    assert page.details(page.unpack("rows")[0])["tk"]["text"].startswith("first thought 0")
+
+
+def test_attempts_that_we_lost_are_rows_with_their_error_and_no_verdict(page: Page) -> None:
+    [lost] = [r for r in page.unpack("rows") if "rep" in r and r["run"] == 1]
+    assert (lost["step"], lost["cause"], lost["ok"], lost["calls"], lost["n"]) == (1, "sandbox_lost", None, 1, 1)
+    details = page.details(lost)
+    assert details["error"] == f"node gone {HOSTILE}"
+    assert details["turns"][0]["think"].startswith("first thought 1")
+
+
+def test_a_step_on_the_clock_says_who_waited_for_whom(page: Page) -> None:
+    where = page.data["steps"].index([1, "train", 2])
+    step = json.loads(gzip.decompress(base64.b64decode(page.scripts[f"step-{where}"])))
+    assert [lane[0] for lane in step["learner"]] == ["rollouts", "log-probs", "update", "weights", "rest"]
+    assert [lane[2] - lane[1] for lane in step["learner"]] == [5000, 1000, 1500, 250, 250]
+    assert 0 <= step["learner"][0][1] < 1000, "the step began when it was logged, less its seconds"
+    assert step["engines"] == ["engine-0", "engine-1"]
+    assert len(step["t"]) == 6
+    rows = page.unpack("rows")
+    engine, began, ended, right, row, generating, calling = step["t"][0]
+    assert (engine, right, ended - began) == (0, 1, 2000)
+    assert (generating, calling) == ([0, 1000, 1500, 2000], [1000, 1500])
+    assert (rows[row]["step"], rows[row]["n"], rows[row]["run"]) == (2, 0, 1)
+    assert step["said"][0] == "The learner waited 5.0 s for rollouts, 62% of the step's 8.0 s."
+    assert step["said"][1] == "A trajectory spent 75% of its time generating, 25% in tools."
+
+
+# half-written runs, runs that go on -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_torn_apart_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "torn")
+    (run / "config.yaml").write_text("run: {name: [")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(metrics[: len(metrics) // 2] + "é".encode()[:1])
+    parquet = (run / "trajectories" / "2.parquet").read_bytes()
+    (run / "trajectories" / "2.parquet").write_bytes(parquet[: len(parquet) // 2])
+    rows = (run / "rollout_data" / "3.jsonl").read_bytes()
+    (run / "rollout_data" / "3.jsonl").write_bytes(rows[: len(rows) - 40])
+    (run / "val_rollout_data" / "3.jsonl").unlink()
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert [r["step"] for r in page.unpack("rows") if "rep" not in r] == [1] * 6 + [2] * 6 + [3] * 5
+    notes = " ".join(page.data["notes"])
+    for file in ("config.yaml", "2.parquet", "3.jsonl, line 6"):
+        assert file in notes
+    (run / "metrics.jsonl").unlink()
+    assert main([str(run)]) == 0
+    assert "no curves" in " ".join(Page(run / "report.html").data["notes"])
+
+
+def test_a_collector_that_read_before_says_the_same_as_a_fresh_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "growing", steps=1)
+    kept = Collector(limit=10_000, max_chars=20_000)
+    first = kept.collect([Source(run, "no tokenizer")])
+    assert len(first.rows) == 6 + 18 + 1
+    make_run(tmp_path, "growing", steps=2)
+    again = kept.collect([Source(run, "no tokenizer")])
+    fresh = Collector(limit=10_000, max_chars=20_000).collect([Source(run, "no tokenizer")])
+    assert len(fresh.rows) == 12 + 18 * 2 + 1
+    assert again == fresh
+
+
+def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = argparse.Namespace(
+        runs=[tmp_path / "soon"], output=None, follow=1.0, max_trajectories=100, max_chars=1000, tokenizer=None
+    )
+    assert follow(args, idle_s=0.5) == 0
+    assert "waiting:" in capsys.readouterr().out, "a run that has not begun is waited for"
+    run = make_run(tmp_path, "soon", steps=1)
+    assert follow(args, idle_s=0.5) == 0
+    said = capsys.readouterr().out
+    assert f"{run / 'report.html'} is final" in said
+    assert Page(run / "report.html").data["every"] is None
+    with pytest.raises(ConfigError, match="at least 1 second"):
+        main([str(run), "--follow", "0.1"])

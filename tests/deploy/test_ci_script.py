@@ -46,6 +46,7 @@ def clone(tmp_path: Path) -> Path:
         "dockerd": f"echo $$ > {clone}/daemon_pid; touch {clone}/daemon_up; exec sleep 120",
         "debootstrap": "",
         "bwrap": "",
+        "chromium": "",
         "apt-get": f'echo "$@" >> {clone}/apt',
         "make": f'echo "make $* CI=$CI data=$ASTER_TEST_DATA"; cat; test ! -e {clone}/tests_fail',
     }
