@@ -264,86 +264,106 @@ def names_of(code: str) -> tuple[frozenset[str], frozenset[str]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # what ast.parse raises for what a model may write
         return frozenset(), frozenset()
     try:
-        loaded, stored = _in_order(tree.body)
+        loaded, stored = _names(tree.body)
     except RecursionError:  # a parsed tree may still nest deeper than our walk
         return frozenset(), frozenset()
     return frozenset(loaded - _BUILTIN_NAMES), frozenset(stored)
 
 
-def _in_order(nodes: Iterable[ast.AST | None]) -> tuple[set[str], set[str]]:
+def _names(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str]]:
     """(names loaded before these nodes bind them, names bound), nodes in the order in which they run."""
     loaded: set[str] = set()
     stored: set[str] = set()
     for node in nodes:
-        if node is not None:
-            more_loaded, more_stored = _scope(node)
-            loaded |= more_loaded - stored
-            stored |= more_stored
+        _visit(node, loaded, stored)
     return loaded, stored
 
 
-_OWN_RULES = frozenset(
-    {
-        ast.Name, ast.alias, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For, ast.AsyncFor,
-        ast.ExceptHandler, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp,
-        ast.DictComp, ast.GeneratorExp,
-    }
-)  # fmt: skip
+def _visit(node: ast.AST, loaded: set[str], stored: set[str]) -> None:
+    """Add what `node` loads from outside of what was bound before it, and what it binds in the scope it stands in.
 
-
-def _scope(node: ast.AST) -> tuple[set[str], set[str]]:
-    """(names that `node` loads from outside itself, names that it binds in the scope it stands in).
-
-    Branches count as if both ran. `global` and `del` are not followed.
+    Branches count as if both ran. `global` and `del` are not followed. Every cell of every trajectory comes through
+    here, so the two sets grow in place, and what names nothing is not descended into.
     """
-    if type(node) not in _OWN_RULES:  # most nodes: 14 patterns that cannot match would be tried on each
-        return _in_order(ast.iter_child_nodes(node)) if node._fields else (set(), set())
+
+    def load(names: Iterable[str]) -> None:
+        loaded.update(name for name in names if name not in stored)
+
+    def visit(*nodes: ast.AST | None) -> None:
+        for child in nodes:
+            if child is not None:
+                _visit(child, loaded, stored)
+
+    if isinstance(node, ast.Name):
+        if not isinstance(node.ctx, ast.Load):
+            stored.add(node.id)
+        elif node.id not in stored:
+            loaded.add(node.id)
+        return
+    if type(node) not in _OWN_RULES:
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, list):
+                for child in value:
+                    if isinstance(child, ast.AST):
+                        _visit(child, loaded, stored)
+            elif isinstance(value, ast.AST) and value._fields:  # operators and contexts have none
+                _visit(value, loaded, stored)
+        return
     match node:
-        case ast.Name(id=name, ctx=ast.Load()):
-            return {name}, set()
-        case ast.Name(id=name):
-            return set(), {name}
         case ast.alias(name=name, asname=asname):
-            return set(), {asname or name.split(".")[0]}
+            stored.add(asname or name.split(".")[0])
         case ast.Assign(targets=targets, value=value):
-            return _in_order([value, *targets])
+            visit(value, *targets)
         case ast.AnnAssign(target=target, annotation=annotation, value=value):
-            return _in_order([annotation, value, *([target] if value is not None else [])])
-        case ast.AugAssign(target=ast.Name(id=name), value=value):
-            loaded, stored = _scope(value)
-            return loaded | {name}, stored | {name}
+            visit(annotation, value, *([target] if value is not None else []))
+        case ast.AugAssign(target=target, value=value):
+            if isinstance(target, ast.Name):
+                load([target.id])
+            visit(value, target)
         case ast.NamedExpr(target=target, value=value):
-            return _in_order([value, target])
+            visit(value, target)
         case (
             ast.For(target=target, iter=values, body=body, orelse=orelse)
             | ast.AsyncFor(target=target, iter=values, body=body, orelse=orelse)
         ):
-            return _in_order([values, target, *body, *orelse])
-        case ast.ExceptHandler(type=kind, name=name, body=body):
-            return _in_order([kind, *([ast.Name(name, ast.Store())] if name else []), *body])
+            visit(values, target, *body, *orelse)
+        case ast.ExceptHandler(type=error, name=caught, body=body):
+            visit(error)
+            stored.update([caught] if caught else [])
+            visit(*body)
         case ast.FunctionDef() | ast.AsyncFunctionDef():
-            return _function(node.args, node.body, node.decorator_list, {node.name})
+            load(_function(node.args, node.body, node.decorator_list, {node.name}))
+            stored.add(node.name)
         case ast.Lambda():
-            return _function(node.args, [node.body], [], set())
+            load(_function(node.args, [node.body], [], set()))
         case ast.ClassDef():
-            inside, _ = _in_order(node.body)
-            around, _ = _in_order([*node.bases, *node.keywords, *node.decorator_list])
-            return inside | around, {node.name}
-        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            loaded, local = _in_order(ast.iter_child_nodes(node))
-            return loaded - local, set()
-        case _:
-            return _in_order(ast.iter_child_nodes(node))
+            load(_names(node.body)[0] | _names([*node.bases, *node.keywords, *node.decorator_list])[0])
+            stored.add(node.name)
+        case _:  # comprehensions
+            inside, local = _names(ast.iter_child_nodes(node))
+            load(inside - local)
+
+
+_OWN_RULES = frozenset(
+    {
+        ast.alias, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.ExceptHandler,
+        ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp,
+        ast.GeneratorExp,
+    }
+)  # fmt: skip
 
 
 def _function(
     arguments: ast.arguments, body: Sequence[ast.AST], decorators: Sequence[ast.AST], name: set[str]
-) -> tuple[set[str], set[str]]:
-    loaded, local = _in_order(body)
+) -> set[str]:
+    """What it loads from outside, its body when it is called as well as its defaults at once."""
+    loaded, local = _names(body)
     parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
     local |= {p.arg for p in parameters if p is not None} | name
-    around, _ = _in_order([*arguments.defaults, *arguments.kw_defaults, *decorators])
-    return (loaded - local) | around, name
+    defaults = [d for d in (*arguments.defaults, *arguments.kw_defaults) if d is not None]
+    around, _ = _names([*defaults, *decorators])
+    return (loaded - local) | around
 
 
 def _answered_before_calling(trajectory: Trajectory, decode: Decode) -> bool:

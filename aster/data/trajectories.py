@@ -64,7 +64,6 @@ _SCALARS: dict[str, pa.DataType] = {
     "branch_turn": pa.int32(),
     "error": pa.string(),
 }
-_NAMES = {kind: [kind.field(i).name for i in range(kind.num_fields)] for kind in (_CALL, _TURN, _TIMING, _VERDICTS)}
 _ROW_GROUP = 256  # trajectories
 _REPEATED = ["step", "data_source", "kind", "row_id", "cause", "engine"]
 
@@ -99,20 +98,38 @@ def _table(rows: Sequence[tuple[TrajectoryGroup, Trajectory, bool]], *, step: in
         columns[name] = pa.array([getattr(t, name) for t in trajectories], kind)
     for name, dtype in _ARRAYS.items():
         columns[name] = _list_column([getattr(t, name) for t in trajectories], dtype)
-    columns["turns"] = pa.array([[_turn_row(turn) for turn in t.turns] for t in trajectories], pa.list_(_TURN))
-    columns["timing"] = pa.array([_fields(t.timing, _TIMING) for t in trajectories], _TIMING)
-    columns["verdicts"] = pa.array([_fields(t.verdicts, _VERDICTS) for t in trajectories], _VERDICTS)
+    columns["turns"] = _lists(
+        [len(t.turns) for t in trajectories], _turn_structs([turn for t in trajectories for turn in t.turns])
+    )
+    columns["timing"] = _structs([t.timing for t in trajectories], _TIMING)
+    columns["verdicts"] = _structs([t.verdicts for t in trajectories], _VERDICTS)
     return pa.table(columns)
 
 
-def _turn_row(turn: Turn) -> dict[str, Any]:
-    further = [_fields(c, _CALL) for c in turn.further_calls]
-    return _fields(turn, _TURN) | {"call": turn.call and _fields(turn.call, _CALL), "further_calls": further}
+def _turn_structs(turns: Sequence[Turn]) -> pa.StructArray:
+    """Column by column: Arrow takes several times as long to read the same out of nested dicts."""
+    further = [call for turn in turns for call in turn.further_calls]
+    calls = {
+        "call": _structs([turn.call for turn in turns], _CALL),
+        "further_calls": _lists([len(turn.further_calls) for turn in turns], _structs(further, _CALL)),
+    }
+    return _structs(turns, _TURN, **calls)
 
 
-def _fields(record: Any, kind: pa.StructType) -> dict[str, Any]:
-    """The record's values without `asdict`, which copies them deeply, or `vars`, which leaves a dict in each record."""
-    return {name: getattr(record, name) for name in _NAMES[kind]}
+def _structs(records: Sequence[Any], kind: pa.StructType, **columns: pa.Array) -> pa.StructArray:
+    """The records' fields by name, those in `columns` taken from there; a record that is None is null."""
+    missing = [record is None for record in records]
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    arrays = [
+        columns[f.name] if f.name in columns else pa.array([getattr(r, f.name, None) for r in records], f.type)
+        for f in fields
+    ]
+    return pa.StructArray.from_arrays(arrays, fields=fields, mask=pa.array(missing) if any(missing) else None)
+
+
+def _lists(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bool = False) -> Iterator[Trajectory]:
