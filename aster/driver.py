@@ -378,6 +378,7 @@ class GrpoLoop:
         trajectories = [t for g in groups for t in g.trajectories]
         seconds = {"gen": sampled - began, "step": time.monotonic() - began}
         return {
+            "timing_s/began_unix": time.time() - seconds["step"],  # the report lays trajectories beside the phases
             "training/global_step": float(self.step),
             "training/epoch": float(self.prompts.epoch),
             "training/stale_groups": float(self.stale_groups),

@@ -106,7 +106,7 @@ def write_report(
     texts = texts_for(
         {run.path: str((run.config.get("model") or {}).get("path") or "") for run in runs}, override=tokenizer
     )
-    sources = [Source(run.path, texts[run.path], phases=run.phases(), logged_at=run.logged_at) for run in runs]
+    sources = [Source(run.path, texts[run.path], phases=run.phases(), began=run.began_at) for run in runs]
     trajectories = (collector or Collector(limit=limit, max_chars=max_chars)).collect(sources)
     parent = Path(os.path.commonpath([path.resolve().parent for path in paths])).name
     title = names[0] if len(paths) == 1 else f"{parent}: {len(paths)} runs"

@@ -10,7 +10,7 @@ const SPECS = [
   ]],
   ["Tool use", [
     { name: "Calls per trajectory", keys: [["collapse/calls_mean", "mean"], ["collapse/calls_p90", "p90"]], range: [0, null] },
-    { name: "Collapse ratio", keys: [["collapse/ratio", "≤ 1 call"], ["collapse/post_hoc_ratio", "post hoc"]], range: [0, 1], rule: 0.3, ruleText: "alarm", sub: "trajectories with at most one call" },
+    { name: "Collapse ratio", keys: [["collapse/ratio", "≤ 1 call"], ["collapse/post_hoc_ratio", "post hoc"]], range: [0, 1], rule: RUNS.map((r) => r.config["collapse.max_ratio"]).find(finite) ?? 0.3, ruleText: "alarm", sub: "trajectories with at most one call" },
     { name: "First and last call", keys: [["collapse/first_call_position", "first"], ["collapse/last_call_position", "last"]], range: [0, 1], sub: "share of the model's tokens before it" },
     { name: "Use of session state", keys: [["collapse/state_reuse_ratio", "builds on earlier"], ["collapse/repeated_code_ratio", "same code again"]], range: [0, 1], sub: "of calls after the first" },
     { name: "Failing calls", keys: [["collapse/error_ratio", "failed"], ["collapse/recovery_rate", "recovered next"]], range: [0, 1] },
@@ -106,7 +106,7 @@ function curves() {
 }
 
 // Where a step's time went, a bar per step.
-const PHASES = [["timing_s/gen", "rollouts", "var(--r0)"], ["timing_s/old_log_prob", "log-probs", "var(--r2)"], ["timing_s/update_actor", "update", "var(--r3)"], ["timing_s/publish", "weights", "var(--r1)"]];
+const PHASES = [["timing_s/gen", "rollouts", "var(--r0)"], ["timing_s/old_log_prob", "log-probs", "var(--r2)"], ["timing_s/update_actor", "update", "var(--r3)"], ["timing_s/validation_wait", "validation", "var(--r4)"], ["timing_s/publish", "weights", "var(--r1)"]];
 function splits() {
   const out = [];
   for (const [i, run] of RUNS.entries()) {

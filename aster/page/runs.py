@@ -16,7 +16,15 @@ from aster.page.steps import PHASES
 from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
 
 _ROLLOUTS = ("rollout_data", "val_rollout_data")
-_UNREAD = ("timing_per_token_ms/", "/tool_use_info/", "/causes/", "tool_use_info/extra", "/infra_", "events/")
+_UNREAD = (
+    "timing_per_token_ms/",
+    "/tool_use_info/",
+    "/causes/",
+    "tool_use_info/extra",
+    "/infra_",
+    "events/",
+    "began_unix",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Run:
     events: list[dict[str, Any]]
     began: float
     ended: float
-    logged_at: dict[int, float]  # step -> unix time of the line with its seconds, which is when it ended
+    began_at: dict[int, float]  # step -> unix time at which the driver began it
     notes: tuple[str, ...] = ()  # what could not be read
 
     def series(self, name: str) -> list[tuple[int, float]]:
@@ -94,12 +102,12 @@ def load_run(path: Path, *, name: str | None = None) -> Run:
         notes.append(f"{file} does not exist: no curves")
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
-    logged_at: dict[int, float] = {}
+    began_at: dict[int, float] = {}
     for line in _lines(path):
         first = first or line
         last = line
         if "timing_s/step" in line:
-            logged_at[int(line["step"])] = float(line["time"])
+            began_at[int(line["step"])] = _beginning(line)
     return Run(
         name=name or path.name,
         path=path,
@@ -111,9 +119,16 @@ def load_run(path: Path, *, name: str | None = None) -> Run:
         events=read_events(file) if file.is_file() else [],
         began=float(first.get("time", 0.0)),
         ended=float(last.get("time", 0.0)),
-        logged_at=logged_at,
+        began_at=began_at,
         notes=tuple(notes),
     )
+
+
+def _beginning(line: Mapping[str, Any]) -> float:
+    """Of the step, where its line says so; else it ended when its files were written and the line behind them."""
+    if "timing_s/began_unix" in line:
+        return float(line["timing_s/began_unix"])
+    return float(line["time"]) - float(line["timing_s/step"]) - float(line.get("timing_s/record", 0.0))
 
 
 def _config(file: Path) -> tuple[dict[str, Any], list[str]]:

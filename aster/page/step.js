@@ -1,7 +1,7 @@
 // One step on the clock: the learner's lane, what each engine had in hand, and every trajectory as a line.
 let stepView = null, stepAt = -1;
-const LANE = [["generating", "--r0"], ["in a tool", "--r1"], ["waiting", "--wait"]];
-const PHASE_INK = { rollouts: "--wait", "log-probs": "--r2", update: "--r3", weights: "--r4", rest: "--line" };
+const LANE = [["generating", "--r0"], ["in a tool", "--r1"], ["waiting", "--wait"], ["verdict", "--r2"]];
+const PHASE_INK = { rollouts: "--wait", "log-probs": "--r2", update: "--r3", validation: "--r4", weights: "--r4", rest: "--line" };
 
 async function showStep(at) {
   if (at < 0 || at >= DATA.steps.length) return;
@@ -29,9 +29,10 @@ function inHand(view, engine, n) {
   const counts = LANE.map(() => new Float64Array(n));
   const at = (ms) => Math.max(0, Math.min(n, Math.round(n * ms / view.end)));
   const add = (series, a, b, by) => { for (let i = at(a); i < at(b); i++) series[i] += by; };
-  for (const [e, began, ended, , , gen, tool] of view.t) {
+  for (const [e, began, ended, , , gen, tool, score] of view.t) {
     if (e !== engine) continue;
     add(counts[2], began, ended, 1);
+    add(counts[3], ended, ended + score, 1);
     for (const [list, series] of [[gen, counts[0]], [tool, counts[1]]]) for (let i = 0; i < list.length; i += 2) { add(series, began + list[i], began + list[i + 1], 1); add(counts[2], began + list[i], began + list[i + 1], -1); }
   }
   for (let i = 0; i < n; i++) counts[2][i] = Math.max(0, counts[2][i]);
@@ -61,7 +62,7 @@ function drawStep() {
   }
   const n = Math.max(60, Math.floor(width / 2));
   const all = v.engines.map((_, e) => inHand(v, e, n));
-  const most = Math.max(1, ...all.flatMap((c) => Array.from(c[0], (x, i) => x + c[1][i] + c[2][i])));
+  const most = Math.max(1, ...all.flatMap((c) => Array.from(c[0], (x, i) => x + c[1][i] + c[2][i] + c[3][i])));
   all.forEach((counts, e) => {
     const y0 = head + e * (laneH + 10) + laneH;
     svg.append(h("text", { class: "lane", x: left - 10, y: y0 - laneH / 2 + 4, "text-anchor": "end" }, clip(v.engines[e] || "engine", W < 560 ? 8 : 15)), h("line", { class: "axis", x1: left, x2: W - right, y1: y0, y2: y0 }));
@@ -96,11 +97,12 @@ function gantt(v, { W, left, width }) {
   const canvas = h("canvas", { width: Math.round(W * scale), height: Math.round(H * scale), style: `width:${W}px;height:${H}px`, role: "img", "aria-label": `${rows} trajectories of this step, each a line; the table below lists them` });
   const g = canvas.getContext("2d");
   g.scale(scale, scale);
-  const paint = { gen: shade("--r0"), tool: shade("--r1"), wait: shade("--wait"), lost: shade("--bad"), ok: shade("--good") };
+  const paint = { gen: shade("--r0"), tool: shade("--r1"), wait: shade("--wait"), lost: shade("--bad"), score: shade("--r2") };
   const thin = rowH > 3 ? rowH - 1 : rowH;
-  v.t.forEach(([, began, ended, ok, , gen, tool], n) => {
+  v.t.forEach(([, began, ended, ok, , gen, tool, score], n) => {
     const y = 2 + n * rowH, x = (ms) => left + width * ms / v.end, bar = (a, b, ink) => { g.fillStyle = ink; g.fillRect(x(a), y, Math.max(0.6, x(b) - x(a)), thin); };
     bar(began, ended, ok === null || ok === 2 ? paint.lost : paint.wait);
+    if (score) bar(ended, ended + score, paint.score);
     for (let i = 0; i < gen.length; i += 2) bar(began + gen[i], began + gen[i + 1], paint.gen);
     for (let i = 0; i < tool.length; i += 2) bar(began + tool[i], began + tool[i + 1], paint.tool);
   });

@@ -13,7 +13,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-PHASES = (("gen", "rollouts"), ("old_log_prob", "log-probs"), ("update_actor", "update"), ("publish", "weights"))
+PHASES = (
+    ("gen", "rollouts"),
+    ("old_log_prob", "log-probs"),
+    ("update_actor", "update"),
+    ("validation_wait", "validation"),
+    ("publish", "weights"),
+)
 _COLUMNS = (
     "uid",
     "kind",
@@ -40,6 +46,7 @@ class Clocked:
     engine: str
     began: float  # unix seconds
     total_s: float
+    score_s: float  # of the verifier, behind total_s
     queue_s: float
     right: bool | None  # None: lost by our infrastructure
     lost: bool  # replaced by a retry
@@ -65,6 +72,7 @@ def _clocked(row: Mapping[str, Any]) -> Clocked:
         engine=row["engine"] or "",
         began=timing["began_unix"],
         total_s=timing["total_s"],
+        score_s=timing.get("score_s") or 0.0,
         queue_s=timing["queue_s"],
         right=None if row["reward"] is None else row["reward"] > 0.5,
         lost=bool(row["lost"]),
@@ -93,6 +101,7 @@ def clocks_of_rows(rows: Sequence[Mapping[str, Any]]) -> list[Clocked]:
                 engine=str(row.get("engine") or ""),
                 began=float(row["began_unix"]),
                 total_s=float(row["seconds"]),
+                score_s=0.0,
                 queue_s=float(row.get("queue_s") or 0.0),
                 right=right,
                 lost=False,
@@ -104,27 +113,25 @@ def clocks_of_rows(rows: Sequence[Mapping[str, Any]]) -> list[Clocked]:
 
 
 def step_view(
-    clocks: Sequence[Clocked], *, phases: Mapping[str, float], logged_at: float | None, row_of: Mapping[str, int]
+    clocks: Sequence[Clocked], *, phases: Mapping[str, float], began: float | None, row_of: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """The page's picture of one step, in ms from its beginning; None where nothing has a clock.
 
-    `phases`: seconds by PHASES' names and "step"; `logged_at`: unix time of the step's line, which is when it ended.
+    `phases`: seconds by PHASES' names and "step"; `began`: unix time at which the driver began it.
     `row_of`: uid -> row of the table, for the trajectories that are in the page.
     """
     clocks = sorted((c for c in clocks if c.began > 0), key=lambda c: (c.began, -c.total_s))
     learner = _learner(phases)
-    whole = sum(s for _, s in learner)
-    began = logged_at - phases.get("step", whole) if learner and logged_at else None
     if clocks and began is not None and abs(clocks[0].began - began) > _APART_S:
         began = None  # two clocks that cannot be of one step: a copied file, or a machine whose clock is wrong
-    if began is None:
-        learner = []
+    if began is None or not learner:
+        began, learner = None, []
     if not clocks and not learner:
         return None
     # rollouts of an asynchronous run began in an earlier step
     zero = min([*([began] if began is not None else []), *(c.began for c in clocks)])
     first = zero if began is None else began
-    end = max([first + sum(s for _, s in learner), *(c.began + c.total_s for c in clocks)])
+    end = max([first + sum(s for _, s in learner), *(c.began + c.total_s + c.score_s for c in clocks)])
     engines = sorted({c.engine for c in clocks})
     places = {name: i for i, name in enumerate(engines)}
 
@@ -148,6 +155,7 @@ def step_view(
                 row_of.get(c.uid, -1) if not c.lost else -1,
                 [round(x * _MS) for span in c.generating for x in span],
                 [round(x * _MS) for span in c.calling for x in span],
+                round(c.score_s * _MS),
             ]
             for c in clocks
         ],
@@ -156,7 +164,7 @@ def step_view(
 
 
 def _learner(phases: Mapping[str, float]) -> list[tuple[str, float]]:
-    known = [(label, phases[name]) for name, label in PHASES if name in phases]
+    known = [(label, phases[name]) for name, label in PHASES if phases.get(name, 0.0) > 0]
     rest = phases.get("step", 0.0) - sum(s for _, s in known)
     return [*known, ("rest", rest)] if known and rest > 0.001 else known
 

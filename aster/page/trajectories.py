@@ -56,7 +56,7 @@ class Source:
     path: Path
     texts: TokenTexts | str  # or why tokens cannot be shown
     phases: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step -> seconds by phase
-    logged_at: Mapping[int, float] = field(default_factory=dict)  # step -> unix time of its line
+    began: Mapping[int, float] = field(default_factory=dict)  # step -> unix time at which the driver began it
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Collector:
                 view = step_view(
                     part.clocks,
                     phases=source.phases.get(step.step, {}) if is_training else {},
-                    logged_at=source.logged_at.get(step.step) if is_training else None,
+                    began=source.began.get(step.step) if is_training else None,
                     row_of={uid: first_row + n for n, uid in enumerate(part.uids)},
                 )
                 if view is not None:

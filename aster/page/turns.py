@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+_PYTHON = "code_interpreter"
 _SPECIAL = re.compile(r"<\|im_(?:start|end)\|>|<\|endoftext\|>")
 _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
@@ -49,6 +50,7 @@ def turns_of(row: dict[str, Any], *, max_chars: int) -> Iterator[dict[str, Any]]
             "status": call.get("status"),
             "outcome": call.get("outcome"),
             "lost": call.get("state_lost"),
+            "tool": None if call.get("tool") == _PYTHON else call.get("tool"),
             "call_s": call.get("seconds"),
             "s": measured.get("seconds"),
             "tok": measured.get("tokens"),

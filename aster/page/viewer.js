@@ -106,7 +106,7 @@ function turnsOf(d) {
     return h("section", { class: `turn${failed ? " failed" : ""}${final ? " final" : ""}`, tabindex: -1, "data-turn": n, "aria-label": final ? "final turn" : `turn ${n + 1}` },
       h("header", {}, h("b", {}, final ? "Final turn" : `Turn ${n + 1}`), t.tok !== undefined && h("span", {}, `${whole(t.tok)} tokens`), h("span", {}, seconds(t.s)), t.end === "length" && h("span", { class: "badge warn" }, "cut by length"), t.lost && h("span", { class: "badge warn" }, "session state lost")),
       t.think && part("think", "thinking", t.think), t.text && part("text", final ? "answer" : "text", t.text),
-      t.code && part("code", "python", t.code, { extra: `${t.code.split("\n").length} line${t.code.includes("\n") ? "s" : ""}` }), (t.more || []).map((c) => part("code", "python, further call", c)),
+      t.code && part("code", t.tool || "python", t.code, { extra: `${t.code.split("\n").length} line${t.code.includes("\n") ? "s" : ""}` }), (t.more || []).map((c) => part("code", "further call", c)),
       t.obs !== undefined && part("obs", "observation", t.obs || "(no output)", { failed, fold: 18, extra: [failed ? said(t.outcome) : t.status, seconds(t.call_s)].filter(Boolean).join(" · ") }));
   });
 }

@@ -90,7 +90,7 @@ def trajectory(
         turns=tuple(turns),
         cause=Cause.ANSWERED,
         engine=f"engine-{sample % 2}",
-        timing=Timing(began + 0.25 * sample, clock + 0.5, calls + 0.5, 0.5 * calls, 0.0),
+        timing=Timing(began + 0.25 * sample, clock + 0.5, calls + 0.5, 0.5 * calls, 0.0, score_s=0.25),
     ).with_reward(float(right), Verdicts(right, right, str(sample)))
 
 
@@ -133,7 +133,11 @@ def make_run(
                 lost = lost.failed(Cause.SANDBOX_LOST, f"node gone {HOSTILE}")
                 train[0] = TrajectoryGroup(train[0].row, step, train[0].trajectories, lost=(lost,))
             timing = {"timing_s/step": STEP_S, "timing_s/gen": 5.0, "timing_s/old_log_prob": 1.0}
-            timing |= {"timing_s/update_actor": 1.5, "timing_s/publish": 0.25}
+            timing |= {
+                "timing_s/began_unix": time.time() - STEP_S,
+                "timing_s/update_actor": 1.5,
+                "timing_s/publish": 0.25,
+            }
             tracker.log(step, rollout_metrics(train) | {"actor/lr": 1e-6, "perf/throughput": 10.0 * step} | timing)
             write_rollouts(recipe.run.path / "rollout_data", train, step=step, decode=decode)
             write_trajectories_parquet(recipe.run.path / "trajectories", train, step=step)
