@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -41,7 +43,9 @@ def parse_recipe(
 
     `ConfigError` also for a recipe of another stage.
     """
-    parser = argparse.ArgumentParser(prog=f"aster {verb}", description=about)
+    parser = argparse.ArgumentParser(
+        prog=f"aster {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--recipe", default=default, help=f"a file, or one of: {', '.join(recipe_names())} (%(default)s)"
     )
@@ -58,6 +62,19 @@ def parse_recipe(
             f"use `aster {_VERB_OF[recipe.stage]} --recipe {args.recipe}`"
         )
     return recipe, args
+
+
+def require_writable(option: str, path: Path, *, directory: bool = False) -> None:
+    """Raises `ConfigError` when `path`, given with `option`, cannot become a file (or a directory): before the work."""
+    if directory and path.exists() and not path.is_dir():
+        raise ConfigError(f"{option} {path} is a file: name the directory to write")
+    if not directory and path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory: name the file to write")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{option} {path} cannot be made: {above} is a file")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written: {path if path.exists() else above} is not writable")
 
 
 _VERB_OF = {"rl": "train", "sft": "sft", "eval": "eval"}

@@ -522,7 +522,7 @@ def _recipe_text(recipe: str, near: Path | None) -> tuple[str, Path | None]:
         return shipped.read_text("utf-8"), None
     close = difflib.get_close_matches(recipe, recipe_names(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"no recipe {recipe!r}{hint} Shipped: {', '.join(recipe_names())}. A path must end in .yaml")
+    raise ConfigError(f"no recipe {recipe!r}{hint}; shipped: {', '.join(recipe_names())}. A path must end in .yaml")
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -576,6 +576,8 @@ def _explain(error: ValidationError, recipe: str) -> str:
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             cure = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             lines.append(f"  {key}: unknown key; {cure}")
+        elif item["type"] == "tuple_type":
+            lines.append(f"  {key}={item['input']!r}: it must be a list, as in {key}=[{item['input']}]")
         elif item["type"] == "missing":
             lines.append(f"  {key}: missing")
         elif item["type"] == "value_error":

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aster.command import run_verb
+from aster.command import require_writable, run_verb
 from aster.data.card import language
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import read_rows, rollout_files
@@ -105,13 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.resolve() == args.dataset.resolve():
         raise ConfigError(f"--output {args.output} is the dataset itself: name another file")
     if not args.dataset.is_file():
-        raise DataError(f"--dataset {args.dataset} does not exist: name the parquet that was trained on")
-    files = rollout_files(args.rollout_dir, step_min=args.step_min, step_max=args.step_max)
-    if not files:
-        steps = [step for step, _ in rollout_files(args.rollout_dir)]
-        has = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has no STEP.jsonl at all"
-        wanted = f"steps {args.step_min if args.step_min is not None else 'first'} to {args.step_max or 'last'}"
-        raise DataError(f"--rollout-dir {args.rollout_dir} has no file for {wanted}: {has}")
+        what = "is a directory" if args.dataset.is_dir() else "does not exist"
+        raise DataError(f"--dataset {args.dataset} {what}: name the parquet that was trained on")
+    if args.samples is not None and args.samples < 1:
+        raise ConfigError(f"--samples {args.samples} must be at least 1")
+    plot = args.plot_output or args.output.with_name(f"{args.output.stem}_distribution.png")
+    require_writable("--output", args.output)
+    if args.plot or args.plot_output:
+        require_writable("--plot-output", plot)
+        if plot.suffix != ".png":
+            raise ConfigError(f"--plot-output {plot} must end in .png")
+    files = _files(args.rollout_dir, args.step_min, args.step_max)
     print(f"{len(files)} rollout files, steps {files[0][0]} to {files[-1][0]}, dataset {args.dataset}")
     if args.dry_run:
         return 0
@@ -127,10 +131,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(breakdown(rows, result.accuracy, kept)))
     print(args.output)
     if args.plot or args.plot_output:
-        plot = args.plot_output or args.output.with_name(f"{args.output.stem}_distribution.png")
         plot_distribution(result, plot, bounds=bounds)
         print(plot)
     return 0
+
+
+def _files(folder: Path, step_min: int | None, step_max: int | None) -> list[tuple[int, Path]]:
+    """`(step, path)` of the rollout files of these steps. DataError, with what there is, when there is none."""
+    files = rollout_files(folder, step_min=step_min, step_max=step_max)
+    if files:
+        return files
+    steps = [step for step, _ in rollout_files(folder)]
+    wanted = f"steps {'first' if step_min is None else step_min} to {'last' if step_max is None else step_max}"
+    has = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has no STEP.jsonl at all"
+    inside = folder / "rollout_data"
+    cure = f"; give --rollout-dir {inside}" if not steps and inside.is_dir() else ""
+    raise DataError(f"--rollout-dir {folder} has no file for {wanted}: {has}{cure}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the parquet to write")
     parser.add_argument("--step-min", type=int, help="first step to count (the first there is)")
     parser.add_argument("--step-max", type=int, help="last step to count, included (the last there is)")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="drop at or above (%(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="drop at or above (%(default)s; 2 keeps all)"
+    )
     parser.add_argument("--accuracy-min", type=float, default=0.0, help="drop below (%(default)s)")
     parser.add_argument("--drop-all-wrong", action="store_true", help="drop rows that no rollout solved")
     parser.add_argument("--samples", type=int, help="N of the column acc_mean@N (what most prompts have per step)")
@@ -283,25 +301,26 @@ def write_filtered(dataset: Path, output: Path, result: Accuracies, *, bounds: B
 
 
 def plot_distribution(result: Accuracies, path: Path, *, bounds: Bounds) -> None:
-    """Histogram of accuracy over the dataset's rows: what stays, and what goes."""
+    """Histogram of accuracy over the dataset's rows: what stays, and what goes. A row that has had several times N
+    rollouts counts with its accuracy rounded down, so that only what was always solved stands at N of N."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    n = result.samples
     accuracy = result.accuracy[~np.isnan(result.accuracy)]
-    edges = ((np.arange(result.samples + 2) - 0.5) / result.samples).tolist()
+    right = np.floor(accuracy * n + 1e-9).astype(np.int64)
     keep = bounds.keep(accuracy)
+    kept, dropped = (np.bincount(right[mask], minlength=n + 1) for mask in (keep, ~keep))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.hist(
-        [accuracy[keep], accuracy[~keep]],
-        bins=edges,
-        stacked=True,
-        color=["#3b6fd4", "#c9ccd3"],
-        label=[f"kept ({int(keep.sum()):,})", f"dropped ({int((~keep).sum()):,})"],
-        edgecolor="white",
-    )
-    axes.set(xlabel=f"accuracy over a row's rollouts ({result.samples} per step)", ylabel="dataset rows")
+    axes.bar(range(n + 1), kept, color="#3b6fd4", label=f"kept ({int(keep.sum()):,})")
+    top = axes.bar(range(n + 1), dropped, bottom=kept, color="#c9ccd3", label=f"dropped ({int((~keep).sum()):,})")
+    if n <= 16:
+        axes.set_xticks(range(n + 1))
+        axes.bar_label(top, [f"{total:,}" if total else "" for total in kept + dropped], padding=2, fontsize=9)
+    axes.set(xlabel=f"right of {n} rollouts (mean over the steps, rounded down)", ylabel="dataset rows")
+    axes.margins(y=0.12)
     unseen = int(np.isnan(result.accuracy).sum())
     axes.set_title(f"{len(result.accuracy):,} rows; {unseen:,} never rolled out are kept and not shown", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

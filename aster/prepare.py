@@ -24,7 +24,7 @@ from aster import launch
 from aster.agent.chat import ChatRenderer
 from aster.agent.observations import observe
 from aster.agent.tokenization import ChatTemplate
-from aster.command import run_verb
+from aster.command import require_writable, run_verb
 from aster.config import Recipe
 from aster.data.base_corpus import base_conversations
 from aster.data.card import card
@@ -32,7 +32,7 @@ from aster.data.coldstart import dense_conversations, describe, head_conversatio
 from aster.data.conversations import write_conversations
 from aster.data.hub import local_files
 from aster.data.prompts import read_prompts, write_prompts
-from aster.data.raw import Columns, Overlap, collect
+from aster.data.raw import NGRAM, SHARE, Columns, Overlap, collect
 from aster.data.smollm2 import GgufModel, find_gguf
 from aster.data.tasks import QUICKSTART_FAMILIES, draw_problems, to_row
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
@@ -79,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where a record keeps problem, answer and row_id, if not under a usual name; dots reach into structs",
     )
     raw.add_argument("--decontaminate", nargs="+", default=[], metavar="PARQUET", help="evaluation sets to keep apart")
-    raw.add_argument("--ngram", type=int, default=10, help="words in a row that count as contamination (%(default)s)")
+    raw.add_argument("--ngram", type=int, default=NGRAM, help="words in a row that count as shared (%(default)s)")
+    raw.add_argument(
+        "--overlap",
+        type=float,
+        default=SHARE,
+        help="drop a problem that shares this part of an evaluation problem's words (%(default)s)",
+    )
     raw.add_argument("--tokenizer", default="", metavar="DIR", help="model directory, to count tokens of prompts")
     raw.add_argument("--max-prompt-tokens", type=int, default=2048, help="with --tokenizer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the weights (%(default)s)")
@@ -94,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.out:
         raise ConfigError("--out is missing: name the directory to write")
     out = Path(args.out)
+    require_writable("--out", out, directory=True)
+    _check(args)
     if args.dry_run:
         print("\n".join(f"{key} = {value}" for key, value in vars(args).items() if value not in (None, [], False)))
         return 0
@@ -109,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 columns=_columns(args.columns),
                 evaluation_sets=args.decontaminate,
                 ngram=args.ngram,
+                overlap=args.overlap,
                 tokenizer=args.tokenizer,
                 max_prompt_tokens=args.max_prompt_tokens,
             )
@@ -120,6 +129,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
         print(asyncio.run(quickstart(out, seed=args.seed, sandboxes=sandboxes)))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for an option that is wrong, or belongs to another kind of preparation."""
+    given = [
+        name for name in ("source", "columns", "decontaminate", "tokenizer") if getattr(args, name) and not args.data
+    ]
+    if given:
+        raise ConfigError(f"--{given[0]} belongs to --data: with --task and --model there is nothing to apply it to")
+    if args.overrides and not args.task:
+        raise ConfigError(f"{args.overrides[0]}: a recipe's values count with --task only")
+    if args.data and not args.source:
+        raise ConfigError("--source is missing: name the data set as its rows should, e.g. --source math_dapo")
+    if args.ngram < 1:
+        raise ConfigError(f"--ngram {args.ngram} must be at least 1")
+    if not 0 < args.overlap <= 1:
+        raise ConfigError(
+            f"--overlap {args.overlap} must be above 0 and at most 1: a share of an evaluation problem's words"
+        )
+    if args.max_prompt_tokens < 1:
+        raise ConfigError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
 
 
 async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: TaskSize = TaskSize()) -> str:
@@ -201,25 +231,24 @@ def raw_problems(
     source: str,
     columns: Columns,
     evaluation_sets: Sequence[str] = (),
-    ngram: int = 10,
+    ngram: int = NGRAM,
+    overlap: float = SHARE,
     tokenizer: str = "",
     max_prompt_tokens: int = 2048,
 ) -> str:
     """`--data`: OUT/train.parquet, OUT/card.md and OUT/dropped.jsonl from the files, URLs or data sets `names`.
 
-    Problems that share `ngram` words in a row with one of `evaluation_sets` are dropped, and with a `tokenizer` (a
-    model directory) those above `max_prompt_tokens`. Returns a summary; `DataError` when nothing is left.
+    Problems that share `overlap` of the words of one in `evaluation_sets`, in runs of `ngram`, are dropped, and with a
+    `tokenizer` (a model directory) those above `max_prompt_tokens`. Returns a summary; `DataError` when all are gone.
     """
-    if not source:
-        raise ConfigError("--source is missing: name the data set as its rows should, e.g. --source math_dapo")
-    if ngram < 1:
-        raise ConfigError(f"--ngram {ngram} must be at least 1")
     count = _token_counter(tokenizer)
     found = collect(
         [file for name in names for file in local_files(name)],
         source=source,
         columns=columns,
-        contaminated_by=Overlap(read_prompts(evaluation_sets), n=ngram) if evaluation_sets else lambda _: "",
+        contaminated_by=Overlap(read_prompts(evaluation_sets), n=ngram, share=overlap)
+        if evaluation_sets
+        else lambda _: "",
         prompt_tokens=count,
         max_prompt_tokens=max_prompt_tokens,
     )

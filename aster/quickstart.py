@@ -26,7 +26,7 @@ from rich.table import Table
 from aster import eval as evaluation
 from aster import filter as filtering
 from aster import launch, merge, prepare, report, sft, train
-from aster.algo.intervals import paired_bootstrap
+from aster.algo.intervals import paired_test
 from aster.command import print_resolved, run_verb
 from aster.config import Recipe
 from aster.data.prompts import read_prompts
@@ -217,7 +217,7 @@ def _summary(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> Table
     for column in ("(problems)", "after SFT", "after RL", "difference [95 %]", "calls"):
         table.add_column(column, no_wrap=True)
     for name, a, b in zip(("T = 1", "T = 0.6", "no tool"), before, after, strict=True):
-        diff = paired_bootstrap(_scores(a.groups), _scores(b.groups))
+        diff = paired_test(_scores(a.groups), _scores(b.groups))
         table.add_row(
             f"{name} ({len(a.groups)})",
             f"{_mean(a):.3f}",
@@ -232,10 +232,10 @@ def _claims(
     plan: Plan, before: Sequence[EvalResult], after: Sequence[EvalResult], *, kept: int, rows: int
 ) -> list[Claim]:
     (sft_T1, _, _), (rl_T1, _, rl_notool) = before, after
-    rise = paired_bootstrap(_scores(sft_T1.groups), _scores(rl_T1.groups))
+    rise = paired_test(_scores(sft_T1.groups), _scores(rl_T1.groups))
     stage1 = _validation(plan.stage2(), step=0)  # stage 1's model, as stage 2 found it
     stage2 = {g.row.row_id: scores for g, scores in zip(rl_T1.groups, _scores(rl_T1.groups), strict=True)}
-    two_minus_one = paired_bootstrap(*_aligned(stage1, stage2))
+    two_minus_one = paired_test(*_aligned(stage1, stage2))
     problems, start, alone = len(sft_T1.groups), _mean(sft_T1), _mean(rl_notool)
     calls = _calls(sft_T1.groups), _calls(rl_T1.groups)
     return [
@@ -253,14 +253,17 @@ def _claims(
     ]
 
 
-def _scores(groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
-    """Right or wrong per problem, as `aster eval` judges; a problem that lost all its samples counts as wrong."""
-    return [[float(is_right(t)) for t in g.scored] or [0.0] for g in groups]
+def _scores(groups: Sequence[TrajectoryGroup]) -> list[float]:
+    """The share of right samples per problem, as `aster eval` judges; one that lost all its samples counts as wrong."""
+    return [_share([float(is_right(t)) for t in g.scored]) for g in groups]
+
+
+def _share(verdicts: Sequence[float]) -> float:
+    return sum(verdicts) / len(verdicts) if verdicts else 0.0
 
 
 def _mean(result: EvalResult) -> float:
-    scores = _scores(result.groups)
-    return sum(sum(s) / len(s) for s in scores) / len(scores)
+    return _share(_scores(result.groups))
 
 
 def _calls(groups: Sequence[TrajectoryGroup]) -> float:
@@ -268,15 +271,15 @@ def _calls(groups: Sequence[TrajectoryGroup]) -> float:
     return sum(counts) / max(len(counts), 1)
 
 
-def _validation(recipe: Recipe, *, step: int) -> dict[str, list[float]]:
+def _validation(recipe: Recipe, *, step: int) -> dict[str, float]:
     """Scores by row of one validation of a training run."""
     scores: dict[str, list[float]] = {}
     for row in read_rows(recipe.run.path / "val_rollout_data" / f"{step}.jsonl"):
         scores.setdefault(row["row_id"], []).extend([] if row["acc"] is None else [float(row["acc"])])
-    return {row_id: judged or [0.0] for row_id, judged in scores.items()}
+    return {row_id: _share(judged) for row_id, judged in scores.items()}
 
 
-def _aligned(a: dict[str, list[float]], b: dict[str, list[float]]) -> tuple[list[list[float]], list[list[float]]]:
+def _aligned(a: dict[str, float], b: dict[str, float]) -> tuple[list[float], list[float]]:
     rows = sorted(a.keys() & b.keys())
     return [a[r] for r in rows], [b[r] for r in rows]
 

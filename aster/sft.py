@@ -139,7 +139,7 @@ def load_samples(recipe: Recipe, renderer: ChatRenderer) -> Samples:
         )
         if some and not samples:
             raise DataError(
-                f"all {dropped} conversations are longer than sft.max_length={recipe.sft.max_length} tokens"
+                f"all {dropped} conversations are longer than sft.max_length={recipe.sft.max_length} tokens: raise it"
             )
         return samples, dropped
 

@@ -37,7 +37,7 @@ from aster.agent.demonstrations import Selection, Wanted, select
 from aster.agent.rewards import RewardPool
 from aster.agent.sampling import sample
 from aster.agent.teacher import ChatTeacher
-from aster.command import run_verb
+from aster.command import require_writable, run_verb
 from aster.config import Recipe
 from aster.data.conversations import write_conversations
 from aster.data.prompts import read_prompts
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     wanted = _wanted(args)
     recipe = _teaching(args)
+    require_writable("--out", args.out, directory=True)
     rows = {row.row_id: row for row in read_prompts(args.dataset)}
     renderer = ChatRenderer.from_model_dir(args.model)
     if args.dry_run:

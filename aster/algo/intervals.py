@@ -207,34 +207,6 @@ def bootstrap_mean(
     return Interval(float(_row_means(table, counts).mean()), float(low), float(high))
 
 
-def paired_bootstrap(
-    a_PG: Sequence[Sequence[float] | np.ndarray],
-    b_PG: Sequence[Sequence[float] | np.ndarray],
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    over: Resample = "both",
-) -> PairedDifference:
-    """Two runs on the same problems, row for row: a resampled problem is taken from both, its samples from each."""
-    if len(a_PG) != len(b_PG):
-        raise ValueError(f"paired runs need the same problems, got {len(a_PG)} and {len(b_PG)}")
-    table_a, counts_a = _padded(a_PG)
-    table_b, counts_b = _padded(b_PG)
-    # the same seed draws the same problems for both; the samples come from streams of their own
-    diff_B = _resampled_means(table_b, counts_b, resamples=resamples, seed=seed, over=over, stream=2)
-    diff_B -= _resampled_means(table_a, counts_a, resamples=resamples, seed=seed, over=over, stream=1)
-    low, high = np.quantile(diff_B, [(1 - level) / 2, (1 + level) / 2])
-    tail = min(int((diff_B <= 0).sum()), int((diff_B >= 0).sum()))
-    return PairedDifference(
-        mean=float(_row_means(table_b, counts_b).mean() - _row_means(table_a, counts_a).mean()),
-        low=float(low),
-        high=float(high),
-        p_value=min(1.0, 2 * (tail + 1) / (resamples + 1)),
-        problems=len(a_PG),
-    )
-
-
 def _padded(scores_PG: Sequence[Sequence[float] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """([P, max G] zero-padded, [P] lengths)."""
     counts = np.array([len(row) for row in scores_PG], dtype=np.int64)
@@ -250,13 +222,11 @@ def _row_means(table: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return table.sum(axis=1) / counts
 
 
-def _resampled_means(
-    table: np.ndarray, counts: np.ndarray, *, resamples: int, seed: int, over: Resample, stream: int = 0
-) -> np.ndarray:
+def _resampled_means(table: np.ndarray, counts: np.ndarray, *, resamples: int, seed: int, over: Resample) -> np.ndarray:
     """[B] means. Two generators, so that paired calls with one seed draw the same problems."""
     problems, width = table.shape
     problem_rng = np.random.default_rng([seed, 0])
-    sample_rng = np.random.default_rng([seed, 1, stream])
+    sample_rng = np.random.default_rng([seed, 1, 0])
     means = _row_means(table, counts)
     used = np.arange(width) < counts[:, None]
     out = np.empty(resamples)

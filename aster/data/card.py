@@ -21,6 +21,7 @@ _DECIMAL = re.compile(r"[+-]?\d*\.\d+\Z")
 _FRACTION = re.compile(r"[+-]?\d+/\d+\Z|-?\\d?frac\{-?\d+\}\{-?\d+\}\Z")
 _ACCURACY = re.compile(r"acc_mean@(\d+)\Z")
 _PERCENTILES = (50, 90, 99, 100)
+_BAR = 30  # characters of the longest bar of a histogram
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    summary: dict[str, int]
+    """mean, p50, p90, p99, max"""
+    histogram: dict[str, int]
+    """Rows by length, between powers of two."""
+
+
+@dataclass(frozen=True)
 class Card:
     rows: int
     sources: dict[str, int]
@@ -44,8 +53,8 @@ class Card:
     negative_answers: int
     longest_answer: int
     duplicates: int
-    characters: dict[str, int]  # of the user message
-    tokens: dict[str, int]  # of the prompt with the tool block; empty without a tokenizer
+    characters: Lengths  # of the user message
+    tokens: Lengths | None  # of the prompt with the tool block; null without a tokenizer
     judged: Judged | None
 
     def markdown(self, *, title: str) -> str:
@@ -61,8 +70,12 @@ class Card:
             ("characters of the user message", self.characters),
             ("tokens of the prompt", self.tokens),
         ):
-            if lengths:
-                lines += ["", f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items())]
+            if lengths is not None:
+                summary = ", ".join(f"{key} {value:,}" for key, value in lengths.summary.items())
+                lines += ["", f"{name}: {summary}", "", f"| {name} | rows | |", "|---|---|---|"]
+                most = max(lengths.histogram.values())
+                for key, count in lengths.histogram.items():
+                    lines.append(f"| {key} | {count:,} | {'#' * -(-count * _BAR // most)} |")
         return "\n".join([*lines, *self._judged_lines()]) + "\n"
 
     def _judged_lines(self) -> list[str]:
@@ -97,8 +110,8 @@ def card(path: Path, *, prompt_tokens: Callable[[PromptRow], int] | None = None)
         negative_answers=sum(answer.startswith("-") for answer in answers),
         longest_answer=max(map(len, answers)),
         duplicates=len(texts) - len(set(texts)),
-        characters=_percentiles([len(text) for text in texts]),
-        tokens=_percentiles([prompt_tokens(row) for row in rows]) if prompt_tokens else {},
+        characters=_lengths([len(text) for text in texts]),
+        tokens=_lengths([prompt_tokens(row) for row in rows]) if prompt_tokens else None,
         judged=_judged(path, rows, languages),
     )
 
@@ -122,11 +135,18 @@ def _counted(values: Any) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def _percentiles(values: Sequence[int]) -> dict[str, int]:
+def _lengths(values: Sequence[int]) -> Lengths:
+    """
+    >>> _lengths([100, 130, 140, 520]).histogram
+    {'64-127': 1, '128-255': 2, '256-511': 0, '512-1023': 1}
+    """
     names = {100: "max"}
-    return {"mean": round(float(np.mean(values)))} | {
+    summary = {"mean": round(float(np.mean(values)))} | {
         names.get(p, f"p{p}"): int(np.percentile(values, p)) for p in _PERCENTILES
     }
+    bits = Counter(value.bit_length() for value in values)
+    ranges = range(min(bits), max(bits) + 1)
+    return Lengths(summary, {f"{1 << bit >> 1}-{(1 << bit) - 1}": bits[bit] for bit in ranges})
 
 
 def _judged(path: Path, rows: Sequence[PromptRow], languages: Sequence[str]) -> Judged | None:

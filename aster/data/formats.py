@@ -40,7 +40,8 @@ def form_of(records: Sequence[Mapping[str, Any]], *, where: str) -> Form:
     if "conversations" in records[0]:
         return "sharegpt"
     if "messages" not in records[0]:
-        raise DataError(f"{where} lacks the column messages (or conversations); it has {sorted(records[0])}")
+        cure = ": these are prompts, and SFT reads conversations (README, Data)" if "prompt" in records[0] else ""
+        raise DataError(f"{where} lacks the column messages (or conversations); it has {sorted(records[0])}{cure}")
     messages = (m for record in records for m in record.get("messages") or () if isinstance(m, Mapping))
     structured = any(m.get("tool_calls") or isinstance(m.get("reasoning_content"), str) for m in messages)
     return "openai" if structured else "raw"

@@ -150,7 +150,10 @@ class PromptStream:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        raise DataError(f"{path} does not exist")
+        what = "is a directory: name the parquet file in it" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}")
+    if path.suffix in (".jsonl", ".ndjson", ".json", ".csv"):
+        raise DataError(f"{path} is no parquet file: `aster prepare --data {path} ...` makes one of raw problems")
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:

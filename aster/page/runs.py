@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from aster.algo.intervals import paired_bootstrap
+from aster.algo.intervals import paired_test
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import DataError
 from aster.page.steps import PHASES
@@ -226,7 +226,7 @@ def accuracies(run: Run) -> list[Accuracy]:
 
 
 def comparison(all_accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
-    """Rows for the accuracy table: each against the first one of its source on the same problems (paired bootstrap)."""
+    """Rows for the accuracy table: each against the first one of its source on the same problems (`paired_test`)."""
     rows = []
     for a in all_accuracies:
         base = next((b for b in all_accuracies if b.source == a.source and b.metric == a.metric), a)
@@ -252,7 +252,8 @@ def _difference(base: Accuracy, other: Accuracy) -> dict[str, Any] | None:
     shared = sorted(set(base.verdicts) & set(other.verdicts))
     if not shared:
         return None
-    paired = paired_bootstrap([base.verdicts[r] for r in shared], [other.verdicts[r] for r in shared], resamples=1000)
+    means = ([sum(a.verdicts[r]) / len(a.verdicts[r]) for r in shared] for a in (base, other))
+    paired = paired_test(*means)
     return {
         "run": base.run,
         "step": base.step,

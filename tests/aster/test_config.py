@@ -75,6 +75,7 @@ def test_sft_and_eval_hold_the_numbers_of_the_paper():
         ("optim.lrr=1e-6", "did you mean 'lr'"),
         ("optimm.lr=1e-6", "did you mean 'optim'"),
         ("optim.lr=fast", "optim.lr='fast'"),
+        ("data.train_files=a.parquet", "it must be a list, as in data.train_files=[a.parquet]"),
         ("optim.lr=-1", "greater than 0"),
         ("algo.mini_batch_prompts=60", "128 = 2 x 60 + 8"),
         ("learner.backend=deepspeed_zero3", "use fsdp2 for RL"),

@@ -1,7 +1,9 @@
 """Raw problem sets into prompt files: columns, copies, contamination, length, and every kind of bad record."""
 
+import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 from aster.cli import main
 from aster.data.card import card
 from aster.data.hub import local_files
-from aster.data.prompts import read_prompts, user_message
+from aster.data.prompts import INSTRUCTION, read_prompts, user_message
 from aster.data.raw import Columns, Overlap, collect, fingerprint
 from aster.errors import DataError
 from aster.types import PromptRow
@@ -110,16 +112,26 @@ def test_an_id_that_is_taken_is_replaced_by_the_hash(tmp_path):
     assert (first.row_id, second.row_id) == ("1", f"t-{fingerprint('b')[:16]}")
 
 
-def test_contamination_is_words_in_a_row_and_names_the_evaluation_row(tmp_path):
+def test_contamination_is_a_share_of_the_evaluation_problem_and_names_it(tmp_path):
     aime = PromptRow(
         "aime-3", ({"role": "user", "content": user_message("Find the sum of all integer bases b > 9 ok")},), "70", "a"
     )
-    overlap = Overlap([aime], n=6)
-    assert overlap("Now FIND the sum of all integer, please") == "aime-3"
-    assert overlap("find the sum of all prime numbers below ten") == ""
+    overlap = Overlap([aime], n=4, share=0.5)  # ten words
+    assert overlap("Now FIND the sum of all, please, integer BASES: b") == "aime-3 (50% of its words)"
+    assert overlap("find the sum of prime numbers below ten") == "", "four words in a row are four of ten"
+    assert overlap("find the sum x of all integer y bases b 9") == "", "no four words in a row"
+    assert overlap(user_message("find THE sum of all integer bases b > 9 ok")) == "aime-3 (the same problem)"
     raw = lines(tmp_path / "a.jsonl", {"problem": "Find the sum of all integer bases.", "answer": "1"})
     found = collect([raw], source="t", contaminated_by=overlap)
-    assert [(d.reason, d.detail) for d in found.dropped] == [("contaminated", "aime-3")]
+    assert [(d.reason, d.detail) for d in found.dropped] == [("contaminated", "aime-3 (70% of its words)")]
+
+
+def test_a_short_evaluation_problem_must_be_contained_whole():
+    five, four = (PromptRow(w, ({"role": "user", "content": w},), "1", "a") for w in ("a b c d e", "p q r s"))
+    overlap = Overlap([five, four])
+    assert overlap("x a b c d e y") == "a b c d e (100% of its words)"
+    assert (overlap("x a b c d"), overlap("x p q r s y")) == ("", "")
+    assert overlap("P  q r s") == "p q r s (the same problem)"
 
 
 def test_a_prompt_that_is_too_long_is_listed_not_a_crash_in_step_forty(tmp_path):
@@ -182,6 +194,7 @@ def test_a_prepare_that_cannot_work_says_so(tmp_path, capsys):
             "--columns problem must look like problem=NAME",
         ),
         (["--data", str(raw), "--source", "s", "--ngram", "0"], "--ngram 0 must be at least 1"),
+        (["--data", str(raw), "--source", "s", "--overlap", "1.5"], "--overlap 1.5 must be above 0 and at most 1"),
     ):
         assert main(["prepare", "--out", str(tmp_path / "out"), *options]) == 1
         assert words in capsys.readouterr().err.replace("\n", " ")
@@ -239,3 +252,16 @@ def test_the_evaluation_sets_do_not_touch_each_other():
     overlap = Overlap(aime)
     assert all(overlap(r.messages[0]["content"]) for r in aime)
     assert not [r.row_id for r in hmmt if overlap(r.messages[0]["content"])]
+
+
+@needs_real_data
+def test_competition_phrases_are_no_contamination_and_a_disguised_problem_is():
+    rows = read_prompts([REAL / "aime25.parquet", REAL / "hmmt25.parquet"])
+    overlap = Overlap(rows)
+    published = read_prompts([REAL / "dapo_filter_all_correct.parquet"])
+    assert sum(bool(overlap(r.messages[0]["content"])) for r in published) == 5
+    problems = [r.messages[0]["content"].removesuffix(INSTRUCTION) for r in rows]
+    assert sum(bool(overlap(p[: len(p) // 2])) for p in problems) == 59
+    numbers = itertools.count(2)
+    disguised = [re.sub(r"\d+", lambda _: str(next(numbers)), p) for p in problems]
+    assert sum(bool(overlap(p)) for p in disguised) > 48
