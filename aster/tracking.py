@@ -299,7 +299,7 @@ class Progress:
             return
         now = time.monotonic()
         self._began = self._began or (step, now)
-        validation = any(key.startswith("val-core/") for key in values)
+        validation = any(key.startswith(("val-core/", "val/")) for key in values)
         if now < self._next_line and step < self._total and not validation:
             return
         self._next_line = now + _LOG_LINE_EVERY_S
@@ -336,6 +336,8 @@ def summary_line(values: Mapping[str, float]) -> str:
     for key, form in (
         ("critic/score/mean", "reward {:.3f}"),
         ("train/loss", "loss {:.4f}"),
+        ("val/loss", "validation loss {:.4f}"),
+        ("val/tool_format_accuracy", "calls well formed {:.1%}"),
         ("tool_use_info/avg_tool_calls_per_trajectory", "calls {:.2f}"),
         ("actor/entropy", "entropy {:.3f}"),
         ("perf/throughput", "{:.0f} tok/s"),

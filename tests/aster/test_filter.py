@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,6 +183,18 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
         run(out, dataset=data, rollouts=tmp_path / "missing")
     with pytest.raises(DataError, match=r"missing\.parquet does not exist"):
         run(out, dataset=tmp_path / "missing.parquet", rollouts=good)
+    with pytest.raises(DataError, match="is a directory: name the parquet that was trained on"):
+        run(out, dataset=tmp_path, rollouts=good)
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"d\.jsonl is no parquet file: `aster prepare --data .*` makes one"):
+        run(out, dataset=tmp_path / "d.jsonl", rollouts=good)
+    good.rename(tmp_path / "run_rollout_data")
+    good = (tmp_path / "stage1" / "rollout_data").parent
+    good.mkdir()
+    (tmp_path / "run_rollout_data").rename(good / "rollout_data")
+    with pytest.raises(DataError, match=r"no STEP\.jsonl at all; give --rollout-dir .*stage1/rollout_data"):
+        run(out, dataset=data, rollouts=good)
+    good = good / "rollout_data"
     with pytest.raises(ConfigError, match="is the dataset itself"):
         run(data, dataset=data, rollouts=good)
     with pytest.raises(DataError, match="all 1 rows were judged and none has an accuracy of at least 0 and below"):
@@ -202,6 +215,52 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"4\.jsonl, line 1: not UTF-8"):
         run(out, dataset=data, rollouts=good)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--output", "FOLDER"], "--output FOLDER is a directory: name the file to write"),
+        (["--output", "FOLDER/d.parquet/o.parquet"], "o.parquet cannot be made: FOLDER/d.parquet is a file"),
+        (["--plot-output", "FOLDER"], "--plot-output FOLDER is a directory"),
+        (["--plot-output", "FOLDER/plot.jpg"], r"plot.jpg must end in \.png"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+    ],
+)
+def test_a_bad_option_is_named_before_anything_is_read_or_written(
+    tmp_path: Path, options: list[str], words: str
+) -> None:
+    data = dataset(tmp_path / "d.parquet", "a")
+    folder = rollouts(tmp_path / "r", 1, {"input": rendered("a"), "acc": False})
+    given = [option.replace("FOLDER", str(tmp_path)) for option in options]
+    with pytest.raises(ConfigError, match=words.replace("FOLDER", str(tmp_path))):
+        run(tmp_path / "o.parquet", *given, dataset=data, rollouts=folder)
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_the_last_bar_of_the_histogram_holds_only_what_was_always_solved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    # two steps of four: 7 of 8 is 3.5 of 4 and stands at 3; never rolled out stands nowhere
+    rows = {"id-0": [1] * 8, "id-1": [1] * 7 + [0], "id-2": [0] * 8}
+    data = dataset(tmp_path / "d.parquet", *"abcd")
+    for step in (1, 2):
+        half = slice(4 * (step - 1), 4 * step)
+        folder = rollouts(
+            tmp_path / "r",
+            step,
+            *[{"row_id": i, "acc": bool(v)} for i, verdicts in rows.items() for v in verdicts[half]],
+        )
+    drawn: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    run(tmp_path / "o.parquet", "--plot", dataset=data, rollouts=folder)
+    (axes,) = drawn[0].axes
+    kept, dropped = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
+    assert (kept, dropped) == ([1, 0, 0, 1, 0], [0, 0, 0, 0, 1])
+    assert axes.get_title() == "4 rows; 1 never rolled out are kept and not shown"
 
 
 def test_rows_can_be_bounded_from_below_and_unseen_ones_stay(

@@ -4,15 +4,17 @@ import contextlib
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import pytest
 
-from aster import prepare
+from aster import prepare, sft
 from aster.agent.chat import ChatRenderer
+from aster.config import Recipe, recipe_names
 from aster.data.conversations import read_conversations, to_samples
 from aster.data.prompts import INSTRUCTION, read_prompts
 from aster.data.tasks import is_heldout
-from aster.errors import DataError
+from aster.errors import ConfigError, DataError
 from serve.schema import ExecuteResponse, Status
 
 SIZE = prepare.TaskSize(train=24, heldout=16, echoes=40, drills=40, dense=24, head=16)
@@ -90,6 +92,53 @@ async def test_the_same_seed_writes_the_same_weights_and_rows(tmp_path):
         await prepare.quickstart(tmp_path / name, seed=3, sandboxes=Sandboxes(), size=SIZE)
     for file in ("model/model.safetensors", "model/tokenizer.json", "train.parquet", "base.parquet", "sft.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("cpu_")])
+async def test_every_cpu_recipe_names_files_that_prepare_writes_in_a_form_that_its_stage_reads(quickstart, name):
+    recipe = Recipe.load(name)
+    files = {
+        key: [str(quickstart / Path(f).name) for f in getattr(recipe.data, key)] for key in ("train_files", "val_files")
+    }
+    recipe = Recipe.load(name, [f"data.{key}=[{','.join(found)}]" for key, found in files.items()])
+    if recipe.stage == "sft":
+        samples = sft.load_samples(recipe, ChatRenderer.from_model_dir(quickstart / "model"))
+        assert samples.train
+        assert samples.dropped == 0
+        assert bool(samples.val) == bool(recipe.data.val_files)
+    else:
+        written = [f for found in files.values() for f in found if not f.endswith("/filtered.parquet")]
+        assert not written or read_prompts(written)
+
+
+def test_every_recipe_of_sft_is_looked_at_here_or_names_no_files():
+    recipes = {name: Recipe.load(name) for name in recipe_names() if not name.startswith("cpu_")}
+    assert [n for n, r in recipes.items() if r.data.train_files or r.data.val_files] == []
+    assert recipes["sft"].sft.format == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", "quickstart", "--source", "mine"], "--source belongs to --data"),
+        (["--model", "smollm2", "--decontaminate", "a.parquet"], "--decontaminate belongs to --data"),
+        (["--model", "smollm2", "sandbox.backend=bwrap"], "sandbox.backend=bwrap: a recipe's values count with --task"),
+        (["--data", "a.jsonl", "--source", "s", "--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be at least"),
+    ],
+)
+def test_an_option_of_another_kind_of_preparation_is_refused(tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare.main([*options, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused_before_any_work(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="is a file: name the directory to write"):
+        prepare.main(["--task", "quickstart", "--out", str(file)])
+    with pytest.raises(ConfigError, match=r"file/out cannot be made: .*file is a file"):
+        prepare.main(["--task", "quickstart", "--out", str(file / "out")])
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):

@@ -221,6 +221,16 @@ def test_progress_is_a_live_line_on_a_terminal() -> None:
     assert "reward 0.500  1234 tok/s" in text
 
 
+def test_a_validation_of_sft_is_shown_and_never_left_out_of_a_log() -> None:
+    console = plain()
+    progress = Progress(100, stage="sft", console=console)
+    progress.write(1, {"train/loss": 1.0})
+    progress.write(1, {"val/loss": 0.25, "val/tool_format_accuracy": 0.875, "val/tokens": 10.0})
+    progress.close()
+    last = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert last == "sft 1/100  validation loss 0.2500  calls well formed 87.5%"
+
+
 def test_the_summary_shows_validation_with_its_interval() -> None:
     values = {"val-core/aime/acc/mean@16": 0.5, "val-core/aime/acc/mean@16/ci_low": 0.4}
     values["val-core/aime/acc/mean@16/ci_high"] = 0.6

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 from deploy_scripts import ROOT, load
 
+from aster import report
+from aster.data.base_corpus import base_conversations
+from aster.data.conversations import write_conversations
+
 cluster = load("cluster")
 parts = sys.modules["cluster_parts"]  # which it imports
 
@@ -131,8 +135,19 @@ def test_a_cluster_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytes
     assert "no cluster file 'nowhere.yaml'" in capsys.readouterr().err
 
 
+def fine_tuning(folder: Path) -> list[str]:
+    """Two steps of `aster sft` with a new tiny model: its settings."""
+    from aster.prepare import write_tiny_model
+
+    conversations = base_conversations(echoes=8, drills=8, seed=0)
+    write_conversations(folder / "sft.parquet", conversations)
+    write_tiny_model(folder / "model", [m["content"] for c in conversations for m in c], seed=0)
+    files = [f"model.path={folder / 'model'}", f"data.train_files=[{folder / 'sft.parquet'}]"]
+    return ["--recipe", "cpu_sft", *files, f"run.dir={folder / 'runs'}", "run.steps=2"]
+
+
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path: Path) -> None:
     port, dashboard, serve = cluster.free_ports(3)
     arguments = ["--cache", str(tmp_path), f"--port={port}", f"--dashboard-port={dashboard}", f"--serve-port={serve}"]
@@ -172,6 +187,17 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
         output = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=100).stdout
         probe = next(line for line in output.splitlines() if line.startswith("PROBE"))
         assert json.loads(probe.removeprefix("PROBE ")) == [str(cluster.BIN / "python"), 1.0]
+
+        # a job of ours: the same progress, metrics and report as on the command line
+        settings = " ".join(fine_tuning(tmp_path))
+        command = f"source {files.environment}; ray job submit --working-dir {job} -- python -m aster.sft {settings}"
+        done = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        assert "sft 2/2" in done.stdout
+        steps = [json.loads(line) for line in (tmp_path / "runs/sft/metrics.jsonl").read_text().splitlines()]
+        assert [m["step"] for m in steps if "train/loss" in m] == [1, 2]
+        assert report.main([str(tmp_path / "runs/sft"), "--output", str(tmp_path / "report.html")]) == 0
+        assert '"stage": "sft"' in (tmp_path / "report.html").read_text()
     finally:
         subprocess.run([*script, "down", "--cache", str(tmp_path)], env=clean, check=True, timeout=100)
     assert cluster.processes_of(state) == []

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aster.agent.chat import ChatRenderer
 from aster.cli import main
 from aster.data.card import card
 from aster.data.hub import local_files
@@ -210,6 +211,22 @@ def test_files_of_different_schemas_are_read_one_by_one(tmp_path):
         collect([lines(tmp_path / "c.jsonl", {"problem": "a", "answer": "1"}, {"problem": "b"})], source="t")
 
 
+def test_a_list_of_one_answer_is_that_answer_and_of_several_is_dropped(tmp_path):
+    raw = lines(
+        tmp_path / "a.jsonl",
+        {"problem": "a", "answer": '["$\\\\frac{1}{2}$"]'},
+        {"problem": "b", "answer": ["7"]},
+        {"problem": "c", "answer": '["1", "2"]'},
+        {"problem": "d", "answer": [1, 2]},
+        {"problem": "e", "answer": "[1, 2]"},
+        {"problem": "f", "answer": {"value": 1}},
+        {"problem": {"text": "g"}, "answer": "1"},
+    )
+    found = collect([raw], source="t")
+    assert [r.ground_truth for r in found.rows] == ["$\\frac{1}{2}$", "7", "[1, 2]"]
+    assert found.reasons() == {"answer is no text": 1, "no problem": 1, "several answers": 2}
+
+
 @needs_real_data
 def test_the_card_of_the_published_set_names_the_rows_that_were_never_judged():
     found = card(REAL / "dapo_filter_all_correct.parquet")
@@ -265,3 +282,72 @@ def test_competition_phrases_are_no_contamination_and_a_disguised_problem_is():
     numbers = itertools.count(2)
     disguised = [re.sub(r"\d+", lambda _: str(next(numbers)), p) for p in problems]
     assert sum(bool(overlap(p)) for p in disguised) > 48
+
+
+QWEN3 = Path(os.environ.get("ASTER_QWEN3_TOKENIZER", "/nowhere"))
+
+
+@needs_real_data
+@pytest.mark.skipif(not (QWEN3 / "tokenizer.json").is_file(), reason="ASTER_QWEN3_TOKENIZER names no Qwen3 tokenizer")
+@pytest.mark.parametrize(
+    ("name", "summary"),
+    [  # spec 3.1, measured with another program
+        ("aime25", {"mean": 347, "p50": 279, "p90": 663, "p99": 929, "max": 1002}),
+        ("hmmt25", {"mean": 280, "p50": 261, "p90": 306, "p99": 669, "max": 797}),
+        ("dapo_filter_all_correct", {"mean": 283, "p50": 269, "p90": 349, "p99": 541, "max": 1660}),
+    ],
+)
+def test_the_card_counts_the_tokens_of_the_published_prompts_with_their_tool_block(name, summary):
+    renderer = ChatRenderer.from_model_dir(QWEN3)
+    found = card(REAL / f"{name}.parquet", prompt_tokens=lambda row: len(renderer.prompt_ids(row.messages))).tokens
+    assert found is not None
+    assert found.summary == summary
+    assert sum(found.histogram.values()) == {"aime25": 30, "hmmt25": 30}.get(name, 5104)
+
+
+@needs_real_data
+def test_the_published_set_is_prepared_and_its_made_up_accuracies_are_listed(tmp_path, capsys):
+    source = REAL / "dapo_filter_all_correct.parquet"
+    assert main(["prepare", "--data", str(source), "--source", "math_dapo", "--out", str(tmp_path / "out")]) == 0
+    assert "5,104 records: 5,054 rows, 48 copies, dropped: 2 two answers" in capsys.readouterr().out
+    assert main(["prepare", "--card", str(source)]) == 0
+    shown = capsys.readouterr().out
+    assert "**123 rows have an accuracy that no number of responses explains**" in shown
+    assert "mean 0.4855 over judged rows (English or other 0.501, Chinese 0.434)" in shown
+    named = shown.strip().splitlines()[-1].split(", ")
+    ids = {r.row_id for r in read_prompts([source])}
+    assert (len(set(named)), set(named) <= ids) == (123, True)
+
+
+def test_the_original_set_of_a_hundred_copies_becomes_the_processed_one(tmp_path):
+    # the original file frames every problem for "Answer:" and repeats it; the processed one has neither
+    texts = {f"What is {n} + {n}?": str(2 * n) for n in range(40)} | {"求 1 + 1 的值。": "2"}
+    original = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO.format(text), "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": f"uuid-{number}"},
+        }
+        for number, (text, answer) in enumerate(texts.items())
+    ]
+    pq.write_table(pa.Table.from_pylist(original * 100), tmp_path / "original.parquet")
+    processed = [
+        {
+            "prompt": text,
+            "solution": answer,
+            "data_source": "math_dapo",
+            "source_prompt": o["prompt"],
+            "ability": "MATH",
+            "reward_model": o["reward_model"],
+            "extra_info": o["extra_info"],
+        }
+        for o, (text, answer) in zip(original, texts.items(), strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(processed), tmp_path / "processed.parquet")
+    one, two = (collect([tmp_path / f"{name}.parquet"], source="math_dapo") for name in ("original", "processed"))
+    assert (one.records, one.copies, two.records, two.copies) == (4100, 4059, 41, 0)
+    assert one.rows == two.rows
+    assert [r.row_id for r in one.rows] == [f"uuid-{n}" for n in range(41)]
+    assert problems(one.rows)[0] == user_message("What is 0 + 0?")
