@@ -10,7 +10,7 @@ from rich.text import Text
 from aster.agent.chat import ChatRenderer
 from aster.types import Sample
 
-_TRAINED = ("bold black on green3", "bold black on dark_sea_green2")  # two shades each, so that token borders show
+_TRAINED = ("bold black on green", "bold black on bright_green")  # token borders show, on 16 colours too
 _CONTEXT = ("grey62", "grey46")
 
 
