@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aster.data.formats import Form, Message, form_of, read_messages
+from aster.data.hub import local_files
 from aster.data.raw import read_records
 from aster.errors import DataError
 from aster.types import Sample
@@ -28,12 +29,13 @@ class Renderer(Protocol):
 def read_conversations(files: Sequence[str | Path], *, form: Form | None = None) -> list[Messages]:
     """The conversations of all files (.parquet, .jsonl, .json) in order; `form` null = told apart file by file.
 
-    Nothing is skipped: a row that cannot be read is a `DataError` naming the file, the row and what is wrong with it.
+    A directory, a URL or a data set's id stands for its files (`hub.local_files`). Nothing is skipped: a row that
+    cannot be read is a `DataError` naming the file, the row and what is wrong with it.
     """
     out: list[Messages] = []
-    for file in files:
+    for file in (path for name in files for path in local_files(str(name))):
         records = []
-        for index, record in enumerate(read_records(Path(file))):
+        for index, record in enumerate(read_records(file)):
             if isinstance(record, str):
                 raise DataError(f"{file}, row {index}: {record}")
             records.append(record)

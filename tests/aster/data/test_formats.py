@@ -127,6 +127,16 @@ def test_what_cannot_be_read_is_named(tmp_path, record, words):
         read_conversations([lines(tmp_path / "a.jsonl", record)])
 
 
+def test_a_directory_stands_for_its_files_and_a_wrong_name_says_what_may_stand_there(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        lines(tmp_path / "set" / name, OPENAI)
+    (tmp_path / "set" / "README.md").write_text("about")
+    assert read_conversations([tmp_path / "set"]) == [EXPECTED, EXPECTED]
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file or directory, and neither a URL nor a data set"):
+        read_conversations([tmp_path / "missing.jsonl"])
+
+
 def test_a_file_with_calls_cannot_be_read_as_raw_turns(tmp_path):
     with pytest.raises(DataError, match=r"row 0, turn 0: role 'developer'"):
         read_conversations([lines(tmp_path / "a.jsonl", OPENAI)], form="raw")
