@@ -320,6 +320,7 @@ def plot_distribution(result: Accuracies, path: Path, *, bounds: Bounds) -> None
         axes.set_xticks(range(n + 1))
         axes.bar_label(top, [f"{total:,}" if total else "" for total in kept + dropped], padding=2, fontsize=9)
     axes.set(xlabel=f"right of {n} rollouts (mean over the steps, rounded down)", ylabel="dataset rows")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.margins(y=0.12)
     unseen = int(np.isnan(result.accuracy).sum())
     axes.set_title(f"{len(result.accuracy):,} rows; {unseen:,} never rolled out are kept and not shown", fontsize=11)
