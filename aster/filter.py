@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aster.command import require_writable, run_verb
-from aster.data.card import language
+from aster.data.card import ACCURACY_COLUMN, language
 from aster.data.prompts import read_prompts
 from aster.data.rollouts import read_rows, rollout_files
 from aster.errors import ConfigError, DataError
@@ -273,7 +273,10 @@ def _rows_with_text(text: str, by_text: Mapping[str, list[int]]) -> list[int] | 
 
 
 def write_filtered(dataset: Path, output: Path, result: Accuracies, *, bounds: Bounds) -> None:
-    """The kept rows with all their columns, then acc_mean@N and response_count (float, as in the published file)."""
+    """The kept rows with all their columns, then acc_mean@N and response_count (float, as in the published file).
+
+    An accuracy of another N goes: response_count would no longer be its own.
+    """
     table = pq.read_table(dataset)
     keep = bounds.keep(result.accuracy)
     if not keep.any():
@@ -282,8 +285,10 @@ def write_filtered(dataset: Path, output: Path, result: Accuracies, *, bounds: B
             f"{bounds.below:g}: there is nothing left to train on"
         )
     seen = ~np.isnan(result.accuracy)
+    ours = f"acc_mean@{result.samples}"
+    table = table.drop_columns([n for n in table.column_names if ACCURACY_COLUMN.match(n) and n != ours])
     for name, values in (
-        (f"acc_mean@{result.samples}", result.accuracy),
+        (ours, result.accuracy),
         ("response_count", result.responses.astype(np.float64)),
     ):
         column = pa.array(values, pa.float64(), mask=~seen)

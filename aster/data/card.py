@@ -19,7 +19,7 @@ _CJK = re.compile(r"[\u3400-\u9fff]")
 _INTEGER = re.compile(r"[+-]?\d+\Z")
 _DECIMAL = re.compile(r"[+-]?\d*\.\d+\Z")
 _FRACTION = re.compile(r"[+-]?\d+/\d+\Z|-?\\d?frac\{-?\d+\}\{-?\d+\}\Z")
-_ACCURACY = re.compile(r"acc_mean@(\d+)\Z")
+ACCURACY_COLUMN = re.compile(r"acc_mean@(\d+)\Z")
 _PERCENTILES = (50, 90, 99, 100)
 _BAR = 30  # characters of the longest bar of a histogram
 
@@ -151,10 +151,10 @@ def _lengths(values: Sequence[int]) -> Lengths:
 
 def _judged(path: Path, rows: Sequence[PromptRow], languages: Sequence[str]) -> Judged | None:
     names = pq.read_schema(path).names
-    column = next((name for name in names if _ACCURACY.match(name)), None)
+    column = next((name for name in names if ACCURACY_COLUMN.match(name)), None)
     if column is None:
         return None
-    n = int(_ACCURACY.match(column).group(1))  # type: ignore[union-attr]  # matched in the line above
+    n = int(ACCURACY_COLUMN.match(column).group(1))  # type: ignore[union-attr]  # matched in the line above
     accuracies = pq.read_table(path, columns=[column]).column(column).to_pylist()
     responses = (
         pq.read_table(path, columns=["response_count"]).column("response_count").to_pylist()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aster.data.card import card
 from aster.errors import ConfigError, DataError
 from aster.filter import main, tally
 
@@ -131,6 +132,12 @@ def test_filtering_twice_replaces_the_columns(tmp_path: Path) -> None:
     second = rollouts(tmp_path / "r2", 1, {"input": rendered("c"), "acc": True}, {"input": rendered("b"), "acc": False})
     kept = run(tmp_path / "2.parquet", dataset=tmp_path / "1.parquet", rollouts=second)
     assert [(row["extra_info"]["index"], row["acc_mean@1"]) for row in kept] == [("id-1", 0.0)]
+    third = rollouts(tmp_path / "r3", 1, *[{"row_id": "id-1", "acc": right} for right in (True, False)])
+    (row,) = run(tmp_path / "3.parquet", dataset=tmp_path / "2.parquet", rollouts=third)
+    assert (row["acc_mean@2"], row["response_count"], "acc_mean@1" in row) == (0.5, 2.0, False)
+    judged = card(tmp_path / "3.parquet").judged
+    assert judged is not None
+    assert (judged.column, judged.histogram, judged.never_judged) == ("acc_mean@2", {"1": 1}, ())
 
 
 def test_the_output_is_the_same_bytes_every_time_and_for_any_number_of_readers(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ pytestmark = [
 
 SOLVED, OTHERS, LEFT_OUT = 8, 10, 2  # rows whose answer is 2, rows with another; stage 1 leaves out two of them all
 GROUP = 4
-SFT_STEPS = 40
+SFT_STEPS = 50
 CALL = {"name": "code_interpreter", "arguments": {"code": "print(1+1)"}}
 LOSS_TOLERANCE = 1e-4  # relative, of the two backends' first losses; fp32, two ranks
 
@@ -180,6 +180,8 @@ def test_the_filter_drops_what_was_always_solved_and_nothing_else(stages: Path) 
         assert row[f"acc_mean@{GROUP}"] == (None if verdicts is None else sum(verdicts) / GROUP)
         assert row["response_count"] == (None if verdicts is None else GROUP)
     assert sum(row[f"acc_mean@{GROUP}"] is None for row in after) == LEFT_OUT
+    assert "acc_mean@8" in before[0]
+    assert "acc_mean@8" not in after[0], "the published accuracies are of another policy"
     assert (stages / "filtered_distribution.png").stat().st_size > 0
 
 
