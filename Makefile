@@ -74,6 +74,10 @@ cluster-down: $(STAMP)  ## end exactly what cluster-up started, processes and co
 .PHONY: sandbox-up
 sandbox-up: cluster-up  ## the same: a Ray head is all that the sandbox service needs
 
+.PHONY: pictures
+pictures: $(STAMP)  ## README's pictures of the report, from ARGS="runs/quickstart-0 --compare RUN RUN" (needs chromium)
+	$(BIN)/python tests/report_pictures.py $(ARGS)
+
 # --- check ------------------------------------------------------------------------------------------------------------
 
 .PHONY: test

@@ -33,6 +33,7 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages
+from aster.algo.importance import stored_gap
 from aster.algo.packing import denominators, packed, unpack_row
 from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.checkpoints import finishing
@@ -80,6 +81,7 @@ class GrpoLoop:
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
+        self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
         self._places = count()
@@ -176,6 +178,10 @@ class GrpoLoop:
         values: dict[str, float] = {}
         if algo.proximal_pass:
             old, values["actor/entropy"] = await self._log_probs(samples)
+            self._gaps = {
+                s.trajectory.uid: stored_gap(o, s.behaviour_logprobs)[len(s.trajectory.prompt_ids) :]
+                for s, o in zip(samples, old, strict=True)
+            }
             values |= metrics.mismatch_metrics(
                 (s.behaviour_logprobs[s.mask] for s in samples), (o[s.mask] for o, s in zip(old, samples, strict=True))
             )
@@ -252,7 +258,7 @@ class GrpoLoop:
     async def record(self, groups: Sequence[TrajectoryGroup], values: Mapping[str, float]) -> None:
         """Metrics, rollouts and trajectories of the step, beside the steps that follow."""
         more = {"replaced": self._replaced, "stale": self._stale}
-        await self._recorder.put(partial(self._record.step, self.step, groups, values, **more))
+        await self._recorder.put(partial(self._record.step, self.step, groups, values, gaps=self._gaps, **more))
 
     # validation ------------------------------------------------------------------------------------------------------
 

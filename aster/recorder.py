@@ -20,6 +20,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from aster import metrics
 from aster.config import Recipe
 from aster.data.rollouts import Decode, DecodeOnce, write_rollouts, write_trajectories_parquet, write_validation
@@ -126,14 +128,15 @@ class RunRecord:
         *,
         replaced: Sequence[TrajectoryGroup] = (),
         stale: Sequence[TrajectoryGroup] = (),
+        gaps: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """What was learnt from `groups`. The files hold `replaced` too, since the filter counts all that was sampled;
-        of the `stale` ones only the causes are counted."""
+        of the `stale` ones only the causes are counted. `gaps`: see `write_trajectories_parquet`."""
         began = time.monotonic()
         decode = DecodeOnce(self._decode)
         path = self._recipe.run.path
         write_rollouts(path / "rollout_data", [*groups, *replaced], step=step, decode=decode)
-        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step)
+        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step, gaps=gaps)
         values = dict(values) | metrics.rollout_metrics(
             groups,
             others=[*replaced, *stale],

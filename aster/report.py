@@ -22,10 +22,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from aster.algo.importance import GAP_UNIT
 from aster.command import run_verb
 from aster.errors import ConfigError, DataError
 from aster.page.runs import Run, accuracies, comparison, find_runs, load_run, page_data
-from aster.page.tokens import NATS_PER_UNIT, RATIO_PER_UNIT, texts_for
+from aster.page.tokens import NATS_PER_UNIT, texts_for
 from aster.page.trajectories import Collector, Source, Trajectories, pack
 
 SCRIPTS = ("base.js", "overview.js", "charts.js", "curves.js", "step.js", "table.js", "viewer.js", "start.js")
@@ -128,7 +129,7 @@ def render(runs: Sequence[Run], trajectories: Trajectories, *, title: str, every
         "chunks": len(trajectories.chunks),
         "steps": trajectories.step_index,
         "notes": [*(note for run in runs for note in run.notes), *trajectories.notes],
-        "units": {"lp": NATS_PER_UNIT, "r": RATIO_PER_UNIT},
+        "units": {"lp": NATS_PER_UNIT, "r": GAP_UNIT},
     }
     blocks = [_block("rows", pack(trajectories.rows))]
     blocks += [_block(f"chunk-{number}", text) for number, text in enumerate(trajectories.chunks)]

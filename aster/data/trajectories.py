@@ -6,7 +6,7 @@ list columns filled straight from the arrays. The texts a person wants to read a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +64,38 @@ _SCALARS: dict[str, pa.DataType] = {
     "branch_turn": pa.int32(),
     "error": pa.string(),
 }
+GAP_COLUMN = "learner_gap"
+_GAP = np.dtype(np.int8)
 _ROW_GROUP = 256  # trajectories
 _REPEATED = ["step", "data_source", "kind", "row_id", "cause", "engine"]
 
 
-def write_trajectories_parquet(folder: Path, groups: Sequence[TrajectoryGroup], *, step: int) -> Path:
+def write_trajectories_parquet(
+    folder: Path, groups: Sequence[TrajectoryGroup], *, step: int, gaps: Mapping[str, np.ndarray] | None = None
+) -> Path:
     """`folder/{step}.parquet`; atomic. Readers: `read_trajectories`, or any parquet tool.
 
+    `gaps`: uid -> [T] int8, how much likelier the learner finds each token than the engine did
+    (`importance.stored_gap`); the column `learner_gap`, empty where nobody asked. For readers of the file only.
     Written in row groups: the columns of a whole step would be a second copy of its tokens.
     """
     rows = [(g, t, lost) for g in groups for lost, part in ((False, g.trajectories), (True, g.lost)) for t in part]
     path = folder / f"{step}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{path.name}.partial"
-    schema = _table([], step=step).schema
+    gaps = gaps or {}
+    schema = _table([], step=step, gaps=gaps).schema
     # Token columns as they are: a dictionary of log-probs costs three times the time and a fifth more space.
     with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=_REPEATED) as writer:
         for start in range(0, max(len(rows), 1), _ROW_GROUP):
-            writer.write_table(_table(rows[start : start + _ROW_GROUP], step=step))
+            writer.write_table(_table(rows[start : start + _ROW_GROUP], step=step, gaps=gaps))
     partial.replace(path)
     return path
 
 
-def _table(rows: Sequence[tuple[TrajectoryGroup, Trajectory, bool]], *, step: int) -> pa.Table:
+def _table(
+    rows: Sequence[tuple[TrajectoryGroup, Trajectory, bool]], *, step: int, gaps: Mapping[str, np.ndarray]
+) -> pa.Table:
     trajectories = [t for _, t, _ in rows]
     columns: dict[str, pa.Array] = {
         "step": pa.array([step] * len(rows), pa.int64()),
@@ -98,6 +107,8 @@ def _table(rows: Sequence[tuple[TrajectoryGroup, Trajectory, bool]], *, step: in
         columns[name] = pa.array([getattr(t, name) for t in trajectories], kind)
     for name, dtype in _ARRAYS.items():
         columns[name] = _list_column([getattr(t, name) for t in trajectories], dtype)
+    nothing = np.zeros(0, _GAP)
+    columns[GAP_COLUMN] = _list_column([nothing if lost else gaps.get(t.uid, nothing) for _, t, lost in rows], _GAP)
     columns["turns"] = _lists(
         [len(t.turns) for t in trajectories], _turn_structs([turn for t in trajectories for turn in t.turns])
     )
@@ -139,7 +150,8 @@ def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bo
     wanted = None if uids is None else set(uids)
     for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
         arrays = {name: _split(batch.column(name), dtype) for name, dtype in _ARRAYS.items()}
-        scalars = batch.drop_columns(list(_ARRAYS)).to_pylist()
+        unread = {*_ARRAYS, GAP_COLUMN} & set(batch.schema.names)
+        scalars = batch.drop_columns(sorted(unread)).to_pylist()
         for index, row in enumerate(scalars):
             if row["lost"] == lost and (wanted is None or row["uid"] in wanted):
                 yield _trajectory(row, {name: parts[index] for name, parts in arrays.items()})

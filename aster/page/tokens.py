@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aster.data.trajectories import GAP_COLUMN
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NATS_PER_UNIT = 0.05  # -log p in the page
-RATIO_PER_UNIT = 0.01  # old - behaviour, in nats
 _MOST_UNITS = 400  # 20 nats: what a wrong log-prob of a broken engine may not exceed in the page
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -101,7 +102,7 @@ class TokenArrays:
     mask: np.ndarray  # [T] bool, True = sampled by the model
     behaviour_logprobs: np.ndarray  # [T] float32
     versions: np.ndarray  # [T] int32
-    old_logprobs: np.ndarray | None = None  # [T] float32, the learner's opinion; None where the run did not store it
+    gap: np.ndarray | None = None  # [T] int8, `importance.stored_gap`; None where the learner was not asked
 
 
 def token_view(arrays: TokenArrays, texts: TokenTexts, *, max_chars: int) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def token_view(arrays: TokenArrays, texts: TokenTexts, *, max_chars: int) -> dic
     - `m`: run lengths of the mask, beginning with the model's
     - `lp`: -log p of the model's tokens in units of NATS_PER_UNIT
     - `v`: [version, how many] runs over the model's tokens
-    - `r`: old - behaviour of the model's tokens in units of RATIO_PER_UNIT, where the run stored it
+    - `r`: learner - engine, log-probs of the model's tokens in units of `importance.GAP_UNIT`, where it was stored
     - `cut`: how many tokens are not in the page
     """
     pieces = texts.pieces(arrays.ids.tolist())
@@ -122,12 +123,11 @@ def token_view(arrays: TokenArrays, texts: TokenTexts, *, max_chars: int) -> dic
         "text": "".join(pieces[:kept]),
         "n": [_utf16(p) for p in pieces[:kept]],
         "m": list(_runs_of_mask(mask)),
-        "lp": _units(-arrays.behaviour_logprobs[:kept][mask], NATS_PER_UNIT, low=0),
+        "lp": _units(-arrays.behaviour_logprobs[:kept][mask]),
         "v": [[int(v), len(list(run))] for v, run in groupby(arrays.versions[:kept][mask].tolist())],
     }
-    if arrays.old_logprobs is not None and len(arrays.old_logprobs) == len(arrays.ids):
-        ratio = arrays.old_logprobs[:kept][mask] - arrays.behaviour_logprobs[:kept][mask]
-        out["r"] = _units(ratio, RATIO_PER_UNIT, low=-_MOST_UNITS)
+    if arrays.gap is not None and len(arrays.gap) == len(arrays.ids):
+        out["r"] = arrays.gap[:kept][mask].tolist()
     if kept < len(pieces):
         out["cut"] = len(pieces) - kept
     return out
@@ -144,9 +144,10 @@ def _runs_of_mask(mask: np.ndarray) -> Iterator[int]:
         yield len(list(run))
 
 
-def _units(values: np.ndarray, unit: float, *, low: int) -> list[int]:
-    finite = np.nan_to_num(values.astype(np.float64), nan=_MOST_UNITS * unit, posinf=_MOST_UNITS * unit)
-    return np.clip(np.rint(finite / unit), low, _MOST_UNITS).astype(int).tolist()
+def _units(nats: np.ndarray) -> list[int]:
+    worst = _MOST_UNITS * NATS_PER_UNIT
+    finite = np.nan_to_num(nats.astype(np.float64), nan=worst, posinf=worst)
+    return np.clip(np.rint(finite / NATS_PER_UNIT), 0, _MOST_UNITS).astype(int).tolist()
 
 
 def _utf16(text: str) -> int:
@@ -179,11 +180,11 @@ def _load(folder: Path) -> TokenTexts | str:
 
 def arrays_of(columns: Mapping[str, Sequence[Any]], index: int) -> TokenArrays:
     """Row `index` of the columns of a batch of `trajectories/STEP.parquet`, each a list of arrays."""
-    old = columns.get("old_logprobs")
+    gap = columns.get(GAP_COLUMN)
     return TokenArrays(
         ids=columns["ids"][index],
         mask=columns["mask"][index],
         behaviour_logprobs=columns["behaviour_logprobs"][index],
         versions=columns["versions"][index],
-        old_logprobs=None if old is None else old[index],
+        gap=None if gap is None else gap[index],
     )

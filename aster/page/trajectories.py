@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from aster.data.prompts import INSTRUCTION
 from aster.data.rollouts import read_rows, rollout_files
+from aster.data.trajectories import GAP_COLUMN
 from aster.page.steps import Clocked, clocks_of_rows, read_clocks, step_view
 from aster.page.tokens import TokenTexts, arrays_of, token_view
 from aster.page.turns import cut, problem_of, turns_of
@@ -46,7 +47,7 @@ _DETAILS = (
     "acc_math_verify",
     "mean_logprob",
 )
-_TOKEN_COLUMNS = ("ids", "mask", "behaviour_logprobs", "versions", "old_logprobs")
+_TOKEN_COLUMNS = ("ids", "mask", "behaviour_logprobs", "versions", GAP_COLUMN)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ const seconds = (s) => (s === undefined || s === null ? "" : s < 10 ? `${s.toFix
 // tokens --------------------------------------------------------------------------------------------------------------
 const MODES = [["read", "Read"], ["mask", "Who wrote it"], ["lp", "Surprise"], ["r", "Learner against engine"], ["v", "Policy version"]];
 let mode = "read";
-const SURPRISE = 4, RATIO = 0.5; // nats at which the colour is full
+const SURPRISE = 4, RATIO = 0.2; // nats at which the colour is full
 
 function tokenPaint(tk, kind) {
   const first = tk.v.length ? Math.min(...tk.v.map(([v]) => v)) : 0;

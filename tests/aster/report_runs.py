@@ -140,7 +140,8 @@ def make_run(
             }
             tracker.log(step, rollout_metrics(train) | {"actor/lr": 1e-6, "perf/throughput": 10.0 * step} | timing)
             write_rollouts(recipe.run.path / "rollout_data", train, step=step, decode=decode)
-            write_trajectories_parquet(recipe.run.path / "trajectories", train, step=step)
+            gaps = {t.uid: np.where(t.mask, -20, 0).astype(np.int8) for g in train for t in g.trajectories if t.sample}
+            write_trajectories_parquet(recipe.run.path / "trajectories", train, step=step, gaps=gaps)
         val = [group(f"problem {i}", steps, *[i % 3 < right] * 2, source="aime", kind="val") for i in range(9)]
         tracker.log(steps, validation_metrics(val, n=2))
         write_validation(recipe.run.path / "val_rollout_data", val, step=steps, decode=decode)

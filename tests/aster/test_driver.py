@@ -5,12 +5,14 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fakes import FakeLearners, FakePool, MemoryLog, row, trajectory, work
 
 from aster.checkpoints import DirectoryCheckpointer
 from aster.config import Recipe
 from aster.data.prompts import PromptStream
+from aster.data.trajectories import read_trajectories
 from aster.driver import GrpoLoop
 from aster.errors import AsterError, WeightSyncError
 from aster.types import Cause, TrajectoryGroup
@@ -300,6 +302,23 @@ async def test_validation_uses_the_evaluation_budget_and_is_written(tmp_path):
     assert [step for step, values in log.lines if any(k.startswith("val-core/aime/acc") for k in values)] == [0, 1]
     rows = [json.loads(x) for x in (tmp_path / "r" / "val_rollout_data" / "1.jsonl").read_text().splitlines()]
     assert len(rows) == 6
+
+
+async def test_the_files_say_of_each_token_how_the_learner_differs_from_the_engine(tmp_path):
+    class Doubting(FakeLearners):
+        async def log_probs(self, microbatch_per_rank, *, reference=False):
+            scores = await super().log_probs(microbatch_per_rank, reference=reference)
+            loss_masks = [m.loss_mask for m in microbatch_per_rank]
+            return [replace(s, logprobs=s.logprobs - 0.25 * m) for s, m in zip(scores, loss_masks, strict=True)]
+
+    r = recipe(tmp_path, "run.steps=1")
+    await loop(r, [], learners=Doubting([])).run()
+    table = pq.read_table(r.run.path / "trajectories" / "1.parquet")
+    gaps, masks = table.column("learner_gap").to_pylist(), table.column("mask").to_pylist()
+    assert len(gaps) == 4
+    for gap, mask in zip(gaps, masks, strict=True):
+        assert gap == [-25 if sampled else 0 for sampled in mask]
+    assert len(list(read_trajectories(r.run.path / "trajectories" / "1.parquet"))) == 4
 
 
 async def test_each_step_leaves_rollouts_trajectories_and_metrics(tmp_path):

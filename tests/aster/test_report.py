@@ -231,6 +231,10 @@ def test_the_tokens_of_a_trajectory_spell_its_text_and_carry_mask_probability_an
     assert len(tokens["m"]) == 3, "model, observation, model"
     assert set(tokens["lp"]) == {2}, "0.1 nats in units of 0.05"
     assert tokens["v"] == [[1, tokens["m"][0] + tokens["m"][2]]]
+    assert "r" not in tokens, "the learner was not asked about this one"
+    row = next(r for r in page.unpack("rows") if r["run"] == 1 and r["n"] == 1 and r["step"] == 2)
+    asked = page.details(row)["tk"]
+    assert asked["r"] == [-20] * len(asked["lp"])
 
 
 def test_tokens_past_the_limit_of_characters_are_counted(root: Path, tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_a_trajectory_opens_by_keyboard_and_shows_its_turns_tokens_and_neighbour
     opened.press("3")
     opened.wait("document.querySelector('[data-mode=lp]').getAttribute('aria-pressed') === 'true'")
     opened.press("4")
+    assert "learner finds it less likely" in texts(opened, ".legend")[0]
+    opened.press("5")
     assert "version 0" in texts(opened, ".legend")[0]
     opened.press("1")
     opened.press("ArrowRight")
