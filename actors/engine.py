@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,11 +78,13 @@ class RolloutEngine:
         transfer: str,
         model_path: str,
         sandboxes: SandboxFactory | None,
+        stat_loggers: Sequence[Callable[..., Any]] = (),
     ) -> None:
         """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
 
         `seed` must differ between engines: two that start alike would draw the same samples of a prompt.
         `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
+        `stat_loggers` are vLLM's factories of those who want to hear from its scheduler.
         """
         _prepare_process()
         from vllm.config import WeightTransferConfig
@@ -121,10 +123,11 @@ class RolloutEngine:
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # stop ids and sampling come with the request, never from the model directory
                 enable_log_requests=False,
-                disable_log_stats=True,
+                disable_log_stats=True,  # vLLM's own loggers; ours are `stat_loggers`
                 worker_extension_cls="actors.transfer.WorkerExtension",
                 weight_transfer_config=WeightTransferConfig(backend=transfer),
-            )
+            ),
+            stat_loggers=list(stat_loggers) or None,
         )
 
     async def ready(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, TaskCancelledError
 
 from actors.engine import RolloutEngine
+from actors.metrics import engine_stats
 from aster.config import Recipe
 from aster.errors import ConfigError, EngineLost
 from aster.roles import SandboxFactory
@@ -192,7 +193,9 @@ class EngineMaker:
 
     def _make(self, name: str) -> RayEngine:
         make = ray.remote(RolloutEngine).options(**self._options).remote
-        actor = make(self._recipe, name=name, seed=self._recipe.run.seed + self._made, **self._arguments)
+        listeners = [engine_stats(name, run=self._recipe.run.name)] if self._recipe.cluster.metrics else []
+        seed = self._recipe.run.seed + self._made
+        actor = make(self._recipe, name=name, seed=seed, stat_loggers=listeners, **self._arguments)
         self._made += 1
         return RayEngine(actor, name=name, recipe=self._recipe, weight_backend=self._backend)
 

@@ -135,6 +135,11 @@ class EnginePool:
         """Trajectories that no engine has had room for yet."""
         return len(self._waiting)
 
+    @property
+    def living(self) -> int:
+        """Engines that are alive as far as anybody knows."""
+        return sum(not engine.lost for engine in self._engines)
+
     def join(self, engine: EngineHandle) -> None:
         """Let another engine, a replacement perhaps, take work at once: it must hold the weights of `version`.
 

@@ -322,6 +322,8 @@ class ClusterConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a local cluster; null = Ray decides."""
+    metrics: bool = True
+    """Tell Prometheus, through each node's Ray agent, how run, pool and engines are (`actors/metrics.py`)."""
 
 
 class Recipe(_Section):

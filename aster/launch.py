@@ -21,6 +21,7 @@ from aster.agent.sandbox import HttpSandboxFactory
 from aster.config import Recipe
 from aster.errors import ConfigError
 from aster.roles import RolloutPool, SandboxFactory
+from aster.tracking import Sink
 
 if TYPE_CHECKING:
     from actors.group import RayLearnerGroup
@@ -60,6 +61,13 @@ def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
                 remove_sandbox()
 
 
+def metric_sinks(recipe: Recipe) -> list[Sink]:
+    """Where a run's metrics go beside its directory: Prometheus, unless `cluster.metrics=false`. Needs the cluster."""
+    from actors.metrics import RunGauges
+
+    return [RunGauges(recipe.run.name)] if recipe.cluster.metrics else []
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """A pool of engines and the renderer of the model they run."""
@@ -71,6 +79,7 @@ class Rollouts:
 @contextlib.asynccontextmanager
 async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> AsyncIterator[Rollouts]:
     """Engines on `model.path`, with rewards and weight publication, behind one pool."""
+    from actors.metrics import pool_gauges
     from actors.rollout import EngineMaker
     from actors.router import EnginePool
     from actors.weight_sync import WeightSync
@@ -95,8 +104,10 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
             run_name=recipe.run.name,
         )
+        watched = pool_gauges(pool, run=recipe.run.name) if recipe.cluster.metrics else contextlib.nullcontext()
         try:
-            yield Rollouts(pool, renderer)
+            async with watched:
+                yield Rollouts(pool, renderer)
         finally:
             await pool.close()
     finally:

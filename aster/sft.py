@@ -82,7 +82,7 @@ async def run(recipe: Recipe) -> None:
         config_hash=recipe.config_hash,
         keep=recipe.run.keep_checkpoints,
     )
-    with Tracker.open(recipe, total_steps=steps) as tracker:
+    with Tracker.open(recipe, total_steps=steps, extra=launch.metric_sinks(recipe)) as tracker:
         async with launch.learners(recipe, total_steps=steps) as learners, finishing(checkpoints):
             step = 0
             if not recipe.run.resume:

@@ -46,7 +46,8 @@ async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
     )
     val_rows = read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) if recipe.data.val_files else []
     steps = recipe.run.steps or prompts.total_steps
-    with Tracker.open(recipe, total_steps=steps) as tracker, Tracer.open(recipe) as tracer:
+    sinks = launch.metric_sinks(recipe)
+    with Tracker.open(recipe, total_steps=steps, extra=sinks) as tracker, Tracer.open(recipe) as tracer:
         async with launch.trainer(recipe, sandboxes=sandboxes, total_steps=steps * recipe.updates_per_step) as (
             rollouts,
             learners,

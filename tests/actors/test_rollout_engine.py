@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import publishing
@@ -19,6 +21,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
 
 import ray
 
+from actors.metrics import NAMES, RUN_FAMILIES, RUN_GAUGES, RunGauges, pool_gauges
 from actors.rollout import EngineMaker, RayEngine, spawn_engines
 from actors.weight_sync import RayWeightSource, WeightSync
 from aster.errors import ConfigError, EngineLost, GangFailure, WeightSyncError
@@ -388,3 +391,35 @@ def test_engines_that_the_cluster_cannot_hold_are_refused_with_the_arithmetic(wo
         spawn_engines(publishing.recipe(tmp_path, kv_cache_bytes=None), model_path=str(tmp_path), sandboxes=None)
     with pytest.raises(ConfigError, match="weight_backend=nccl needs GPUs"):
         spawn_engines(publishing.recipe(tmp_path, weight_backend="nccl"), model_path=str(tmp_path), sandboxes=None)
+
+
+def scrape() -> str:
+    """What Prometheus would read from every node."""
+    pages = []
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        pages.append(httpx.get(url, timeout=10, trust_env=False).text)
+    return "\n".join(pages)
+
+
+class _Pool:
+    in_flight, waiting, living = 3, 5, 2
+
+
+async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> None:
+    sink = RunGauges("scraped")
+    sink.write(1, {**dict.fromkeys(RUN_GAUGES, 0.5), **{f"{begin}x{end}": 0.5 for begin, end in RUN_FAMILIES}})
+    sink.event(1, "collapse", "few calls")
+    prompt = np.tile(PROMPT, 8)  # more than one block of the prefix cache
+    async with pool_gauges(_Pool(), run="scraped"):
+        for _ in range(2):
+            await generate(world.engines[0], prompt)
+        deadline = time.monotonic() + 60
+        wanted = {f"ray_{name}" for name in NAMES - {"aster_engine_preempted"}}  # nothing is thrown out here
+        while missing := {n for n in wanted if not re.search(rf"^{n}(_total)?{{", (page := scrape()), re.MULTILINE)}:
+            assert time.monotonic() < deadline, (missing, [x for x in page.splitlines() if x.startswith("ray_aster")])
+            await asyncio.sleep(1.0)
+    samples = dict(re.findall(r"^ray_(aster_\w+)\{.*\} (\S+)$", page, re.MULTILINE))
+    assert float(samples["aster_pool_in_flight"]) == 3
+    assert float(samples["aster_engine_generated_tokens_total"]) >= 80
+    assert float(samples["aster_engine_prefix_hits_total"]) >= 128
