@@ -23,14 +23,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-from aster.command import run_verb
-from aster.config import Recipe, recipe_names
-from aster.launch import TOKEN_VARIABLE
-from serve.cells import BackendUnavailable, CellSettings
+    from aster.command import run_verb
+    from aster.config import Recipe, recipe_names
+    from aster.launch import TOKEN_VARIABLE
+    from serve.cells import BackendUnavailable, CellSettings
+except (ImportError, AttributeError) as error:  # a machine without the environment, or a Python that is too old for it
+    sys.exit(
+        f"aster doctor: {sys.executable} (Python {sys.version.split()[0]}) has not what Aster needs: {error}\n"
+        "  make setup                       makes .venv with everything; it looks for Python 3.11, 3.12 or 3.13\n"
+        "  make setup PYTHON=/path/python3.12   where none of these is on PATH\n"
+        "  make doctor                      then looks at the rest of this machine"
+    )
 
 GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 13))
@@ -40,6 +48,8 @@ _NEEDED_GIB = 6.0  # the quickstart's peak on two cores: engine, learner, Ray an
 _NEEDED_DISK_GIB = 5.0  # a quickstart's runs, and Ray's spill below it
 _NEEDED_SHM_GIB = 1.0
 _PROBE_S = 20.0
+_QUICKSTART = "runs/quickstart-"
+_QUICKSTART_CURE = "make quickstart makes it, or give your own"
 _ASK_TORCH = """import torch
 print(torch.version.cuda, torch.cuda.is_available(), ".".join(map(str, torch.cuda.nccl.version())))"""
 
@@ -195,8 +205,31 @@ def sandbox() -> Iterator[Finding]:
             yield Finding(f"sandbox {name}", Level.OK, "works")
         else:
             level = Level.MISSING if len(problems) == 2 else Level.NOTE
-            cure = {"docker": "start Docker, then make image", "bwrap": "apt-get install bubblewrap"}[name]
-            yield Finding(f"sandbox {name}", level, problems[name], cure)
+            yield Finding(f"sandbox {name}", level, problems[name], sandbox_cure(name, problems[name]))
+    if len(problems) == 2:
+        cure = "one of the two; or sandbox.backend=process, where the model's code runs as you, isolated from nothing"
+        yield Finding("sandbox", Level.MISSING, "no backend works here", cure)
+
+
+def sandbox_cure(backend: str, problem: str) -> str:
+    """What to type, by what the backend said of itself."""
+    if backend == "docker":
+        if "no image" in problem:
+            return "make image"
+        if "ermission" in problem:
+            return "sudo usermod -aG docker $USER, then log in again"
+        if shutil.which("dockerd") is None:
+            return "install Docker Engine (docs.docker.com/engine/install), then make image"
+        return "sudo systemctl start docker (without systemd: sudo dockerd &), then make image"
+    if "not installed" in problem:
+        return "sudo apt-get install bubblewrap (or your distribution's package of that name)"
+    if "namespaces" in problem:
+        return (
+            "sudo sysctl kernel.unprivileged_userns_clone=1 (on Ubuntu 24.04 "
+            "kernel.apparmor_restrict_unprivileged_userns=0); inside a container: docker run --security-opt "
+            "seccomp=unconfined --security-opt apparmor=unconfined"
+        )
+    return "look at the reason above; Docker is the other way"
 
 
 def ports() -> Iterator[Finding]:
@@ -250,11 +283,14 @@ def recipe_findings(recipe: Recipe, *, gpus: int) -> Iterator[Finding]:
         yield Finding("model.path", Level.OK, path)
     else:
         cure = "give a Hugging Face model directory: model.path=DIR (`aster prepare` or `aster merge` write one)"
+        cure = _QUICKSTART_CURE if path.startswith(_QUICKSTART) else cure
         yield Finding("model.path", Level.MISSING, repr(path) if path else "not given", cure)
     for key, files in (("data.train_files", recipe.data.train_files), ("data.val_files", recipe.data.val_files)):
         absent = [file for file in files if "://" not in file and not Path(file).exists()]
         if absent:
-            yield Finding(key, Level.MISSING, f"not there: {', '.join(absent)}", f"{key}=[FILE, ...]")
+            made = all(file.startswith(_QUICKSTART) for file in absent)
+            cure = _QUICKSTART_CURE if made else f"{key}=[FILE, ...]; `aster prepare --data` makes prompt files"
+            yield Finding(key, Level.MISSING, f"not there: {', '.join(absent)}", cure)
         elif files:
             yield Finding(key, Level.OK, ", ".join(files))
     engines = recipe.rollout.engines * recipe.rollout.tensor_parallel

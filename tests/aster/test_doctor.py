@@ -1,7 +1,10 @@
 """`aster doctor`: thresholds by hand, and the real machine."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -51,8 +54,44 @@ def test_one_working_sandbox_is_enough_and_none_is_not(monkeypatch):
     assert levels == {"sandbox docker": Level.NOTE, "sandbox bwrap": Level.OK}
     monkeypatch.setattr(BwrapBackend, "__init__", lacks)
     both = list(doctor.sandbox())
-    assert [f.level for f in both] == [Level.MISSING, Level.MISSING]
-    assert both[1].cure == "apt-get install bubblewrap"
+    assert [f.level for f in both] == [Level.MISSING] * 3
+    assert "sandbox.backend=process" in both[2].cure
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem", "cure"),
+    [
+        ("docker", "docker: no image 'aster-sandbox:latest'; build it with `make image`", "make image"),
+        ("docker", "docker: no daemon answers (PermissionError(13, 'Permission denied'))", "usermod -aG docker"),
+        ("bwrap", "bwrap: not installed; install the package `bubblewrap`", "apt-get install bubblewrap"),
+        ("bwrap", "bwrap: cannot make namespaces here (Operation not permitted)", "unprivileged_userns"),
+    ],
+)
+def test_the_cure_of_a_sandbox_is_that_of_what_is_wrong_with_it(backend, problem, cure):
+    assert cure in doctor.sandbox_cure(backend, problem)
+
+
+def test_a_machine_without_docker_and_bubblewrap_is_told_what_to_install(tmp_path):
+    """The real backends with an empty PATH and a daemon that is not there."""
+    env = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock", "PATH": str(tmp_path), "RAY_ADDRESS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "aster.doctor", "--json"], env=env, capture_output=True, text=True, check=False
+    )
+    found = {f["name"]: f for f in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1, done.stderr
+    assert "no daemon answers" in found["sandbox docker"]["found"]
+    assert "install Docker Engine" in found["sandbox docker"]["cure"]
+    assert "apt-get install bubblewrap" in found["sandbox bwrap"]["cure"]
+    assert found["sandbox"]["level"] == "missing"
+    assert found["Ray cluster"]["level"] == "ok"
+
+
+def test_without_the_environment_it_says_how_to_make_it():
+    """-S: no site-packages, as with the system's Python on a fresh clone."""
+    done = subprocess.run([sys.executable, "-S", "-m", "aster.doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "make setup" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_in_use_is_seen(monkeypatch):
