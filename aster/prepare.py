@@ -259,6 +259,8 @@ def raw_problems(
     (out / "dropped.jsonl").write_text(listed, "utf-8")
     reasons = ", ".join(f"{number} {reason}" for reason, number in found.reasons().items()) or "none"
     counts = f"{found.records:,} records: {len(found.rows):,} rows, {found.copies:,} copies, dropped: {reasons}"
+    if found.renamed:
+        counts += f"; {found.renamed:,} ids stood twice and were replaced"
     if not found.rows:
         raise DataError(f"{counts}; see {out / 'dropped.jsonl'}")
     target = out / "train.parquet"

@@ -26,7 +26,7 @@ from aster.types import PromptRow
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "source_prompt", "input")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "ground_truth", "solution", "expected_answer")
-ID_COLUMNS = ("row_id", "extra_info.index", "uuid", "id", "unique_id")
+ID_COLUMNS = ("row_id", "extra_info.index", "uuid", "unique_id")
 
 NGRAM, SHARE = 8, 0.4
 """When a problem is contaminated (`Overlap`). Against AIME25 and HMMT25 these flag 5 of the 5,104 published rows, where
@@ -68,6 +68,8 @@ class Collected:
     records: int = 0
     copies: int = 0
     """Records whose problem and answer were seen before; counted, not listed."""
+    renamed: int = 0
+    """Rows whose own id another row had already."""
 
     def reasons(self) -> dict[str, int]:
         out: dict[str, int] = {}
@@ -115,8 +117,9 @@ def collect(
                     out.dropped.append(Dropped(where, "two answers", problem, f"{answers[key]!r} and {answer!r}"))
                 continue
             answers[key] = answer
-            row = _row(record, problem, answer, key, source=source, column=columns.row_id, taken=ids)
+            row, renamed = _row(record, problem, answer, key, source=source, column=columns.row_id, taken=ids)
             ids.add(row.row_id)
+            out.renamed += renamed
             overlap = contaminated_by(problem)
             tokens = prompt_tokens(row) if prompt_tokens and not overlap else 0
             if overlap:
@@ -254,18 +257,26 @@ def _answer_text(value: Any) -> tuple[str, str]:
 
 def _row(
     record: Mapping[str, Any], problem: str, answer: str, key: str, *, source: str, column: str, taken: set[str]
-) -> PromptRow:
-    """The file's own id where it has one that is free, else a hash of the problem: stable over files and orders."""
+) -> tuple[PromptRow, bool]:
+    """The row under the file's own id where that is free, else under a hash of the problem (stable over files and
+    orders); and whether the id was taken.
+
+    A plain `id` is a number in most sets and says nothing without its source, which stands before it as in
+    `prompts.read_prompts`.
+    """
     own = _first(record, (column,) if column else ID_COLUMNS)
-    row_id = str(own) if own is not None and str(own) not in taken else f"{source}-{key[:16]}"
+    if own is None and not column and record.get("id") is not None:
+        own = f"{source}-{record['id']}"
+    renamed = own is not None and str(own) in taken
     ability = record.get("ability")
-    return PromptRow(
-        row_id=row_id,
+    row = PromptRow(
+        row_id=f"{source}-{key[:16]}" if own is None or renamed else str(own),
         messages=({"role": "user", "content": user_message(problem)},),
         ground_truth=answer,
         data_source=source,
         extra={"ability": str(ability)} if ability else {},
     )
+    return row, renamed
 
 
 def fingerprint(problem: str) -> str:

@@ -50,7 +50,7 @@ def test_the_usual_columns_are_found_and_frames_come_off(tmp_path):
     found = collect([raw], source="t")
     assert problems(found.rows) == [user_message(f"What is {n}+{n}?") for n in (1, 2, 3, 4)]
     assert [r.ground_truth for r in found.rows] == ["2", "4", "6", "8"]
-    assert found.rows[0].row_id == "7"
+    assert found.rows[0].row_id == "t-7"
     assert found.rows[1].row_id == f"t-{fingerprint('What is 2+2?')[:16]}"
 
 
@@ -109,8 +109,10 @@ def test_an_id_that_is_taken_is_replaced_by_the_hash(tmp_path):
     raw = lines(
         tmp_path / "a.jsonl", {"id": 1, "problem": "a", "answer": "1"}, {"id": 1, "problem": "b", "answer": "1"}
     )
-    first, second = collect([raw], source="t").rows
-    assert (first.row_id, second.row_id) == ("1", f"t-{fingerprint('b')[:16]}")
+    found = collect([raw], source="t")
+    first, second = found.rows
+    assert found.renamed == 1
+    assert (first.row_id, second.row_id) == ("t-1", f"t-{fingerprint('b')[:16]}")
 
 
 def test_contamination_is_a_share_of_the_evaluation_problem_and_names_it(tmp_path):
@@ -172,13 +174,15 @@ def test_a_url_that_cannot_be_fetched_leaves_nothing_behind(tmp_path):
 
 
 def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
-    raw = lines(tmp_path / "a.jsonl", {"problem": "What is 1+1?", "answer": "2"}, {"problem": "", "answer": "2"})
+    records = [{"problem": "What is 1+1?", "answer": "2", "id": 1}, {"problem": "2+2?", "answer": "4", "id": 1}]
+    raw = lines(tmp_path / "a.jsonl", *records, {"problem": "", "answer": "2"})
     assert main(["prepare", "--data", str(raw), "--source", "mine", "--out", str(tmp_path / "out")]) == 0
-    assert "2 records: 1 rows, 0 copies, dropped: 1 no problem" in capsys.readouterr().out
-    (row,) = read_prompts([tmp_path / "out/train.parquet"])
+    said = capsys.readouterr().out
+    assert "3 records: 2 rows, 0 copies, dropped: 1 no problem; 1 ids stood twice and were replaced" in said
+    row, _ = read_prompts([tmp_path / "out/train.parquet"])
     assert row.data_source == "mine"
     assert json.loads((tmp_path / "out/dropped.jsonl").read_text())["reason"] == "no problem"
-    assert "| mine | 1 |" in (tmp_path / "out/card.md").read_text()
+    assert "| mine | 2 |" in (tmp_path / "out/card.md").read_text()
 
 
 def test_a_prepare_that_cannot_work_says_so(tmp_path, capsys):
@@ -261,6 +265,20 @@ def test_preparing_the_published_set_again_gives_the_same_prompts_and_ids(tmp_pa
     assert len(found.rows) == 5104 - 48 - 2
     assert all(published[r.row_id].messages == r.messages for r in found.rows)
     assert all(published[r.row_id].ground_truth == r.ground_truth for r in found.rows)
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "source"), [("aime25", "aime2025"), ("hmmt25", "hmmt25")])
+def test_raw_aime_and_hmmt_become_the_published_rows(tmp_path, name, source):
+    published = read_prompts([REAL / f"{name}.parquet"])
+    raw = [
+        {"id": record["id"], "problem": record["problem"], "answer": record["reward_model"]["ground_truth"]}
+        for record in pq.read_table(REAL / f"{name}.parquet").to_pylist()
+    ]
+    rows = collect([lines(tmp_path / "raw.jsonl", *raw)], source=source).rows
+    assert [(r.row_id, r.messages, r.ground_truth, r.data_source) for r in rows] == [
+        (r.row_id, r.messages, r.ground_truth, r.data_source) for r in published
+    ]
 
 
 @needs_real_data
