@@ -60,27 +60,43 @@ async def sample(
             except RewardFailed as error:
                 return out.failed(Cause.REWARD_FAILED, str(error))
 
-    made = 0
-    files = range(-(-len(rows) // PROBLEMS_PER_FILE))
-    for number in files:
-        if (folder / f"{number}.parquet").is_file():
-            progress(number + 1, len(files))
-            continue
+    async def file(number: int) -> None:
         part = rows[number * PROBLEMS_PER_FILE : (number + 1) * PROBLEMS_PER_FILE]
-        refused: list[BaseException] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [[group.create_task(one(row, n)) for n in range(samples)] for row in part]
-        except* AsterError as errors:  # a request that no trajectory could make: one message, not a tree
-            refused += errors.exceptions
-        if refused:
-            raise refused[0]
+        async with asyncio.TaskGroup() as group:
+            tasks = [[group.create_task(one(row, n)) for n in range(samples)] for row in part]
         done = [[task.result() for task in of_row] for of_row in tasks]
         lost = [t for of_row in done for t in of_row if t.cause.is_ours]
         if len(lost) == len(part) * samples:
             raise CircuitOpen(f"all {len(lost)} trajectories of file {number} were lost; the first: {lost[0].error}")
         groups = [TrajectoryGroup(row, number, tuple(of_row)) for row, of_row in zip(part, done, strict=True)]
         write_trajectories_parquet(folder, groups, step=number)
+        nonlocal made, there
         made += len(part) * samples
-        progress(number + 1, len(files))
+        there += 1
+        progress(there, files)
+        window.release()
+
+    files = -(-len(rows) // PROBLEMS_PER_FILE)
+    missing = [number for number in range(files) if not (folder / f"{number}.parquet").is_file()]
+    made, there = 0, files - len(missing)
+    # So many files at once that the slowest trajectory of one holds up no other; `room` serves them in their order.
+    window = asyncio.Semaphore(2 + concurrency // (PROBLEMS_PER_FILE * samples))
+    progress(there, files)
+    refused: list[BaseException] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in missing:
+                await window.acquire()
+                group.create_task(file(number))
+    except* AsterError as errors:  # a request that no trajectory could make: one message, not a tree
+        refused += _leaves(errors)
+    if refused:
+        raise refused[0]
     return made
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a tree of groups, in order."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]

@@ -220,6 +220,27 @@ async def test_a_killed_run_makes_only_the_files_that_are_missing(run, server, t
     assert await run(ROWS) == 0
 
 
+async def test_the_slowest_trajectory_of_a_file_holds_up_no_other_file(run, server, tmp_path):
+    others = threading.Event()
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        if "What is 0 " in body["messages"][0]["content"]:
+            assert others.wait(20), "file 1 must be written while a trajectory of file 0 is still running"
+        return three_steps(body)
+
+    server.reply = reply
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, of: int) -> None:
+        seen.append((done, of))
+        if done and (tmp_path / "1.parquet").is_file():
+            others.set()
+
+    assert await run(ROWS, progress=progress) == 40
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert sorted(p.name for p in tmp_path.glob("*.parquet")) == ["0.parquet", "1.parquet"]
+
+
 async def test_a_busy_server_is_asked_again_and_a_dead_one_ends_the_run(run, server, tmp_path):
     server.failures = [503, 429, 500]
     assert await run(ROWS[:1]) == 1
