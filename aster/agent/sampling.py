@@ -60,7 +60,14 @@ async def sample(
             except RewardFailed as error:
                 return out.failed(Cause.REWARD_FAILED, str(error))
 
+    files = -(-len(rows) // PROBLEMS_PER_FILE)
+    missing = [number for number in range(files) if not (folder / f"{number}.parquet").is_file()]
+    made, there = 0, files - len(missing)
+    # So many files at once that the slowest trajectory of one holds up no other; `room` serves them in their order.
+    window = asyncio.Semaphore(2 + concurrency // (PROBLEMS_PER_FILE * samples))
+
     async def file(number: int) -> None:
+        nonlocal made, there
         part = rows[number * PROBLEMS_PER_FILE : (number + 1) * PROBLEMS_PER_FILE]
         async with asyncio.TaskGroup() as group:
             tasks = [[group.create_task(one(row, n)) for n in range(samples)] for row in part]
@@ -70,17 +77,11 @@ async def sample(
             raise CircuitOpen(f"all {len(lost)} trajectories of file {number} were lost; the first: {lost[0].error}")
         groups = [TrajectoryGroup(row, number, tuple(of_row)) for row, of_row in zip(part, done, strict=True)]
         write_trajectories_parquet(folder, groups, step=number)
-        nonlocal made, there
         made += len(part) * samples
         there += 1
         progress(there, files)
         window.release()
 
-    files = -(-len(rows) // PROBLEMS_PER_FILE)
-    missing = [number for number in range(files) if not (folder / f"{number}.parquet").is_file()]
-    made, there = 0, files - len(missing)
-    # So many files at once that the slowest trajectory of one holds up no other; `room` serves them in their order.
-    window = asyncio.Semaphore(2 + concurrency // (PROBLEMS_PER_FILE * samples))
     progress(there, files)
     refused: list[BaseException] = []
     try:
