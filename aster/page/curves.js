@@ -40,7 +40,7 @@ const SPECS = [
 ];
 const shown = new Set(RUNS.keys());
 // Stages follow each other, each from the model of the one before; runs from the same model are alternatives.
-let inSequence = RUNS.length > 1 && RUNS.every((r, i) => RUNS.slice(0, i).every((q) => q.stage !== r.stage || (q.config["model.path"] !== r.config["model.path"] && r.began >= q.ended - 1)));
+let inSequence = RUNS.length > 1 && RUNS.every((r, i) => RUNS.slice(0, i).every((q) => r.stage === "eval" || q.stage !== r.stage || (q.config["model.path"] !== r.config["model.path"] && r.began >= q.ended - 1)));
 let smooth = 0;
 
 // The lines of a spec for runs of one stage. Steps of SFT and RL are different things.
@@ -121,21 +121,22 @@ function splits() {
   return out;
 }
 
+const bandLabel = (b) => (b === "1" ? "1 call" : b === "0" ? "no call" : b.replace("-", "–"));
+
 // How many calls trajectories make, a column per step: one picture per run, on the same scale.
 function toolUse() {
   const root = $("bands");
   root.replaceChildren();
   const mine = [...RUNS.entries()].filter(([i, r]) => shown.has(i) && bandPrefix(r));
-  const trained = mine.filter(([, r]) => r.stage !== "eval");
-  const figures = trained.length ? trained : mine;
-  if (!figures.length) { $("tooluse").hidden = true; return; }
+  const figures = mine.filter(([, r]) => points(r, `${bandPrefix(r)}0`).length > 1);
+  if (!mine.length) { $("tooluse").hidden = true; return; }
   $("tooluse").hidden = false;
   const draws = [];
   root.className = figures.length > 1 ? "bands two" : "bands";
   for (const [i, run] of figures) {
     const prefix = bandPrefix(run);
     const steps = points(run, `${prefix}0`).map((p) => p.step);
-    const parts = BANDS.map((b, n) => ({ label: b === "1" ? "1 call" : b === "0" ? "no call" : b.replace("-", "–"), color: `var(--b${n})`, ink: `var(--bt${n})`, inside: `var(--bi${n})`, at: new Map(points(run, prefix + b).map((p) => [p.step, p.y])) }));
+    const parts = BANDS.map((b, n) => ({ label: bandLabel(b), color: `var(--b${n})`, ink: `var(--bt${n})`, inside: `var(--bi${n})`, at: new Map(points(run, prefix + b).map((p) => [p.step, p.y])) }));
     const spans = alarms(run);
     const word = alarmWord(run);
     const box = h("figure", { class: "chart" }, h("figcaption", {}, h("b", {}, RUNS.length > 1 && dot(i), run.name), h("span", {}, word)));
@@ -143,6 +144,16 @@ function toolUse() {
     draws.push(() => box.append(stackChart(box, steps, parts, { name: `Tool calls of ${run.name}`, height: figures.length > 1 ? 190 : 230, most: 1, form: (x) => pct(x, 0), marks: spans })));
   }
   for (const draw of draws) draw(); // now that each has its width
+  const single = mine.filter((run) => !figures.includes(run));
+  $("shares").replaceChildren(...single.flatMap(([i, run]) => [h("div", { class: "who" }, RUNS.length > 1 && dot(i), h("span", {}, run.name)), shares(run)]));
+}
+
+// One step only, as in an evaluation: a bar.
+function shares(run) {
+  const prefix = bandPrefix(run);
+  const parts = BANDS.map((b, n) => [bandLabel(b), n, points(run, prefix + b)[0]?.y || 0]).filter(([, , v]) => v > 0);
+  return h("div", { class: "share", role: "img", "aria-label": parts.map(([label, , v]) => `${label} ${pct(v, 0)}`).join(", ") },
+    parts.map(([label, n, v]) => h("i", { style: `flex:${v};background:var(--b${n});color:var(--bi${n})`, title: `${label}: ${pct(v)}` }, v > 0.08 ? `${label} ${pct(v, 0)}` : "")));
 }
 
 function curveBar() {

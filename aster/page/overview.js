@@ -108,7 +108,10 @@ function tiles(run) {
 
 // Runs under each other, the same number in the same column; columns that no run has are left out.
 function runTable() {
-  const columns = [...new Set(RUNS.flatMap((r) => vital(r).map((v) => v.label)))];
+  // in the order of `vital`, whoever has them; what only concerns one run at a time is left to the curves
+  const order = ["loss", "validation loss", "tool format", "training reward"], late = ["calls per trajectory", "at most one call", "entropy"];
+  const all = [...new Set(RUNS.flatMap((r) => vital(r).map((v) => v.label)))];
+  const columns = [...order.filter((c) => all.includes(c)), ...all.filter((c) => c.includes("avg@")), ...late.filter((c) => all.includes(c))];
   const cell = (run, i, label) => {
     const v = vital(run).find((x) => x.label === label);
     if (!v) return h("td", { class: "none" });
@@ -116,12 +119,11 @@ function runTable() {
   };
   const anyAlarm = RUNS.some((r) => r.series["collapse/alarm"]);
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "numbers of every run" }, h("table", { class: "runs" },
-    h("thead", {}, h("tr", {}, h("th", {}, "run"), anyAlarm && h("th", {}, "collapse alarm"), columns.map((c) => h("th", {}, c)), h("th", { class: "r" }, "steps"), h("th", { class: "r" }, "time"))),
+    h("thead", {}, h("tr", {}, h("th", {}, "run"), anyAlarm && h("th", {}, "collapse alarm"), columns.map((c) => h("th", {}, c)))),
     h("tbody", {}, RUNS.map((run, i) => h("tr", {},
-      h("th", { scope: "row", title: run.path }, h("div", { class: "who" }, dot(i), h("span", {}, run.name)), h("small", {}, { rl: "GRPO", sft: "supervised", eval: "evaluation" }[run.stage] || run.stage)),
+      h("th", { scope: "row", title: run.path }, h("div", { class: "who" }, dot(i), h("span", {}, run.name)), h("small", {}, [{ rl: "GRPO", sft: "supervised", eval: "evaluation" }[run.stage] || run.stage, run.stage !== "eval" && `${whole(run.steps)} steps`, span(run.ended - run.began || points(run, "timing_s/testing")[0]?.y)].filter(Boolean).join(", "))),
       anyAlarm && h("td", {}, alarmWord(run)),
-      columns.map((c) => cell(run, i, c)),
-      h("td", { class: "r" }, run.stage === "eval" ? "–" : whole(run.steps)), h("td", { class: "r" }, span(run.ended - run.began || points(run, "timing_s/testing")[0]?.y)))))));
+      columns.map((c) => cell(run, i, c)))))));
 }
 
 // accuracy ------------------------------------------------------------------------------------------------------------

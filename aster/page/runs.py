@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _began(path: Path) -> float:
-    return next((float(line["time"]) for line in _lines(path) if "time" in line), 0.0)
+    return next((float(line["time"]) for line in _lines(path) if "time" in line), math.inf)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -186,10 +186,9 @@ def sentences(clocks: Sequence[Clocked], learner: Mapping[str, float], *, began:
     total = sum(c.total_s for c in clocks)
     if total:
         queue = sum(c.queue_s for c in clocks)
-        queued = f", {queue / total:.0%} queueing for the sandbox" if queue > 0.005 * total else ""
-        out.append(
-            f"A trajectory spent {generate / total:.0%} of its time generating, {tools / total:.0%} in tools{queued}."
-        )
+        queued = f" ({queue / total:.0%} waiting for room in the sandbox)" if queue > 0.005 * total else ""
+        spent = f"{generate / total:.0%} of its time generating, {tools / total:.0%} in tools{queued}"
+        out.append(f"A trajectory spent {spent}.")
     if done and whole > gen > 0:
         idle = began + whole - max(done[-1], began)
         if idle > 0:

@@ -86,6 +86,7 @@ function table() {
     return h("td", { class: cls || "" }, r[key] === null || r[key] === undefined ? "–" : typeof r[key] === "number" ? (key === "s" ? r.s.toFixed(2) : whole(r[key])) : r[key]);
   };
   const sort = (key) => { sortDown = sortBy === key ? !sortDown : DOWN_FIRST.has(key); sortBy = key; refresh(); };
+  const arrow = (key) => h("i", { "aria-hidden": "true" }, sortBy === key ? (sortDown ? "↓" : "↑") : "");
   const from = page * PAGE;
   const walk = (e, n) => {
     if (e.key === "Enter" || e.key === " ") { e.preventDefault(); open(from + n); }
@@ -93,7 +94,7 @@ function table() {
     if (to && e.currentTarget[to]) { e.preventDefault(); e.currentTarget[to].focus(); }
   };
   $("table").replaceChildren(
-    h("thead", {}, h("tr", {}, columns.map(([key, label, cls]) => h("th", { class: cls || "", "aria-sort": sortBy === key ? (sortDown ? "descending" : "ascending") : null }, h("button", { class: "sort", "data-sort": key, onclick: () => sort(key) }, label, h("i", { "aria-hidden": "true" }, sortBy === key ? (sortDown ? "↓" : "↑") : "")))))),
+    h("thead", {}, h("tr", {}, columns.map(([key, label, cls]) => h("th", { class: cls || "", "aria-sort": sortBy === key ? (sortDown ? "descending" : "ascending") : null }, h("button", { class: "sort", "data-sort": key, onclick: () => sort(key) }, cls ? [arrow(key), label] : [label, arrow(key)]))))),
     h("tbody", {}, found.slice(from, from + PAGE).map((r, n) => h("tr", { tabindex: 0, "aria-label": `${verdict(r)[0]}, ${r.calls ?? "unknown"} calls: ${r.q.slice(0, 80)}. Enter opens it`, onclick: () => open(from + n), onkeydown: (e) => walk(e, n) }, columns.map((c) => cell(r, c))))));
   if (!found.length) $("table").append(h("caption", { class: "empty" }, ROWS.length ? "No trajectory fits these filters." : "These runs wrote no rollouts."));
   const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
