@@ -197,7 +197,7 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
         steps = [json.loads(line) for line in (tmp_path / "runs/sft/metrics.jsonl").read_text().splitlines()]
         assert [m["step"] for m in steps if "train/loss" in m] == [1, 2]
         assert report.main([str(tmp_path / "runs/sft"), "--output", str(tmp_path / "report.html")]) == 0
-        assert '"stage": "sft"' in (tmp_path / "report.html").read_text()
+        assert '"stage":"sft"' in (tmp_path / "report.html").read_text()
     finally:
         subprocess.run([*script, "down", "--cache", str(tmp_path)], env=clean, check=True, timeout=100)
     assert cluster.processes_of(state) == []
