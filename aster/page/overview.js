@@ -45,7 +45,7 @@ function freshness() {
   try { paused = sessionStorage.getItem("aster-paused") === "1"; } catch { /* storage is off */ }
   const state = () => { button.textContent = paused ? "Go on" : "Pause"; el.classList.toggle("paused", paused); };
   button.addEventListener("click", () => { paused = !paused; due = Date.now() + 1000 * DATA.every; try { sessionStorage.setItem("aster-paused", paused ? "1" : "0"); } catch { /* storage is off */ } state(); });
-  const ago = (unix) => `${span(Math.max(1, Math.round(Date.now() / 1000 - unix)))} ago`;
+  const ago = (unix) => { const s = Math.max(1, Math.round(Date.now() / 1000 - unix)); return `${s < 90 ? `${s} s` : span(s)} ago`; };
   const tick = () => {
     const busy = $("viewer").open || document.activeElement?.type === "search";
     label.textContent = `Live. Newest line ${newest ? ago(newest) : "not yet"}; this page was written ${ago(DATA.made)}. ` +
@@ -100,10 +100,16 @@ function alarmWord(run) {
 
 function tiles(run) {
   const list = vital(run).slice(0, 8);
-  const word = alarmWord(run);
   return h("div", { class: "tiles" }, list.map((v) => h("div", { class: "tile" }, h("div", { class: "label" }, v.label),
     h("div", { class: "value" }, v.form(v.last)), h("div", { class: "was" }, v.first === v.last ? "" : `from ${v.form(v.first)}`), sparkline(run, v.name, "var(--accent)", v.range))),
-    word && h("div", { class: "tile" }, h("div", { class: "label" }, "collapse alarm"), h("div", { class: "value small" }, word), h("div", { class: "was" }, `watched ${points(run, "collapse/alarm").length} steps`)));
+    run.series["collapse/alarm"] && h("div", { class: "tile" }, h("div", { class: "label" }, "collapse alarm"), ...alarmTile(run)));
+}
+
+function alarmTile(run) {
+  const spans = alarms(run), on = isOn(run), last = spans[spans.length - 1];
+  const word = on ? "on" : spans.length ? "over" : "silent";
+  const when = on ? `since step ${last[0]}` : spans.length ? `was on: ${spansOf(spans)}` : `${points(run, "collapse/alarm").length} steps watched`;
+  return [h("div", { class: "value", style: on ? "color:var(--bad)" : spans.length ? "" : "color:var(--good)" }, `${on ? "!" : "✓"} ${word}`), h("div", { class: "was" }, when)];
 }
 
 // Runs under each other, the same number in the same column; columns that no run has are left out.
