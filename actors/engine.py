@@ -198,15 +198,10 @@ class RolloutEngine:
             raise EngineLost(f"{self.name}: {request_id} not answered within generate_timeout_s={limit:g}") from None
         if output.finish_reason not in ("stop", "length", "abort"):
             raise EngineLost(f"{self.name}: {request_id} ended with {output.finish_reason!r}")
-        return Generation(
-            ids=np.asarray(output.token_ids, dtype=np.int32),
-            logprobs=np.asarray(
-                [entry[token].logprob for entry, token in zip(output.logprobs or [], output.token_ids, strict=True)],
-                dtype=np.float32,
-            ),
-            versions=_versions(output),
-            finish_reason=output.finish_reason,
-        )
+        try:
+            return _generation(output)
+        except (KeyError, TypeError, ValueError) as error:  # policy: it cannot be trained on, and only we are to blame
+            raise EngineLost(f"{self.name}: {request_id}: malformed answer: {error!r}") from error
 
     async def log_probs(self, ids: np.ndarray, prompt_len: int, *, temperature: float = 1.0) -> np.ndarray:
         """log p(ids[t] | ids[:t]) at `temperature` for t >= prompt_len; float32 [len(ids) - prompt_len].
@@ -374,12 +369,26 @@ class RolloutEngine:
         await asyncio.to_thread(self._engine.shutdown, timeout=_SHUTDOWN_S)
 
 
+def _generation(output: Any) -> Generation:
+    """vLLM's CompletionOutput as arrays. Raises KeyError, TypeError or ValueError for one that is not whole."""
+    return Generation(
+        ids=np.asarray(output.token_ids, dtype=np.int32),
+        logprobs=np.asarray(
+            [entry[token].logprob for entry, token in zip(output.logprobs or [], output.token_ids, strict=True)],
+            dtype=np.float32,
+        ),
+        versions=_versions(output),
+        finish_reason=output.finish_reason,
+    )
+
+
 def _versions(output: Any) -> np.ndarray:
     """int32 [tokens] from vLLM's spans; an in-flight update leaves two versions in one output."""
     versions = np.full(len(output.token_ids), -1, dtype=np.int32)
     for span in output.weight_versions or ():
         versions[span.start : span.end] = int(span.version)
-    assert (versions >= 0).all(), f"tokens without a version: {output.weight_versions}"
+    if (versions < 0).any():
+        raise ValueError(f"tokens without a version: {output.weight_versions}")
     return versions
 
 

@@ -38,7 +38,10 @@ class Generation:
 
 
 class Generate(Protocol):
-    """One turn of one engine. Raises EngineLost; an aborted request returns what it has, with "abort"."""
+    """One turn of one engine. Raises EngineLost; an aborted request returns what it has, with "abort".
+
+    An answer that is not whole (no ids or too many, other lengths, a log-prob that is no number) counts as EngineLost.
+    """
 
     async def __call__(
         self,
@@ -152,10 +155,10 @@ class Episode:
         if out.finish_reason == "abort":
             raise Aborted(self.task.uid)
         n = len(out.ids)
-        if not (0 < n <= limit and n == len(out.logprobs) == len(out.versions)):
-            raise AssertionError(
-                f"{self.task.uid}: the engine returned {n} ids, {len(out.logprobs)} log-probs and {len(out.versions)} "
-                f"versions for max_tokens={limit}"
+        if not (0 < n <= limit and n == len(out.logprobs) == len(out.versions) and np.isfinite(out.logprobs).all()):
+            raise EngineLost(
+                f"{self._engine}: {self.task.uid}: malformed answer: {n} ids, {len(out.logprobs)} log-probs (finite: "
+                f"{int(np.isfinite(out.logprobs).sum())}) and {len(out.versions)} versions for max_tokens={limit}"
             )
         turn = Turn(
             start=self._length,

@@ -217,13 +217,18 @@ class TestBudgets:
         ):
             await episode(hybrid, [], task=a_task(replace(BUDGET, max_prompt_tokens=5)))
 
-    async def test_the_engine_must_keep_its_word(self, hybrid) -> None:
-        async def greedy(ids, *, max_tokens, **kw) -> Generation:
-            n = max_tokens + 1
-            return Generation(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32), "stop")
+    @pytest.mark.parametrize(
+        ("more", "logprob", "said"), [(1, 0.0, "2001 ids"), (-2000, 0.0, ": 0 ids"), (0, np.nan, "finite: 0")]
+    )
+    async def test_a_malformed_answer_is_the_engine_s_failure(self, hybrid, more, logprob, said) -> None:
+        async def broken(ids, *, max_tokens, **kw) -> Generation:
+            n = max_tokens + more
+            return Generation(np.zeros(n, np.int32), np.full(n, logprob, np.float32), np.zeros(n, np.int32), "stop")
 
-        with pytest.raises(AssertionError, match="returned 2001 ids"):
-            await episode(hybrid, [], engine=greedy)
+        out, _, _ = await episode(hybrid, [], engine=broken)
+        assert (out.cause, out.turns) == (Cause.ENGINE_LOST, ())
+        assert "malformed answer" in out.error
+        assert said in out.error
 
 
 TIMEOUT = (
