@@ -52,7 +52,6 @@ from serve.schema import CellRecord, ExecuteResponse
 
 AT_LEAST, TOOL_WALL_AT_MOST_S = 0.9, 0.6
 TURNS = 4
-SHORTEST = 32  # tokens: a call and some filler
 PROBLEM = "A box holds {n} red and {m} blue balls; two are drawn without replacement. Find the chance of equal colours."
 
 
@@ -63,23 +62,24 @@ class Script:
     turns: tuple[np.ndarray, ...]
 
 
-def turn_lengths(count: int, *, mean: int, tail: bool, seed: int) -> np.ndarray:
-    """[count, TURNS] int. `tail`: one lognormal factor per trajectory, the total as without it."""
+def turn_lengths(count: int, *, mean: int, tail: bool, at_least: int, seed: int) -> np.ndarray:
+    """[count, TURNS] int. `tail`: one lognormal factor per trajectory, about the same total as without it."""
     if not tail:
         return np.full((count, TURNS), mean)
     factor = np.random.default_rng(seed).lognormal(0.0, 0.8, count)
-    lengths = np.maximum((mean * factor / factor.mean()).round().astype(int), SHORTEST)
+    lengths = np.maximum((mean * factor / factor.mean()).round().astype(int), at_least)
     return np.repeat(lengths[:, None], TURNS, axis=1)
+
+
+CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(2 + 2)"}}\n</tool_call>'
+ANSWER = "So it is \\boxed{4}."
 
 
 def write_scripts(renderer: ChatRenderer, lengths: np.ndarray, *, seed: int) -> list[Script]:
     """Filler of random ids, then a call (in the last turn an answer) and the end of turn; exactly `lengths` tokens."""
     rng = np.random.default_rng(seed)
     plain = np.unique(renderer.turn_ids("the sum of the first numbers is found when each of them was seen once")[:-1])
-    call = renderer.turn_ids(
-        '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(2 + 2)"}}\n</tool_call>'
-    )
-    answer = renderer.turn_ids("So it is \\boxed{4}.")
+    call, answer = renderer.turn_ids(CALL), renderer.turn_ids(ANSWER)
 
     def turn(length: int, ending: np.ndarray) -> np.ndarray:
         if length < len(ending):
@@ -246,8 +246,9 @@ async def loop_arm(engine: Watched, scripts: dict[str, Script], *, tool_s: float
 async def measure(engine: Watched, renderer: ChatRenderer, args: argparse.Namespace) -> dict[str, Any]:
     budget = Budget(512, args.max_response, TURNS - 1, trajectory_timeout_s=1200)
 
-    def scripts(count: int, *, tail: bool, turns: int = args.turn_tokens) -> dict[str, Script]:
-        lengths = turn_lengths(count, mean=turns, tail=tail, seed=1)
+    def scripts(count: int, *, tail: bool) -> dict[str, Script]:
+        shortest = len(renderer.turn_ids(CALL))
+        lengths = turn_lengths(count, mean=args.turn_tokens, tail=tail, at_least=shortest, seed=1)
         return {f"row-{i}": s for i, s in enumerate(write_scripts(renderer, lengths, seed=2))}
 
     await loop_arm(engine, scripts(8, tail=False), tool_s=0.0, budget=budget)  # warm: imports, templates, allocator
@@ -264,7 +265,7 @@ async def measure(engine: Watched, renderer: ChatRenderer, args: argparse.Namesp
                 else:
                     arms[arm] = await loop_arm(engine, what, tool_s=0.1 if arm == "loop_100" else 0.0, budget=budget)
             rounds[shape].append(arms)
-    slow = await loop_arm(engine, scripts(8, tail=False, turns=SHORTEST), tool_s=0.5, budget=budget)
+    slow = await loop_arm(engine, scripts(8, tail=False), tool_s=0.5, budget=budget)
     return {"rounds": rounds, "tool_wall_s": slow["tool_wall_s"] / (TURNS - 1)}
 
 
