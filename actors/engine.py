@@ -118,6 +118,7 @@ class RolloutEngine:
                 distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
                 enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
+                enable_sleep_mode=recipe.cluster.placement == "colocated",
                 kv_cache_memory_bytes=rollout.kv_cache_bytes,
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature and top-p
                 skip_tokenizer_init=True,
@@ -364,6 +365,14 @@ class RolloutEngine:
             raise EngineLost(f"{self.name}: the engine core is dead") from error
         finally:
             answer.cancel()
+
+    async def sleep(self, *, timeout_s: float) -> None:
+        """Give the device to the learners: freeze what runs, weights to host memory, KV cache dropped (`colocated`)."""
+        await self._within(timeout_s, self._engine.sleep(level=1, mode="keep"))
+
+    async def wake(self, what: str, *, timeout_s: float) -> None:
+        """`weights` or `kv_cache`. With both back vLLM samples again; what was frozen is computed once more."""
+        await self._within(timeout_s, self._engine.wake_up([what]))
 
     async def shutdown(self) -> None:
         await asyncio.to_thread(self._engine.shutdown, timeout=_SHUTDOWN_S)

@@ -189,10 +189,16 @@ class ShardedPolicy:
     def metadata(self, dtype: str) -> list[TensorMeta]:
         return [TensorMeta(name, dtype, tuple(p.shape)) for name, p in self.parameters().items()]
 
-    def named_full_tensors(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def move(self, device: torch.device) -> None:
+        """Parameters and buffers to `device`, sharded as they are. On another one than the learner's they only rest."""
+        self.policy.to(device)
+        self._masters = {naming.to_hf(name): p for name, p in self.policy.named_parameters()}
+
+    def named_full_tensors(self, dtype: str, *, everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor in wire order, cast then gathered; a collective, so every rank must iterate to the end.
 
-        Adapters are merged in. Rank 0 gets the tensor on the learner's device, the others an empty one.
+        Adapters are merged in. Rank 0, or every rank (`everywhere`), gets the tensor on the learner's device, the
+        others an empty one.
         """
         for name, parameter in self.parameters().items():
             tensor = _on(self.device, parameter.detach())
@@ -201,7 +207,7 @@ class ShardedPolicy:
                 a, b = (_on(self.device, self._masters[stem + end].detach()) for end in (A, B))
                 tensor = merged(tensor, a, b, scale=self.lora.scale)
             full = _full(tensor.to(DTYPES[dtype]))
-            yield name, full if self.rank == 0 else full.new_empty(0)
+            yield name, full if everywhere or self.rank == 0 else full.new_empty(0)
 
     def _load_checkpoint(self) -> None:
         parameters = self.parameters()

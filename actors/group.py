@@ -71,6 +71,11 @@ class _InActor:
         )
         return os.getpid()
 
+    def place(self) -> tuple[str, str]:
+        """(Ray's node, the GPU as CUDA_VISIBLE_DEVICES of any process there would name it)."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
+
 
 class LearnerRank(_InActor, Learner):
     """FSDP2."""
@@ -111,7 +116,9 @@ class RayLearnerGroup:
         if placement is None:
             own = placement = await reserve(learner_bundles(recipe), name="learner gang", timeout_s=start_s)
         on_cpu = learner_device(recipe) == "cpu"
-        env = {**_ENV, **({"OMP_NUM_THREADS": str(recipe.learner.cpu_threads)} if on_cpu else _CUDA_ENV)}
+        shares = recipe.cluster.placement == "colocated"  # memory in expandable segments is not lent over CUDA IPC
+        gpu_env = {} if shares else _CUDA_ENV
+        env = {**_ENV, **({"OMP_NUM_THREADS": str(recipe.learner.cpu_threads)} if on_cpu else gpu_env)}
         world_size = recipe.learner.world_size
         kind = LearnerRank if recipe.learner.backend in LearnerRank.backends else ZeroRank
         ranks = [
@@ -197,6 +204,16 @@ class RayLearnerGroup:
     async def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """Write a Hugging Face model directory; `dtype` None = the compute dtype."""
         await self._all("save_hf", _absolute(path), dtype=dtype)
+
+    async def rest(self, *, optimizer_only: bool = False) -> None:
+        await self._all("rest", optimizer_only=optimizer_only)
+
+    async def rise(self) -> None:
+        await self._all("rise")
+
+    async def devices(self) -> list[tuple[str, str]]:
+        """(node, GPU) of every rank, for engines that share them."""
+        return list(await self._all("place"))
 
     async def close(self) -> None:
         """Idempotent. Ranks leave the process group together if they still can, and are ended in any case."""

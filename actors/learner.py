@@ -220,8 +220,8 @@ class Learner:
     def weight_address(self) -> tuple[str, int]:
         return self._weight_sender().address()
 
-    def weight_open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
-        self._weight_sender().open(backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s)
+    def weight_open(self, **group: Any) -> None:
+        self._weight_sender().open(**group)
 
     def weight_send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
         return self._weight_sender().send(bucket_bytes=bucket_bytes, hold=hold)
@@ -235,6 +235,38 @@ class Learner:
     def weight_close(self) -> None:
         if self._sender is not None:
             self._sender.close()
+
+    # a device that engines share -------------------------------------------------------------------------------------
+
+    def rest(self, *, optimizer_only: bool = False) -> None:
+        """Move the optimizer's state, and with it the parameters, to host memory; give the device's memory back.
+
+        `learner.offload_optimizer` keeps both there anyway: then there is only memory to give back.
+        """
+        if not self.recipe.learner.offload_optimizer:
+            self._saver.wait()  # it may be reading them
+            self._move_optimizer(torch.device("cpu"))
+            if not optimizer_only:
+                self.model.move(torch.device("cpu"))
+                if self.reference is not None:
+                    self.reference.move(torch.device("cpu"))
+        self.model.reshard()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rise(self) -> None:
+        """What `rest` moved, back onto the device."""
+        if not self.recipe.learner.offload_optimizer:
+            self.model.move(self.device)
+            if self.reference is not None:
+                self.reference.move(self.device)
+            self._move_optimizer(self.device)
+
+    def _move_optimizer(self, device: torch.device) -> None:
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name] = state[name].to(device)
 
     def close(self) -> None:
         """Leave the process group if this learner made it. The object is of no use afterwards."""
@@ -332,7 +364,9 @@ class Learner:
             from actors.weight_sync import WeightSender  # with the engines' side it pulls in Ray
 
             self._sender = WeightSender(
-                tensors=lambda: self.model.named_full_tensors(self.recipe.rollout.dtype),
+                tensors=lambda: self.model.named_full_tensors(
+                    self.recipe.rollout.dtype, everywhere=self.recipe.cluster.placement == "colocated"
+                ),
                 metadata=self.weight_metadata(),
                 rank=self.rank,
                 device=self.device,

@@ -23,6 +23,14 @@ def learner_device(recipe: Recipe) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
+def require_shareable(recipe: Recipe) -> None:
+    """Raises `ConfigError` where learners and engines cannot share devices, because there are none."""
+    if learner_device(recipe) == "cpu":
+        raise ConfigError(
+            "cluster.placement=colocated shares GPUs, and there are none (or cluster.device=cpu): use disaggregated"
+        )
+
+
 def learner_bundles(recipe: Recipe) -> list[dict[str, float]]:
     """One bundle per rank: a core, and a GPU where the learner runs on GPUs."""
     bundle = {"CPU": 1.0, "GPU": 1.0} if learner_device(recipe) == "cuda" else {"CPU": 1.0}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine import RolloutEngine
 from actors.metrics import engine_stats
@@ -27,6 +29,7 @@ log = logging.getLogger("aster")
 _CONTROL_CALLS = 64  # concurrent calls beside the episodes: weights, health, cancel
 _GRACE_S = 60.0  # what an episode may take past its own deadline to close its session and come home
 _CLOSE_S = 20.0
+_TURN_S = 120.0  # 8 GB of weights to pinned host memory or back take a second; the first time it is allocated
 
 _CPU_ENV = {
     "TORCHDYNAMO_DISABLE": "1",  # compiling two small sampling functions takes longer than they ever run
@@ -48,7 +51,7 @@ class RayEngine:
     def __init__(self, actor: Any, *, name: str, recipe: Recipe, weight_backend: str) -> None:
         self.name = name
         self.capacity = recipe.rollout.max_num_seqs
-        self.weight_backend = weight_backend  # "gloo" | "nccl" | "vllm_nccl"
+        self.weight_backend = weight_backend  # "gloo" | "nccl" | "vllm_nccl" | "ipc"
         self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
         self.max_model_len = recipe.max_model_len
         self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
@@ -115,6 +118,22 @@ class RayEngine:
         with contextlib.suppress(EngineLost):  # nothing runs on a dead engine
             await self.call("cancel_all", deadline_s=_GRACE_S)
 
+    async def sleep(self) -> None:
+        await self._turn("sleep")
+
+    async def wake(self, what: str) -> None:
+        await self._turn("wake", what)
+
+    async def _turn(self, method: str, *args: Any) -> None:
+        """A dead engine neither sleeps nor wakes; that its memory is not there to take is the learners' to find out."""
+        try:
+            await self.call(method, *args, timeout_s=_TURN_S, deadline_s=_TURN_S + _GRACE_S)
+        except EngineLost as error:
+            log.error("%s: %s", method, error)
+            await self.probe()
+            if not self.lost:
+                raise
+
     async def close(self) -> None:
         """Idempotent. The actor goes in any case, orderly if it still answers."""
         if not self.lost:
@@ -134,13 +153,25 @@ def spawn_engines(recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory 
 class EngineMaker:
     """Starts the engines of a recipe, and a successor for one that died."""
 
-    def __init__(self, recipe: Recipe, *, model_path: str, sandboxes: SandboxFactory | None) -> None:
-        """Raises `ConfigError` where the cluster or the recipe cannot hold the engines."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        model_path: str,
+        sandboxes: SandboxFactory | None,
+        shared: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
+        """`shared`: (node, GPU) of every learner rank, whose devices the engines use (`cluster.placement=colocated`).
+
+        Raises `ConfigError` where the cluster or the recipe cannot hold the engines.
+        """
         device = _device(recipe)
         self._recipe = recipe
         self._model_path = model_path
-        self._backend = _weight_backend(recipe, device)
-        _check(recipe, device)
+        self._backend = _weight_backend(recipe, device) if shared is None else "ipc"
+        self._shared = None if shared is None else share_devices(shared, recipe)
+        if self._shared is None:
+            _check(recipe, device)
         parallel = recipe.rollout.tensor_parallel
         self._options = {
             "num_cpus": parallel if device == "cpu" else 1,
@@ -192,7 +223,8 @@ class EngineMaker:
         return engine
 
     def _make(self, name: str) -> RayEngine:
-        make = ray.remote(RolloutEngine).options(**self._options).remote
+        options = self._options if self._shared is None else {**self._options, **self._shared[self._made]}
+        make = ray.remote(RolloutEngine).options(**options).remote
         listeners = [engine_stats(name, run=self._recipe.run.name)] if self._recipe.cluster.metrics else []
         seed = self._recipe.run.seed + self._made
         actor = make(self._recipe, name=name, seed=seed, stat_loggers=listeners, **self._arguments)
@@ -212,6 +244,34 @@ class EngineMaker:
         )
 
 
+def share_devices(learners: Sequence[tuple[str, str]], recipe: Recipe) -> list[dict[str, Any]]:
+    """Actor options of each engine that lives on the devices of learner ranks: engine i on ranks i*t .. i*t+t-1.
+
+    Ray gave these GPUs to the learners; the engines ask for none and are told which they see. Raises `ConfigError`
+    where an engine's ranks are on two nodes.
+    """
+    parallel = recipe.rollout.tensor_parallel
+    options: list[dict[str, Any]] = []
+    for first in range(0, recipe.rollout.engines * parallel, parallel):
+        part = learners[first : first + parallel]
+        nodes = {node for node, _ in part}
+        if len(part) < parallel or len(nodes) != 1:
+            raise ConfigError(
+                f"engine-{len(options)} needs rollout.tensor_parallel={parallel} GPUs of one node, and the learner "
+                f"ranks {first} to {first + parallel - 1} have {len(part)} on {len(nodes)} nodes: lower "
+                "rollout.tensor_parallel, or make the nodes' GPUs a multiple of it"
+            )
+        env = {**_ENV, "CUDA_VISIBLE_DEVICES": ",".join(gpu for _, gpu in part)}
+        options.append(
+            {
+                "num_gpus": 0,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(nodes.pop(), soft=False),
+                "runtime_env": {"env_vars": env},
+            }
+        )
+    return options
+
+
 def _device(recipe: Recipe) -> str:
     if recipe.cluster.device != "auto":
         return recipe.cluster.device
@@ -229,8 +289,6 @@ def _weight_backend(recipe: Recipe, device: str) -> str:
 
 def _check(recipe: Recipe, device: str) -> None:
     rollout = recipe.rollout
-    if recipe.cluster.placement == "colocated":
-        raise ConfigError("cluster.placement=colocated is not available for engines: use disaggregated")
     if device == "cpu" and rollout.kv_cache_bytes is None:
         raise ConfigError(
             "rollout.kv_cache_bytes is needed on CPU, where vLLM cannot measure free memory: "

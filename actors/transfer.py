@@ -20,7 +20,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.wire import Bucket, WireGroup, address_towards, digest, join_store, plan_buckets, sealed_digest, view
+from actors.ipc import IpcGroup
+from actors.wire import Bucket, Wire, WireGroup, address_towards, digest, join_store, plan_buckets, sealed_digest, view
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
@@ -42,6 +43,7 @@ class InitInfo(WeightTransferInitInfo):
     world_size: int
     bucket_bytes: int
     timeout_s: float
+    senders: int = 1  # learner ranks in the group; more than one with `ipc` only
 
 
 @dataclass
@@ -64,12 +66,22 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
-    _group: WireGroup | None = None
+    _group: Wire | None = None
     _bucket_bytes = 0
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
         self._bucket_bytes = init_info.bucket_bytes
+        if init_info.backend == "ipc":
+            self._group = IpcGroup(
+                store=join_store(init_info.host, init_info.port, timeout_s=init_info.timeout_s),
+                rank=init_info.rank_offset + self.parallel_config.rank,
+                senders=init_info.senders,
+                world_size=init_info.world_size,
+                timeout_s=init_info.timeout_s,
+                device=self.device,
+            )
+            return
         self._group = WireGroup(
             backend=init_info.backend,
             store=join_store(init_info.host, init_info.port, timeout_s=init_info.timeout_s),
@@ -112,7 +124,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise error
 
     @staticmethod
-    def _received(group: WireGroup, buckets: list[Bucket]) -> Iterator[tuple[Bucket, torch.Tensor]]:
+    def _received(group: Wire, buckets: list[Bucket]) -> Iterator[tuple[Bucket, torch.Tensor]]:
         """Each bucket with its bytes, while the next one is already being received.
 
         A fresh buffer each: vLLM keeps views of the tensors of a fused layer until the layer is complete.

@@ -20,12 +20,15 @@ import ray
 import torch
 import torch.distributed as dist
 
+from actors.ipc import IpcGroup
 from actors.wire import (
     Bucket,
     Pending,
+    Wire,
     WireGroup,
     blank,
     dtype_of,
+    join_store,
     plan_buckets,
     seal,
     sealed_digest,
@@ -64,7 +67,7 @@ class WeightSender:
         self._rank = rank
         self._device = torch.device(device)
         self._store: dist.TCPStore | None = None
-        self._group: WireGroup | None = None
+        self._group: Wire | None = None
         self._stock: Any = None
         self._sent: _Copy | None = None  # what `send` sent last
         self._kept: _Copy | None = None  # what `keep` said is good
@@ -76,8 +79,19 @@ class WeightSender:
         self._store = serve_store(timeout_s=_RENDEZVOUS_S)
         return ray.util.get_node_ip_address(), self._store.port
 
-    def open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
-        """Rank 0: join the group as its rank 0; blocks until all engine workers joined. Other ranks: nothing."""
+    def open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float, senders: int = 1) -> None:
+        """Rank 0: join the group as its rank 0; blocks until all engine workers joined. Other ranks: nothing, but with
+        `ipc` all `senders` join and lend on their own devices."""
+        if backend == "ipc":
+            self._group = IpcGroup(
+                store=self._store or join_store(host, port, timeout_s=timeout_s),
+                rank=self._rank,
+                senders=senders,
+                world_size=world_size,
+                timeout_s=timeout_s,
+                device=self._device,
+            )
+            return
         if self._rank != 0:
             return
         if backend == "vllm_nccl":
@@ -102,7 +116,7 @@ class WeightSender:
         receivers fail now rather than at their timeout.
         """
         self._sent = None
-        if self._rank != 0:
+        if self._rank != 0 and self._group is None:
             for _ in self._tensors():
                 pass
             return []

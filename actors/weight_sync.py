@@ -24,7 +24,7 @@ import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -73,9 +73,12 @@ class RayWeightSource:
         host, port = await self._call(0, "weight_address")
         return host, port
 
-    async def open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float) -> None:
+    async def open(
+        self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float, senders: int = 1
+    ) -> None:
+        more = {"senders": senders} if senders > 1 else {}
         await self._all(
-            "weight_open", backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s
+            "weight_open", backend=backend, host=host, port=port, world_size=world_size, timeout_s=timeout_s, **more
         )
 
     async def send(self, *, bucket_bytes: int, hold: bool) -> list[str]:
@@ -126,6 +129,18 @@ class _Good:
     source: RayWeightSource  # the gang that published it; another one has no copy
 
 
+class Handover(Protocol):
+    """Devices that learners and engines share (`colocated.DeviceTurn`)."""
+
+    async def before_weights(self) -> None:
+        """Both sides have their weights on the device when this returns."""
+        ...
+
+    async def after_weights(self) -> None:
+        """The engines have all of it when this returns."""
+        ...
+
+
 class WeightSync:
     """Publishes to the engines that it was given and those that it admitted since (`router.Publisher`). One publication
     at a time."""
@@ -139,11 +154,13 @@ class WeightSync:
         canary_ids: np.ndarray | None = None,
         canary_nats: float | None = None,
         rollback: bool = True,
+        handover: Handover | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         """`canary_ids` [n] int; null = fixed random ids. `canary_nats`: largest (fp32) or mean (bf16) difference of
         log-probs that passes; null = 1e-4 or 0.2. `rollback`: learner rank 0 holds a copy of what was published, to
-        send it again after a failure (`weight_sender.py` says what it weighs). `timeout_s` bounds every single step and
+        send it again after a failure (`weight_sender.py` says what it weighs). `handover`: of devices that both sides
+        share. `timeout_s` bounds every single step and
         every broadcast."""
         assert engines, "an engine at least"
         actual = engines[0].weight_backend
@@ -158,7 +175,9 @@ class WeightSync:
         if canary_ids is None:
             canary_ids = np.random.default_rng(0).integers(0, engines[0].vocab_size, _CANARY_TOKENS)
         self._canary = np.asarray(canary_ids, dtype=np.int32)[: engines[0].max_model_len - 1]
-        self._rollback = rollback and actual != "vllm_nccl"  # the stock sender's stream cannot be recorded
+        # the stock sender's stream cannot be recorded, and over IPC rank 0's copy would reach rank 0's device only
+        self._rollback = rollback and actual not in ("vllm_nccl", "ipc")
+        self._handover = handover
         self._good: _Good | None = None
         self._published = False
         self._phases: dict[str, float] = {}  # seconds of the publication under way
@@ -245,10 +264,14 @@ class WeightSync:
                     "no engine is left to publish to: " + "; ".join(f"{e.name} is dead: {e.lost}" for e in known)
                 )
             try:
+                if self._handover is not None:
+                    await self._timed("before_weights", self._handover.before_weights())
                 await self._join(source, engines)
                 ours, *_ = await _together(
                     [self._feed(source, recorded), *(self._load(engine, tensors, version) for engine in engines)]
                 )
+                if self._handover is not None:
+                    await self._timed("after_weights", self._handover.after_weights())
                 worst = await self._verify(engines, ours, version)
                 accepting = [self._one(engine, "weight_accept") for engine in engines]
                 if recorded is None and self._rollback:
@@ -275,13 +298,23 @@ class WeightSync:
         if self._members:
             await self._leave(source, engines)
         host, port = await source.address()
-        world_size = 1 + sum(engine.workers for engine in engines)
+        senders = len(source.ranks) if self._backend == "ipc" else 1
+        world_size = senders + sum(engine.workers for engine in engines)
         joining: list[Awaitable[Any]] = [
-            source.open(backend=self._backend, host=host, port=port, world_size=world_size, timeout_s=self._timeout_s)
+            source.open(
+                backend=self._backend,
+                host=host,
+                port=port,
+                world_size=world_size,
+                timeout_s=self._timeout_s,
+                senders=senders,
+            )
         ]
-        offset = 1
+        offset = senders
         for engine in engines:
             info = self._init_info(host=host, port=port, rank_offset=offset, world_size=world_size)
+            if self._backend == "ipc":
+                info["senders"] = senders
             joining.append(self._one(engine, "weight_open", info))
             offset += engine.workers
         await _together(joining)

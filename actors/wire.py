@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -205,11 +205,22 @@ class WireGroup:
         self._pg = self._store = None
 
 
+class Wire(Protocol):
+    """One end of a group, whatever moves the bytes: `WireGroup`, or `ipc.IpcGroup` between processes of one device."""
+
+    device: torch.device
+
+    def broadcast(self, buffer: torch.Tensor) -> Pending: ...
+    def wait(self, ticket: int) -> None: ...
+    def empty(self, size: int) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Pending:
     """A broadcast under way; holds its bytes."""
 
-    group: WireGroup
+    group: Wire
     ticket: int
     buffer: torch.Tensor
 

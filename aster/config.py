@@ -319,6 +319,9 @@ class ClusterConfig(_Section):
     address: str | None = None
     """Ray address; null = the running cluster if RAY_ADDRESS names one, else a local one."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: learners and engines have GPUs of their own. colocated: engines live on the learners' GPUs and
+    sleep while they work (engine i on ranks i*t to i*t+t-1, t = `rollout.tensor_parallel`); weights go over CUDA IPC.
+    No engine is replaced and no publication rolled back then. Not yet run on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a local cluster; null = Ray decides."""
@@ -407,6 +410,24 @@ class Recipe(_Section):
                 f"run.deterministic needs rollout.max_staleness=0, got {self.rollout.max_staleness}: which tokens the "
                 "new weights sample would depend on the time"
             )
+        if self.stage == "rl" and self.cluster.placement == "colocated":
+            engines, learners = self.rollout.engines * self.rollout.tensor_parallel, self.learner.world_size
+            if engines > learners:
+                yield (
+                    f"cluster.placement=colocated puts rollout.engines={self.rollout.engines} x "
+                    f"rollout.tensor_parallel={self.rollout.tensor_parallel} = {engines} GPUs onto "
+                    f"learner.world_size={learners}: lower them, or set learner.world_size={engines}"
+                )
+            if self.rollout.max_staleness:
+                yield (
+                    f"cluster.placement=colocated needs rollout.max_staleness=0, got {self.rollout.max_staleness}: "
+                    "engines sleep while the learners work, so nothing would be gained by older samples"
+                )
+            if self.rollout.weight_backend != "auto":
+                yield (
+                    f"cluster.placement=colocated hands weights over CUDA IPC; rollout.weight_backend="
+                    f"{self.rollout.weight_backend} is for disaggregated: use auto"
+                )
         if self.optim.min_lr is not None and self.optim.min_lr > self.optim.lr:
             yield f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}: swap them"
 

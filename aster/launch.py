@@ -20,7 +20,7 @@ from aster.agent.rewards import RewardPool
 from aster.agent.sandbox import HttpSandboxFactory
 from aster.config import Recipe
 from aster.errors import ConfigError
-from aster.roles import RolloutPool, SandboxFactory
+from aster.roles import LearnerGroup, RolloutPool, SandboxFactory
 from aster.tracking import Sink
 
 if TYPE_CHECKING:
@@ -77,8 +77,14 @@ class Rollouts:
 
 
 @contextlib.asynccontextmanager
-async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> AsyncIterator[Rollouts]:
-    """Engines on `model.path`, with rewards and weight publication, behind one pool."""
+async def rollouts(
+    recipe: Recipe, *, sandboxes: SandboxFactory | None, on: RayLearnerGroup | None = None
+) -> AsyncIterator[Rollouts]:
+    """Engines on `model.path`, with rewards and weight publication, behind one pool.
+
+    `on`: learners at rest, whose devices the engines share.
+    """
+    from actors.colocated import ColocatedPool, DeviceTurn
     from actors.metrics import pool_gauges
     from actors.rollout import EngineMaker
     from actors.router import EnginePool
@@ -88,8 +94,11 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
     renderer = ChatRenderer.from_model_dir(recipe.model.path)
     rewards = RewardPool(reward=recipe.algo.reward)
     try:
-        maker = EngineMaker(recipe, model_path=recipe.model.path, sandboxes=sandboxes)
+        maker = EngineMaker(
+            recipe, model_path=recipe.model.path, sandboxes=sandboxes, shared=None if on is None else await on.devices()
+        )
         engines = await asyncio.to_thread(maker.start)
+        turn = None if on is None else DeviceTurn(on, lambda: engines)
         pool = EnginePool(
             engines,
             rewards=rewards,
@@ -97,9 +106,10 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
                 engines,
                 backend=recipe.rollout.weight_backend,
                 rollback=recipe.rollout.weight_rollback,
+                handover=turn,
                 timeout_s=recipe.learner.step_timeout_s,
             ),
-            replace_engine=maker.replace,
+            replace_engine=maker.replace if on is None else None,  # vLLM starts only where the memory is free
             max_retries=recipe.rollout.max_retries,
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
             run_name=recipe.run.name,
@@ -107,7 +117,7 @@ async def rollouts(recipe: Recipe, *, sandboxes: SandboxFactory | None) -> Async
         watched = pool_gauges(pool, run=recipe.run.name) if recipe.cluster.metrics else contextlib.nullcontext()
         try:
             async with watched:
-                yield Rollouts(pool, renderer)
+                yield Rollouts(pool if turn is None else ColocatedPool(pool, turn), renderer)
         finally:
             await pool.close()
     finally:
@@ -130,8 +140,22 @@ async def learners(recipe: Recipe, *, total_steps: int) -> AsyncIterator[RayLear
 @contextlib.asynccontextmanager
 async def trainer(
     recipe: Recipe, *, sandboxes: SandboxFactory | None, total_steps: int
-) -> AsyncIterator[tuple[Rollouts, RayLearnerGroup]]:
-    """`rollouts` and `learners`, started side by side: engines take longest, and neither needs the other to start."""
+) -> AsyncIterator[tuple[Rollouts, LearnerGroup]]:
+    """`rollouts` and `learners`, started side by side: engines take longest, and neither needs the other to start.
+
+    Colocated, one after the other, and the engines into the memory that the learners left.
+    """
+    if recipe.cluster.placement == "colocated":
+        from actors.colocated import ColocatedLearners, ColocatedPool
+        from actors.placement import require_shareable
+
+        require_shareable(recipe)
+        async with learners(recipe, total_steps=total_steps) as group:
+            await group.rest()
+            async with rollouts(recipe, sandboxes=sandboxes, on=group) as opened_on:
+                assert isinstance(opened_on.pool, ColocatedPool)
+                yield opened_on, ColocatedLearners(group, opened_on.pool.turn)
+        return
     async with contextlib.AsyncExitStack() as stack:
         opened = await asyncio.gather(
             stack.enter_async_context(rollouts(recipe, sandboxes=sandboxes)),

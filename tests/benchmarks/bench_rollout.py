@@ -264,6 +264,7 @@ async def measure(engine: Watched, renderer: ChatRenderer, args: argparse.Namesp
                     arms[arm] = raw | {"tokens_per_s": raw["tokens"] / raw["seconds"]}
                 else:
                     arms[arm] = await loop_arm(engine, what, tool_s=0.1 if arm == "loop_100" else 0.0, budget=budget)
+                print(f"round {number} {shape} {arm}: {arms[arm]}", file=sys.stderr, flush=True)
             rounds[shape].append(arms)
     slow = await loop_arm(engine, scripts(8, tail=False), tool_s=0.5, budget=budget)
     return {"rounds": rounds, "tool_wall_s": slow["tool_wall_s"] / (TURNS - 1)}

@@ -1,0 +1,98 @@
+"""Buckets lent from one process to another on the same device; here the device is host memory."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from actors.ipc import HostLender, IpcGroup
+from actors.wire import digest, join_store, seal, sealed_digest, serve_store
+
+BUCKETS = [24, 1 << 16, 8 << 10]  # bytes
+
+
+def bucket(number: int, size: int) -> torch.Tensor:
+    buffer = torch.arange(size, dtype=torch.int64).mul_(number + 7).to(torch.uint8)
+    seal(buffer)
+    return buffer
+
+
+def group(store: dist.Store, rank: int, *, senders: int = 1, world_size: int = 2, place: str = "host", timeout_s=20.0):
+    lender = HostLender()
+    lender.place = place
+    return IpcGroup(
+        store=store, rank=rank, senders=senders, world_size=world_size, timeout_s=timeout_s, lender=lender,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def receive(port: int, rank: int, *, place: str = "host", **more: Any) -> list[str]:
+    """What arrived, as digests; every bucket's own checksum holds."""
+    mine = group(join_store("127.0.0.1", port, timeout_s=20), rank, place=place, **more)
+    out = []
+    for size in BUCKETS:
+        got = mine.broadcast(mine.empty(size)).wait()
+        assert digest(got) == sealed_digest(got)
+        out.append(digest(got))
+    mine.close()
+    return out
+
+
+def send(store: dist.Store, rank: int, offset: int = 0, *, place: str = "host", **more: Any) -> list[str]:
+    mine = group(store, rank, place=place, **more)
+    buckets = [bucket(offset + number, size) for number, size in enumerate(BUCKETS)]
+    for pending in [mine.broadcast(buffer) for buffer in buckets]:
+        pending.wait()
+    assert not mine._lent, "what everybody has copied is still held"
+    mine.close()
+    return [digest(buffer) for buffer in buckets]
+
+
+def test_another_process_reads_exactly_what_was_lent() -> None:
+    store = serve_store(timeout_s=20)
+    with get_context("spawn").Pool(1) as pool:
+        arrived = pool.apply_async(receive, (store.port, 1))
+        assert send(store, 0) == arrived.get(30)
+
+
+def test_every_device_gets_its_own_ranks_bytes_and_several_workers_of_one_device_share_them() -> None:
+    store = serve_store(timeout_s=20)
+    shape = {"senders": 2, "world_size": 5}
+    with ThreadPoolExecutor(5) as threads:
+        stores = [join_store("127.0.0.1", store.port, timeout_s=20) for _ in range(2)]
+        sent = [threads.submit(send, stores[r], r, 50 * r, place=f"gpu-{r}", **shape) for r in range(2)]
+        got = [
+            threads.submit(receive, store.port, rank, place=place, **shape)
+            for rank, place in ((2, "gpu-0"), (3, "gpu-1"), (4, "gpu-1"))
+        ]
+        first, second = [s.result(30) for s in sent]
+        assert [g.result(30) for g in got] == [first, second, second]
+        assert first != second
+
+
+def test_an_engine_on_a_device_without_a_learner_is_told_so() -> None:
+    store = serve_store(timeout_s=20)
+    with ThreadPoolExecutor(2) as threads:
+        sender = threads.submit(group, store, 0, place="gpu-0")
+        with pytest.raises(RuntimeError, match="no learner rank runs on device gpu-5"):
+            group(join_store("127.0.0.1", store.port, timeout_s=20), 1, place="gpu-5")
+        sender.result(20)
+
+
+def test_nobody_waits_longer_than_the_timeout_for_a_peer_that_never_copies() -> None:
+    store = serve_store(timeout_s=20)
+    joined = threading.Thread(target=group, args=(join_store("127.0.0.1", store.port, timeout_s=20), 1))
+    joined.start()
+    mine = group(store, 0, timeout_s=0.5)
+    joined.join(20)
+    with pytest.raises(RuntimeError):
+        mine.broadcast(bucket(0, 64)).wait()
+    mine.close()
+    assert timedelta(seconds=0.5) == mine._timeout
