@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(args.out, found)
     print(text_of(found))
     if not found.kept:
-        raise DataError(
-            f"none of the {len(found.calls_before)} trajectories was kept; see {args.out / 'dropped.jsonl'}"
-        )
+        raise DataError(f"none of the {len(found.calls_before)} trajectories was kept{_why_none(found, args)}")
     print(args.out / "sft.parquet")
     return 0
 
@@ -207,8 +205,24 @@ def trajectory_files(run: Path) -> list[Path]:
     folder = run / "trajectories"
     found = sorted((p for p in folder.glob("*.parquet") if p.stem.isdigit()), key=lambda p: int(p.stem))
     if not found:
-        raise DataError(f"{folder} holds no STEP.parquet: name the directory of a run of `aster eval` or `aster train`")
+        inside = run.name == "trajectories" and any(run.glob("*.parquet"))
+        cure = f"name {run.parent}" if inside else "name the directory of a run of `aster eval` or `aster train`"
+        raise DataError(f"{folder} holds no STEP.parquet: {cure}")
     return found
+
+
+def _why_none(found: Selection, args: argparse.Namespace) -> str:
+    """The commonest reason, with the cure where it is likely to be a wrong option."""
+    reasons = found.report()["dropped"]
+    if not reasons:
+        return f": there is none in {', '.join(map(str, args.runs))}"
+    commonest = max(reasons, key=lambda reason: reasons[reason])
+    cure = {
+        "of no problem in the dataset": f"; are these problems ({', '.join(args.dataset)}) those that were sampled?",
+        "cannot be written as a conversation": f"; is {args.model} the model that sampled?",
+        "too few calls": f"; --min-calls is {args.min_calls}",
+    }.get(commonest, "")
+    return f": {reasons[commonest]} {commonest}{cure}; see {args.out / 'dropped.jsonl'}"
 
 
 def _all(files: Sequence[Path]) -> Iterator[Trajectory]:

@@ -175,6 +175,11 @@ def _written(t: Trajectory, row: PromptRow, renderer: ChatRenderer) -> tuple[Mes
         messages.append({**assistant, "tool_calls": written})
         ours.append({**assistant, "tool_calls": calls})
         run = () if turn.call is None else (turn.call, *turn.further_calls)
+        if len(run) != len(ids):
+            raise DataError(
+                f"a turn in which {len(run)} calls were run and this tokenizer reads {len(ids)}: other ids than the "
+                "model's own?"
+            )
         for i, call in zip(ids, run, strict=True):
             messages.append({"role": "tool", "content": call.observation, "tool_call_id": i})
             ours.append({"role": "tool", "content": call.observation})

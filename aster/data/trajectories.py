@@ -144,17 +144,31 @@ def _lists(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
 
 
 def read_trajectories(path: Path, *, uids: Sequence[str] | None = None, lost: bool = False) -> Iterator[Trajectory]:
-    """Stream the trajectories of one file; `uids` picks some, `lost` yields the replaced attempts instead."""
+    """Stream the trajectories of one file; `uids` picks some, `lost` yields the replaced attempts instead.
+
+    Raises `DataError`, naming the file, for one that is not there, is cut off or holds something else.
+    """
     if not path.is_file():
         raise DataError(f"{path} does not exist: trajectories of step N lie in RUN/trajectories/N.parquet")
     wanted = None if uids is None else set(uids)
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
+    for batch in _batches(path):
         arrays = {name: _split(batch.column(name), dtype) for name, dtype in _ARRAYS.items()}
         unread = {*_ARRAYS, GAP_COLUMN} & set(batch.schema.names)
         scalars = batch.drop_columns(sorted(unread)).to_pylist()
         for index, row in enumerate(scalars):
             if row["lost"] == lost and (wanted is None or row["uid"] in wanted):
                 yield _trajectory(row, {name: parts[index] for name, parts in arrays.items()})
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        file = pq.ParquetFile(path)
+        missing = sorted({"lost", "turns", *_ARRAYS} - set(file.schema_arrow.names))
+        if missing:
+            raise DataError(f"{path} holds no trajectories: it lacks the columns {', '.join(missing)}")
+        yield from file.iter_batches(batch_size=64)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from None
 
 
 def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:

@@ -177,16 +177,32 @@ async def test_the_command_writes_what_a_student_of_another_template_trains_on(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--min-calls", "40"], "none of the 6 trajectories was kept; see"),
+        (["--min-calls", "40"], "none of the 6 trajectories was kept: 6 too few calls; --min-calls is 40; see"),
         (["--min-calls", "5", "--max-calls", "4"], "--max-calls 4 is below --min-calls 5"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--min-calls", "-1"], "--min-calls -1 must be at least 0"),
         (["--from", "nowhere"], "nowhere/trajectories holds no STEP.parquet"),
+        (["--from", "RUN/teacher/trajectories"], "holds no STEP.parquet: name RUN/teacher"),
+        (["--from", "RUN/cut"], "RUN/cut/trajectories/1.parquet is not a readable parquet file"),
+        (["--from", "RUN/other"], "RUN/other/trajectories/1.parquet holds no trajectories: it lacks the columns"),
+        (["--dataset", "RUN/others.parquet", "--min-calls", "1"], "6 of no problem in the dataset; are these problems"),
+        (["--model", "RUN/strange", "--min-calls", "1"], "6 cannot be written as a conversation; is RUN/strange the"),
+        (["--out", "RUN/problems.parquet"], "--out RUN/problems.parquet is a file: name the directory to write"),
     ],
 )
 async def test_what_cannot_be_selected_says_why(
     run: Path, model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
+    written = next((run / "teacher/trajectories").glob("*.parquet")).read_bytes()
+    for name, content in (("cut", written[:-100]), ("other", (run / "problems.parquet").read_bytes())):
+        (run / name / "trajectories").mkdir(parents=True)
+        (run / name / "trajectories/1.parquet").write_bytes(content)
+    write_prompts(run / "others.parquet", [PromptRow("of another set", ({"role": "user", "content": "?"},), "1", "s")])
+    model_dir(HYBRID).rename(run / "strange")
+    vocabulary = json.loads((run / "strange/tokenizer.json").read_text())
+    vocabulary["model"] |= {"vocab": {chr(0x4E00 + n): n for n in range(420)}, "merges": []}
+    (run / "strange/tokenizer.json").write_text(json.dumps(vocabulary))
     argv = ["synthesize", "--from", str(run / "teacher"), "--dataset", str(run / "problems.parquet")]
-    assert main([*argv, "--model", str(model_dir(HYBRID)), "--out", str(run / "cold"), *options]) == 1
-    assert words in " ".join(capsys.readouterr().err.split())
+    argv += ["--model", str(model_dir(HYBRID)), "--out", str(run / "cold")]
+    assert main([*argv, *(option.replace("RUN", str(run)) for option in options)]) == 1
+    assert words.replace("RUN", str(run)) in " ".join(capsys.readouterr().err.split())
