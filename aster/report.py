@@ -3,7 +3,7 @@
     aster report runs/stage1
     aster report runs/quickstart-0                    every run inside it, in the order in which they were made
     aster report runs/a runs/b --output compare.html  two runs side by side
-    aster report runs/stage1 --follow 30              while it trains: written again every 30 s, and reloaded by itself
+    aster report --follow runs/stage1                 while it trains: written again every 30 s, and reloaded by itself
 
 Curves, the collapse monitor, accuracies with paired intervals, one step on the clock, and every trajectory with its
 turns and tokens. A run that is half-written is reported as far as it goes.
@@ -35,7 +35,7 @@ _IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.follow is not None:
+    if args.follow:
         return follow(args)
     paths = find_runs(args.runs)
     output = args.output or default_output(args.runs, paths)
@@ -55,13 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="the page (RUN/report.html; of several runs, next to them)")
     parser.add_argument(
         "--follow",
-        nargs="?",
-        type=float,
-        const=30.0,
-        metavar="SECONDS",
-        help="write the page again every so often (%(const)s) until Ctrl-C, or until nothing new came for an hour; an "
-        "open page reloads itself and says how old its numbers are",
+        action="store_true",
+        help="write the page again while a run goes on, until Ctrl-C, or until nothing new came for an hour; an open "
+        "page reloads itself and says how old its numbers are",
     )
+    parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="with --follow (%(default)s)")
     parser.add_argument("--max-trajectories", type=int, default=10_000, help="in the page, over all runs (%(default)s)")
     parser.add_argument(
         "--max-chars",
@@ -174,13 +172,13 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def follow(args: argparse.Namespace, *, idle_s: float = _IDLE_S) -> int:
-    """Write the page every `args.follow` seconds in which a run wrote something. The last page no longer reloads.
+    """Write the page every `args.every` seconds in which a run wrote something. The last page no longer reloads.
 
     The runs need not have begun: what the paths hold is looked up every time.
     """
-    every = float(args.follow)
+    every = float(args.every)
     if every < 1:
-        raise ConfigError(f"--follow {every:g} is too often: name at least 1 second")
+        raise ConfigError(f"--every {every:g} is too often: name at least 1 second")
     collector = Collector(limit=args.max_trajectories, max_chars=args.max_chars)
     seen: object = None
     output: Path | None = None

@@ -327,7 +327,7 @@ def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_no
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = argparse.Namespace(
-        runs=[tmp_path / "soon"], output=None, follow=1.0, max_trajectories=100, max_chars=1000, tokenizer=None
+        runs=[tmp_path / "soon"], output=None, every=1.0, max_trajectories=100, max_chars=1000, tokenizer=None
     )
     assert follow(args, idle_s=0.5) == 0
     assert "waiting:" in capsys.readouterr().out, "a run that has not begun is waited for"
@@ -337,4 +337,4 @@ def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_no
     assert f"{run / 'report.html'} is final" in said
     assert Page(run / "report.html").data["every"] is None
     with pytest.raises(ConfigError, match="at least 1 second"):
-        main([str(run), "--follow", "0.1"])
+        main(["--follow", str(run), "--every", "0.1"])
