@@ -41,7 +41,7 @@ function short(x) {
   if (a >= 1e9) return minus((x / 1e9).toFixed(1)) + " G";
   if (a >= 1e6) return minus((x / 1e6).toFixed(1)) + " M";
   if (a >= 1e4) return minus((x / 1e3).toFixed(1)) + " k";
-  if (a < 1e-3) return minus(x.toExponential(1)).replace("e−", "e−");
+  if (a < 1e-3) return minus(x.toExponential(1));
   return minus(String(Number(x.toPrecision(a < 1 ? 2 : 3))));
 }
 function span(seconds) {

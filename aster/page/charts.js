@@ -107,8 +107,9 @@ function stackChart(box, steps, parts, { name, height = 210, most = null, form =
     });
     svg.append(h("path", { d, style: `fill:${part.color}`, "shape-rendering": gap ? null : "crispEdges" }));
     // A part that is gone at the end is named where it was largest.
-    const peak = steps.reduce((a, s, n) => ((part.at.get(s) || 0) > (part.at.get(steps[a]) || 0) ? n : a), 0), most_ = part.at.get(steps[peak]) || 0;
-    if (!(labels.length && labels[labels.length - 1].text === part.label) && (H - top - bottom) * most_ / high > 18) inside.push({ x: Math.max(left + 4, X(peak) + 6), y: Y(base[peak] - most_ / 2) + 4, text: part.label, ink: part.inside });
+    const peak = steps.reduce((a, s, n) => ((part.at.get(s) || 0) > (part.at.get(steps[a]) || 0) ? n : a), 0), tallest = part.at.get(steps[peak]) || 0;
+    const isLabelled = labels.length && labels[labels.length - 1].text === part.label;
+    if (!isLabelled && (H - top - bottom) * tallest / high > 18) inside.push({ x: Math.max(left + 4, X(peak) + 6), y: Y(base[peak] - tallest / 2) + 4, text: part.label, ink: part.inside });
   }
   for (const l of inside) svg.append(h("text", { class: "label", x: l.x, y: l.y, style: `fill:${l.ink || "var(--ink)"}` }, l.text));
   for (const l of spread(labels, top, H - bottom + 4)) svg.append(h("text", { class: "label", x: W - right + 8, y: l.y, style: `fill:${l.color}` }, l.text));

@@ -63,7 +63,7 @@ function overview() {
   const about = RUNS.length === 1 ? RUNS[0] : null;
   const facts = [];
   if (about?.description) facts.push(about.description);
-  if (about?.steps) facts.push(about.planned ? `step ${about.steps} of ${about.planned}` : `${about.steps} steps`);
+  if (about?.steps) facts.push(about.planned >= about.steps ? `step ${about.steps} of ${about.planned}` : `${about.steps} steps`);
   if (began.length) facts.push(`${span(Math.max(...ended) - Math.min(...began))} from first to last line`);
   facts.push(`${whole(DATA.trajectories_total)} trajectories on disk`, `page written ${clock(DATA.made).slice(0, 16)} UTC`);
   $("lede").textContent = facts.join(" · ");
@@ -90,7 +90,10 @@ function banner(run, i) {
 }
 
 const isOn = (run) => { const p = points(run, "collapse/alarm"); return p.length > 0 && p[p.length - 1].y > 0; };
-const spansOf = (spans) => spans.slice(-3).map(([a, b]) => (a === b ? `step ${a}` : `steps ${a} to ${b}`)).join(", ");
+const spansOf = (spans) => {
+  const words = spans.map(([a, b]) => (a === b ? `step ${a}` : `steps ${a} to ${b}`));
+  return words.length < 3 ? words.join(", ") : `${words.length} times, last ${words[words.length - 1]}`;
+};
 function alarmWord(run) {
   if (!run.series["collapse/alarm"]) return null;
   const spans = alarms(run);

@@ -140,7 +140,7 @@ async function open(at) {
   };
   draw();
   const sibling = (r, i) => h("button", { class: verdict(r)[1], "aria-current": r === row ? "true" : null, title: `${RUNS[r.run].name}, sample ${r.n ?? i}: ${verdict(r)[0]}, ${r.calls} calls`, onclick: () => openRow(r) }, `${verdict(r)[2]} ${r.n ?? i}`);
-  const families = [...new Set(family.map((r) => r.run))].map((run) => h("span", { class: "siblings" }, families1(run, row.run), family.filter((r) => r.run === run).map(sibling)));
+  const families = [...new Set(family.map((r) => r.run))].map((run) => h("span", { class: "siblings" }, familyName(run, row.run), family.filter((r) => r.run === run).map(sibling)));
   v.replaceChildren(
     h("header", { class: "view-head" },
       h("div", { class: "bar" }, h("span", { class: `badge ${cls}` }, `${verdict(row)[2]} ${word}`), h("strong", { id: "viewer-title" }, `${RUNS[row.run].name}, ${name}`), h("span", { class: "soft grow" }, row.src),
@@ -171,5 +171,5 @@ async function open(at) {
   v.querySelector(".view-body").focus({ preventScroll: true });
   v.scrollTop = 0;
 }
-const families1 = (run, mine) => (RUNS.length > 1 ? h("small", { class: run === mine ? "" : "soft" }, dot(run), RUNS[run].name) : null);
+const familyName = (run, mine) => (RUNS.length > 1 ? h("small", { class: run === mine ? "" : "soft" }, dot(run), RUNS[run].name) : null);
 $("viewer").addEventListener("click", (e) => { if (e.target === $("viewer")) $("viewer").close(); });
