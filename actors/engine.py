@@ -78,13 +78,13 @@ class RolloutEngine:
         transfer: str,
         model_path: str,
         sandboxes: SandboxFactory | None,
-        stat_loggers: Sequence[Callable[..., Any]] = (),
+        stat_loggers: Sequence[Callable[[], type]] = (),
     ) -> None:
         """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
 
         `seed` must differ between engines: two that start alike would draw the same samples of a prompt.
         `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
-        `stat_loggers` are vLLM's factories of those who want to hear from its scheduler.
+        `stat_loggers` make the classes of those who want to hear from vLLM's scheduler.
         """
         _prepare_process()
         from vllm.config import WeightTransferConfig
@@ -128,7 +128,7 @@ class RolloutEngine:
                 worker_extension_cls="actors.transfer.WorkerExtension",
                 weight_transfer_config=WeightTransferConfig(backend=transfer),
             ),
-            stat_loggers=list(stat_loggers) or None,
+            stat_loggers=[make() for make in stat_loggers] or None,
         )
 
     async def ready(self) -> dict[str, Any]:

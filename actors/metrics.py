@@ -152,19 +152,23 @@ async def pool_gauges(pool: Pool, *, run: str) -> AsyncIterator[None]:
             await looking  # raises what it failed with
 
 
-def engine_stats(name: str, *, run: str) -> Callable[..., Any]:
-    """A stat-logger factory for vLLM's `AsyncLLM`; pickles without vLLM."""
+def engine_stats(name: str, *, run: str) -> Callable[[], type]:
+    """Makes a stat-logger class for vLLM's `AsyncLLM`, in the process that has vLLM."""
     return functools.partial(_engine_stats, name, run)
 
 
-def _engine_stats(name: str, run: str, vllm_config: Any, engine_index: int = 0) -> Any:
-    from vllm.v1.metrics.loggers import StatLoggerBase
+def _engine_stats(name: str, run: str) -> type:
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    class EngineStats(StatLoggerBase):
+    class EngineStats(PrometheusStatLogger):
         """Sums what the scheduler says in each of its iterations, and passes it on now and then: an iteration takes a
-        millisecond or two."""
+        millisecond or two.
 
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        A `PrometheusStatLogger` in name only, without its constructor: vLLM would add its own, with a hundred series
+        that Ray does not scrape, to a list that has none.
+        """
+
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
             tags = {"engine": name, "run": run}
             self._gauges = {g: Gauge(g, words, tuple(tags)) for g, words in ENGINE_GAUGES.items()}
             self._counters = {c: Counter(c, words, tuple(tags)) for c, words in ENGINE_COUNTERS.items()}
@@ -204,4 +208,13 @@ def _engine_stats(name: str, run: str, vllm_config: Any, engine_index: int = 0) 
         def log_engine_initialized(self) -> None:
             """Nothing to say."""
 
-    return EngineStats(vllm_config, engine_index)
+        def log(self) -> None:
+            """Nothing to say."""
+
+        def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+            """Not exported."""
+
+        def record_admission_rejection(self, reason: str) -> None:
+            """Not exported: our requests come from our pool, which waits for room."""
+
+    return EngineStats
