@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -33,13 +33,16 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages
+from aster.algo.collapse import EntropyTally
 from aster.algo.importance import stored_gap
 from aster.algo.packing import denominators, packed, unpack_row
+from aster.algo.regions import Markers
 from aster.algo.shaping import has_signal, is_trained, shaped_reward
 from aster.checkpoints import finishing
 from aster.config import Recipe
 from aster.data.rollouts import Decode
 from aster.errors import AsterError, WeightSyncError
+from aster.guard import CollapseGuard
 from aster.inbox import Inbox, evaluate
 from aster.recorder import Log, Recorder, RunRecord
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
@@ -74,6 +77,8 @@ class GrpoLoop:
     decode: Decode
     val_rows: Sequence[PromptRow] = ()
     checkpoints: Checkpointer | None = None
+    guard: CollapseGuard | None = None
+    markers: Markers | None = None  # how the tokenizer spells thoughts and calls
 
     def __post_init__(self) -> None:
         self.total_steps = self.recipe.run.steps or self.prompts.total_steps
@@ -86,7 +91,7 @@ class GrpoLoop:
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
         self._places = count()
         self._inbox = Inbox(self.pool.groups())
-        self._record = RunRecord(self.recipe, self.log, self.decode)
+        self._record = RunRecord(self.recipe, self.log, self.decode, markers=self.markers)
         self._recorder = Recorder()
         self._beside: asyncio.TaskGroup | None = None
         self._to_validate: int | None = None  # a version whose validation is due and not asked for
@@ -130,6 +135,8 @@ class GrpoLoop:
             values |= await self.publish()
             values |= self._timing(groups, began=began, sampled=sampled)
             await self.record(groups, values)
+            if await self.rolled_back():
+                continue
             if self._validation_is_due():
                 await self.validate()
             if self._due(self.recipe.run.save_every):
@@ -177,7 +184,12 @@ class GrpoLoop:
             )
         values: dict[str, float] = {}
         if algo.proximal_pass:
-            old, values["actor/entropy"] = await self._log_probs(samples)
+            entropies = EntropyTally(self.markers)
+            old = await self._log_probs(
+                samples, entropies=lambda s, e: entropies.add(s.trajectory, e, source=groups[s.group].row.data_source)
+            )
+            values["actor/entropy"] = entropies.mean
+            values |= entropies.metrics()
             self._gaps = {
                 s.trajectory.uid: stored_gap(o, s.behaviour_logprobs)[len(s.trajectory.prompt_ids) :]
                 for s, o in zip(samples, old, strict=True)
@@ -189,7 +201,7 @@ class GrpoLoop:
             old = [s.behaviour_logprobs for s in samples]
         samples = [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)]
         if algo.kl_coef > 0:
-            reference, _ = await self._log_probs(samples, reference=True)
+            reference = await self._log_probs(samples, reference=True)
             samples = [replace(s, reference_logprobs=r) for s, r in zip(samples, reference, strict=True)]
         proximal_done = time.monotonic()
         refreshed = iter(samples)
@@ -312,6 +324,22 @@ class GrpoLoop:
         seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
         await self._recorder.put(partial(self._record.note, self.step, seconds))
 
+    async def rolled_back(self) -> bool:
+        """What `collapse.on_alarm` asks for when the alarm is on (`guard`); nothing by default. True: the run is at an
+        earlier step again, with its weights and the prompts that come next."""
+        if self.guard is None or self.guard.config.on_alarm == "log":
+            return False
+        await self._recorder.flush()  # the alarm reads what was logged, and no late line may follow a roll-back
+        step = await self.guard.after_step(self.step, checkpoints=self.checkpoints, learners=self.learners)
+        if step is None:
+            return False
+        for file in (self.recipe.run.path / "val_rollout_data").glob("*.jsonl"):
+            if file.stem.isdecimal() and int(file.stem) > step:  # else the step's next validation would count as done
+                file.rename(file.with_name(f"{file.name}.rolled_back"))
+        self.step = step
+        await self.publish()
+        return True
+
     async def resume(self) -> None:
         if self.checkpoints is None:
             return
@@ -346,35 +374,44 @@ class GrpoLoop:
             )
 
     async def _log_probs(
-        self, samples: Sequence[TrajectorySample], *, reference: bool = False
-    ) -> tuple[list[np.ndarray], float]:
-        """Log-probs of every sample under the weights as they are now, aligned with its ids, and the mean entropy.
+        self,
+        samples: Sequence[TrajectorySample],
+        *,
+        reference: bool = False,
+        entropies: Callable[[TrajectorySample, np.ndarray], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Log-probs of every sample under the weights as they are now, aligned with its ids.
 
         Before the first update that is pi_old; `reference` asks the frozen model instead. One row a rank is in memory
-        at a time.
+        at a time; `entropies` is told those of each sample's response [T] as they come.
         """
         lengths = [len(s) for s in samples]
         logprobs: dict[int, np.ndarray] = {}
-        entropy, tokens = 0.0, 0
         rows = packed(samples, row_tokens=self.recipe.learner.micro_batch_tokens, dp_size=self.learners.dp_size)
         for per_rank in rows:
             scores = await self.learners.log_probs(per_rank, reference=reference)
             for micro, score in zip(per_rank, scores, strict=True):
                 logprobs.update(unpack_row(score.logprobs, micro, lengths))
-                entropy += float(score.entropies[micro.loss_mask].sum(dtype=np.float64))
-                tokens += int(micro.loss_mask.sum())
-        return [logprobs[index] for index in range(len(samples))], entropy / max(tokens, 1)
+                if entropies is not None:
+                    for index, values in unpack_row(score.entropies, micro, lengths):
+                        entropies(samples[index], values[len(samples[index].trajectory.prompt_ids) :])
+        return [logprobs[index] for index in range(len(samples))]
 
     @property
     def _response_tokens(self) -> int:
         return self.recipe.budget.max_response_tokens
 
     def _is_too_old(self, group: TrajectoryGroup) -> bool:
-        """A token more than k versions older than the weights that the step begins with."""
-        oldest = self.step - 1 - self.recipe.rollout.max_staleness
+        """A token more than k versions older than the weights that the step begins with, or one of weights that were
+        rolled back since."""
+        newest = self.step - 1
+        oldest = newest - self.recipe.rollout.max_staleness
+
+        def outside(versions: np.ndarray) -> bool:
+            return bool(((versions < oldest) | (versions > newest)).any())
+
         return any(
-            t.cause is Cause.STALE or (t.reward is not None and bool((t.versions[t.mask] < oldest).any()))
-            for t in group.trajectories
+            t.cause is Cause.STALE or (t.reward is not None and outside(t.versions[t.mask])) for t in group.trajectories
         )
 
     def _due(self, every: int) -> bool:

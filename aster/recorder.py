@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from aster import metrics
+from aster.algo.regions import Markers
 from aster.config import Recipe
 from aster.data.rollouts import Decode, DecodeOnce, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError
@@ -116,8 +117,8 @@ class Log(Protocol):
 class RunRecord:
     """The files, the metrics and the alarms of a run; one call at a time. Each trajectory is decoded once."""
 
-    def __init__(self, recipe: Recipe, log: Log, decode: Decode) -> None:
-        self._recipe, self._log, self._decode = recipe, log, decode
+    def __init__(self, recipe: Recipe, log: Log, decode: Decode, *, markers: Markers | None = None) -> None:
+        self._recipe, self._log, self._decode, self._markers = recipe, log, decode, markers
         self._mismatched = False
 
     def step(
@@ -142,6 +143,7 @@ class RunRecord:
             others=[*replaced, *stale],
             scale_by_std=self._recipe.algo.scale_by_std,
             decode=partial(decode, skip_special=True),
+            markers=self._markers,
         )
         values["timing_s/record"] = time.monotonic() - began
         self._watch(step, values)
@@ -149,7 +151,7 @@ class RunRecord:
 
     def validation(self, step: int, groups: Sequence[TrajectoryGroup], *, seconds: float) -> None:
         decode = DecodeOnce(self._decode)
-        values = metrics.validation_metrics(groups, n=self._recipe.eval.samples, decode=decode)
+        values = metrics.validation_metrics(groups, n=self._recipe.eval.samples, decode=decode, markers=self._markers)
         values["timing_s/testing"] = seconds
         write_validation(self._recipe.run.path / "val_rollout_data", groups, step=step, decode=decode)
         self._log.log(step, values)

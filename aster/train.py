@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from aster import launch
+from aster.algo.regions import Markers
 from aster.checkpoints import DirectoryCheckpointer
 from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe
 from aster.data.prompts import PromptStream, read_prompts
 from aster.driver import GrpoLoop
 from aster.errors import ConfigError
+from aster.guard import CollapseGuard
 from aster.roles import SandboxFactory
 from aster.trace import Tracer
 from aster.tracking import Tracker
@@ -66,6 +68,8 @@ async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
                     config_hash=recipe.config_hash,
                     keep=recipe.run.keep_checkpoints,
                 ),
+                guard=CollapseGuard(recipe.collapse, tracker),
+                markers=Markers.of(lambda tag: rollouts.renderer.turn_ids(tag)[:-1]),
             ).run()
 
 

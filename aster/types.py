@@ -243,8 +243,6 @@ class Sample:
     behaviour_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
     old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
     reference_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
-    reward: float = 0.0  # before shaping, and the data source: for metrics
-    source: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -36,7 +36,7 @@ from itertools import pairwise
 import numpy as np
 
 from aster.algo.regions import Markers, Sums, region_means
-from aster.types import Cause, Sample, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup
+from aster.types import Cause, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup
 
 POST_HOC_AFTER = 0.8  # calls that all come after this share of the model tokens are a check, not a method
 CALL_BUCKETS = ((0, 0), (1, 1), (2, 4), (5, 9), (10, 19), (20, None))
@@ -144,25 +144,41 @@ def collapse_metrics(
     return out
 
 
-def entropy_metrics(
-    samples: Sequence[Sample], entropies: Sequence[np.ndarray], *, markers: Markers, prefix: str = "collapse"
-) -> dict[str, float]:
-    """`entropy/*` of the names above: token means of the learner's entropies ([S] each, aligned with the ids).
+class EntropyTally:
+    """`entropy/*` of the names above, put together one trajectory at a time while the learner's entropies come in.
 
-    Over the sequences that are trained on, so without those that `algo` drops.
+    Token means, over the trajectories that are trained on, so without those that `algo` drops. Without markers only
+    `entropy/all`.
     """
-    if not samples:
-        return {}
-    sums = [Sums.of(e, s.ids, s.mask, markers) for s, e in zip(samples, entropies, strict=True)]
-    out: dict[str, float] = {}
-    for name, chosen in _splits([s.reward > 0.5 for s in samples], [s.source for s in samples]):
-        picked = np.flatnonzero(chosen).tolist()
-        tokens = np.concatenate([np.zeros(0), *(entropies[i][samples[i].mask] for i in picked)])
-        if len(tokens):
-            out[f"{prefix}/{name}entropy/all"] = float(tokens.mean(dtype=np.float64))
-        means = region_means(sums[i] for i in picked)
-        out |= {f"{prefix}/{name}entropy/{region}": value for region, value in means.items()}
-    return out
+
+    def __init__(self, markers: Markers | None) -> None:
+        self._markers = markers
+        self._parts: list[tuple[float, int, Sums | None]] = []  # sum over all its model tokens, how many, by region
+        self._correct: list[bool] = []
+        self._sources: list[str] = []
+
+    def add(self, trajectory: Trajectory, entropies: np.ndarray, *, source: str) -> None:
+        """`entropies`: [T] of the response's tokens; what stands where the mask is off means nothing."""
+        mask = trajectory.mask
+        by_region = None if self._markers is None else Sums.of(entropies, trajectory.ids, mask, self._markers)
+        self._parts.append((float(entropies[mask].sum(dtype=np.float64)), int(mask.sum()), by_region))
+        self._correct.append(trajectory.reward is not None and trajectory.reward > 0.5)
+        self._sources.append(source)
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens; 0 where there is none."""
+        return sum(total for total, _, _ in self._parts) / max(sum(count for _, count, _ in self._parts), 1)
+
+    def metrics(self, *, prefix: str = "collapse") -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name, chosen in _splits(self._correct, self._sources):
+            picked = [part for part, keep in zip(self._parts, chosen.tolist(), strict=True) if keep]
+            if tokens := sum(count for _, count, _ in picked):
+                out[f"{prefix}/{name}entropy/all"] = sum(total for total, _, _ in picked) / tokens
+            means = region_means(sums for _, _, sums in picked if sums is not None)
+            out |= {f"{prefix}/{name}entropy/{region}": value for region, value in means.items()}
+        return out
 
 
 def _splits(correct: Sequence[bool], sources: Sequence[str]) -> list[tuple[str, np.ndarray]]:

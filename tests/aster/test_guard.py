@@ -2,16 +2,20 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
-from fakes import FakeLearners
+from fakes import FakeLearners, FakePool, row
 from rich.console import Console
 
 from aster.checkpoints import DirectoryCheckpointer
 from aster.config import Recipe
+from aster.data.prompts import PromptStream
+from aster.driver import GrpoLoop
 from aster.errors import CollapseStopped
 from aster.guard import CollapseGuard
 from aster.tracking import Tracker, read_events, read_metrics
+from aster.types import ToolCall, ToolOutcome, Turn
 
 HEALTHY, DYING = (4.0, 0.0), (1.0, 0.9)
 
@@ -102,3 +106,84 @@ async def test_a_pruned_checkpoint_cannot_be_gone_back_to(tmp_path):
     await run.go(HEALTHY, HEALTHY, HEALTHY, DYING)
     assert [kind for _, kind in run.events()] == ["collapse", "rollback_impossible"]
     assert "run.keep_checkpoints" in read_events(run.tracker.run_dir / "metrics.jsonl")[-1]["message"]
+
+
+class DyingPool(FakePool):
+    """Three calls a trajectory, and none while `poisoned` says so."""
+
+    def __init__(self, events, poisoned):
+        super().__init__(events)
+        self.poisoned = poisoned
+
+    async def groups(self):
+        async for group in super().groups():
+            call = ToolCall("1", "ok", ToolOutcome.SUCCESS, "1", 0.1)
+            n = 0 if self.poisoned() else 3
+            turns = (*(Turn(0, 2, "stop", 0.0, 0.1, call) for _ in range(n)), Turn(3, 4, "stop", 0.2, 0.3))
+            yield replace(group, trajectories=tuple(replace(t, turns=turns) for t in group.trajectories))
+
+
+class Poisoned(FakeLearners):
+    """The update of step 3 spoils the weights; like a real learner it is well again when older ones are loaded."""
+
+    def __init__(self, events):
+        super().__init__(events)
+        self.spoilt_at: int | None = None
+        self.once = True
+
+    async def optim_step(self):
+        stats = await super().optim_step()
+        if self.updates == 3 and self.once:
+            self.once, self.spoilt_at = False, 3
+        return stats
+
+    async def load(self, path):
+        version = await super().load(path)
+        if self.spoilt_at is not None and version < self.spoilt_at:
+            self.spoilt_at = None
+        return version
+
+
+async def test_the_loop_goes_back_publishes_and_goes_on_with_the_next_prompts(tmp_path):
+    recipe = Recipe.load(
+        "rl_stage1_18k",
+        [
+            *("rollout.prompts_per_step=1", "rollout.group_size=2", "algo.mini_batch_prompts=1"),
+            *("learner.micro_batch_tokens=64", "run.steps=6", "run.val_every=2", "run.val_before_train=false"),
+            *("run.save_every=1", "run.keep_checkpoints=9", "run.tensorboard=false", "eval.samples=1"),
+            *(f"run.dir={tmp_path}", "run.name=r", "collapse.on_alarm=rollback"),
+        ],
+    )
+    (tmp_path / "model").mkdir()
+    events: list[str] = []
+    learners = Poisoned(events)
+    pool = DyingPool(events, lambda: learners.spoilt_at is not None)
+    with Tracker.open(recipe, total_steps=6, console=Console(file=io.StringIO())) as tracker:
+        await GrpoLoop(
+            recipe=recipe,
+            learners=learners,
+            pool=pool,
+            prompts=PromptStream([row(i) for i in range(20)], batch=1, seed=1, epochs=1),
+            log=tracker,
+            decode=lambda ids, *, skip_special=False: " ".join(map(str, ids)),
+            val_rows=[row(90)],
+            checkpoints=DirectoryCheckpointer(
+                tmp_path / "r" / "checkpoints", model_path=str(tmp_path / "model"), config_hash="abc", keep=9
+            ),
+            guard=CollapseGuard(recipe.collapse, tracker),
+        ).run()
+    path = tmp_path / "r"
+    assert [(e["step"], e["event"]) for e in read_events(path / "metrics.jsonl")] == [
+        (4, "collapse"), (4, "rollback"), (3, "collapse_over"),
+    ]  # fmt: skip
+    published = [e for e in events if e.startswith("publish")]
+    assert published == [f"publish v{v}" for v in (0, 1, 2, 3, 4, 2, 3, 4, 5, 6)]
+    asked = [w.row.row_id for w in pool.submitted if w.kind == "train"]
+    assert len(asked) == len(set(asked)) == 8, (
+        "six steps that stay and the two that were undone, each on its own prompt"
+    )
+    assert learners.updates == 6
+    assert sorted(p.name for p in (path / "val_rollout_data").iterdir()) == ["2.jsonl", "4.jsonl", "6.jsonl"]
+    values = read_metrics(path / "metrics.jsonl")
+    assert [v["collapse/calls_mean"] for v in values.values()] == [3.0] * 6
+    assert values[6]["collapse/entropy/all"] == values[6]["actor/entropy"] == 1.0

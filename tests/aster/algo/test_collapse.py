@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from aster.algo.advantages import group_advantages
-from aster.algo.collapse import collapse_metrics, entropy_metrics, names_of, tool_use
+from aster.algo.collapse import EntropyTally, collapse_metrics, names_of, tool_use
 from aster.algo.regions import Markers
-from aster.types import Cause, PromptRow, Sample, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup, Turn, Verdicts
+from aster.types import Cause, PromptRow, ToolCall, ToolOutcome, Trajectory, TrajectoryGroup, Turn, Verdicts
 
 
 def call(code: str, outcome: ToolOutcome = ToolOutcome.SUCCESS) -> ToolCall:
@@ -221,15 +221,19 @@ def test_surprisal_is_told_by_region_where_the_tokenizer_spells_the_tags() -> No
 
 
 def test_entropies_of_the_learner_are_means_over_tokens_by_region_and_verdict() -> None:
-    ids = np.array([5, 11, 90, 21, 91, 2], np.int32)  # prompt, think, call, code, end of call, end of turn
-    mask = np.array([0, 1, 1, 1, 1, 1], bool)
-    samples = [Sample(ids, mask, reward=1.0, source="a"), Sample(ids, mask, reward=0.0, source="a")]
-    entropies = [np.array([9.0, 1.0, 0.5, 0.25, 0.0, 0.0]), np.array([9.0, 3.0, 0.1, 0.75, 0.0, 0.0])]
-    values = entropy_metrics(samples, entropies, markers=TAGS)
-    assert values["collapse/entropy/all"] == pytest.approx((1.75 + 3.85) / 10)
+    t = trajectory((5, None))  # think, call, code, end of call, end of turn
+    ids = np.array([11, 90, 21, 91, 2], np.int32)
+    tally = EntropyTally(TAGS)
+    tally.add(replace(t, ids=ids, reward=1.0), np.array([1.0, 0.5, 0.25, 0.0, 0.0], np.float32), source="a")
+    tally.add(replace(t, ids=ids, reward=0.0), np.array([3.0, 0.125, 0.75, 0.0, 0.0], np.float32), source="b")
+    values = tally.metrics()
+    assert values["collapse/entropy/all"] == tally.mean == pytest.approx((1.75 + 3.875) / 10)
     assert values["collapse/entropy/think"] == 2.0
     assert values["collapse/entropy/code"] == 0.5
-    assert values["collapse/entropy/call_start"] == pytest.approx(0.3)
+    assert values["collapse/entropy/call_start"] == pytest.approx(0.3125)
     assert values["collapse/correct/entropy/think"] == 1.0
-    assert values["collapse/wrong/entropy/all"] == pytest.approx(3.85 / 5)
-    assert entropy_metrics([], [], markers=TAGS) == {}
+    assert values["collapse/source/b/entropy/all"] == pytest.approx(3.875 / 5)
+    assert EntropyTally(TAGS).metrics() == {}
+    bare = EntropyTally(None)
+    bare.add(t, np.full(5, 0.5), source="a")
+    assert bare.metrics() == {"collapse/entropy/all": 0.5, "collapse/correct/entropy/all": 0.5}
