@@ -179,13 +179,14 @@ def by_arithmetic(
 @settings(FAST, max_examples=150)
 @given(
     fillers=st.lists(st.integers(0, 30), min_size=1, max_size=5),
-    tokens=st.integers(20, 400),
+    border=st.integers(0, 9),
+    slack=st.integers(-2, 2),
     turn=st.none() | st.integers(1, 80),
     most=st.integers(0, 4),
     forced=st.booleans(),
 )
 def test_budgets_and_limits_are_exact_to_the_token(
-    hybrid: ChatRenderer, fillers: list[int], tokens: int, turn: int | None, most: int, forced: bool
+    hybrid: ChatRenderer, fillers: list[int], border: int, slack: int, turn: int | None, most: int, forced: bool
 ) -> None:
     filler, ending = hybrid._tokenizer.encode("x")[0], hybrid._tokenizer.encode_turn(call("2+2"))
     opening = hybrid.call_opening() if forced else np.zeros(0, np.int32)
@@ -197,6 +198,8 @@ def test_budgets_and_limits_are_exact_to_the_token(
         turns[0] = ending[len(opening) :] + [filler] * fillers[0]
     delta = len(hybrid.observation_delta("4\n"))
     lengths = [len(ids) + 1 for ids in turns]
+    ends = np.cumsum([len(opening), *(n for length in lengths for n in (length, delta))])[1:]
+    tokens = max(int(ends[border % len(ends)]) + slack, len(opening) + 1)  # around where something ends
     cause, spans, used = by_arithmetic(lengths, calls, delta, tokens=tokens, turn=turn, most=most, opening=len(opening))
     budget = replace(BUDGET, max_response_tokens=tokens, max_turn_tokens=turn, max_tool_calls=most)
     out, asked = run(hybrid, turns, ["4\n"] * 9, budget=budget, tool=ToolConfig(force_first_call=forced))
