@@ -22,6 +22,7 @@ import numpy as np
 
 from aster.agent.chat import ChatRenderer
 from aster.agent.rollout import Generation, run_episode
+from aster.agent.tree import run_tree
 from aster.config import Recipe
 from aster.errors import EngineLost, WeightSyncError
 from aster.roles import SandboxFactory
@@ -101,7 +102,7 @@ class RolloutEngine:
         self._seeded = recipe.run.deterministic
         whole_prompt = recipe.max_model_len if self._seeded else None
         self._model_path = model_path
-        self._episodes: set[asyncio.Task[Trajectory]] = set()
+        self._episodes: set[asyncio.Task[Any]] = set()
         self._gate = _Gate()
         self._session_open = False
         self._canaries = itertools.count()
@@ -146,10 +147,17 @@ class RolloutEngine:
 
     async def run(self, task: Task) -> Trajectory:
         """One episode; failures of ours come back as the trajectory's cause."""
+        return await self._run(run_episode, task)
+
+    async def run_tree(self, task: Task) -> tuple[Trajectory, ...]:
+        """The episodes of `task` and its leaves, as one tree."""
+        return await self._run(run_tree, task)
+
+    async def _run(self, run: Callable[..., Coroutine[Any, Any, T]], task: Task) -> T:
         if self._renderer is None:
             self._renderer = ChatRenderer.from_model_dir(self._model_path)
         episode = asyncio.create_task(
-            run_episode(
+            run(
                 task,
                 generate=self.generate,
                 sandboxes=self._sandboxes,

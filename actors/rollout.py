@@ -73,6 +73,18 @@ class RayEngine:
             await self.probe()
         return trajectory
 
+    async def run_tree(self, task: Task) -> Sequence[Trajectory]:
+        """The leaves of one tree, in order of `task` and `task.leaves`; as `run`."""
+        try:
+            leaves: tuple[Trajectory, ...] = await self.call(
+                "run_tree", task, deadline_s=task.budget.trajectory_timeout_s + _GRACE_S
+            )
+        except EngineLost as error:
+            return [_lost(leaf, self.name, str(error)) for leaf in (task, *task.leaves)]
+        if any(leaf.cause is Cause.ENGINE_LOST for leaf in leaves):
+            await self.probe()
+        return leaves
+
     def know(self, answer: dict[str, Any]) -> None:
         """What `RolloutEngine.ready` said."""
         self.vocab_size, self.pid, self.kv_tokens = answer["vocab_size"], answer["pid"], answer["kv_tokens"]

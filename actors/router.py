@@ -55,6 +55,7 @@ class EngineHandle(Protocol):
     lost: str
 
     async def run(self, task: Task) -> Trajectory: ...
+    async def run_tree(self, task: Task) -> Sequence[Trajectory]: ...
     async def cancel_all(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -85,6 +86,11 @@ class _Attempt:
     group: _Group
     task: Task
     avoid: str = ""  # the engine that lost the previous attempt
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """One trajectory's, or those of all leaves of a tree."""
+        return (self.task, *self.task.leaves)
 
 
 class EnginePool:
@@ -128,12 +134,12 @@ class EnginePool:
     @property
     def in_flight(self) -> int:
         """Trajectories on an engine or being scored."""
-        return len(self._running)
+        return sum(len(attempt.tasks) for attempt, _ in self._running.values())
 
     @property
     def waiting(self) -> int:
         """Trajectories that no engine has had room for yet."""
-        return len(self._waiting)
+        return sum(len(attempt.tasks) for attempt in self._waiting)
 
     @property
     def living(self) -> int:
@@ -227,7 +233,7 @@ class EnginePool:
         self._seen[place] += 1
         if self._seen[place] > 1:  # the same row twice in a step, at the seam of two epochs: request ids must differ
             place = f"{place}~{self._seen[place]}"
-        return [
+        tasks = [
             Task(
                 uid=f"{self._run_name}/{place}/{sample}",
                 row_id=work.row.row_id,
@@ -240,6 +246,14 @@ class EnginePool:
                 tools_enabled=work.tools_enabled,
             )
             for sample in range(work.group_size)
+        ]
+        if not work.tree_turns:
+            return tasks
+        leaves, tree = work.tree_factor ** len(work.tree_turns), (work.tree_turns, work.tree_factor)
+        heads = range(0, len(tasks), leaves)
+        return [
+            replace(tasks[i], leaves=tuple(tasks[i + 1 : i + leaves]), tree_turns=tree[0], tree_factor=tree[1])
+            for i in heads
         ]
 
     def _expect(self, work: RolloutWork) -> None:
@@ -286,7 +300,8 @@ class EnginePool:
         return f"every engine is dead, {len(self._waiting)} trajectories have nowhere to run: {reasons}{late}"
 
     def _start(self, attempt: _Attempt, engine: EngineHandle) -> None:
-        self._room.enter(engine.name, attempt.group.work.kind)
+        for _ in attempt.tasks:  # a tree may be more than what is free: the engine then queues its last leaves
+            self._room.enter(engine.name, attempt.group.work.kind)
         running = asyncio.create_task(self._attempt(attempt, engine), name=f"{attempt.task.uid} on {engine.name}")
         self._running[running] = (attempt, engine)
         running.add_done_callback(self._ended)
@@ -303,30 +318,37 @@ class EnginePool:
 
     async def _attempt(self, attempt: _Attempt, engine: EngineHandle) -> None:
         try:
-            trajectory = await self._run(attempt.task, engine)
+            trajectories = await self._run(attempt.task, engine)
         finally:
-            self._room.leave(engine.name, attempt.group.work.kind)
+            for _ in attempt.tasks:
+                self._room.leave(engine.name, attempt.group.work.kind)
         if not self._draining:
             self._pull()  # the engine has room while this one is being scored
-        if not trajectory.cause.is_ours:
-            self._barren = 0
-            self._room.observe(attempt.group.work.kind, trajectory.num_tokens)
-            trajectory = await self._score(trajectory, attempt.group.work.row)
-        self._settle(attempt, trajectory)
+        ended = []
+        for trajectory in trajectories:
+            if not trajectory.cause.is_ours:
+                self._barren = 0
+                self._room.observe(attempt.group.work.kind, trajectory.num_tokens)
+                trajectory = await self._score(trajectory, attempt.group.work.row)
+            ended.append(trajectory)
+        self._settle(attempt, ended)
 
-    async def _run(self, task: Task, engine: EngineHandle) -> Trajectory:
+    async def _run(self, task: Task, engine: EngineHandle) -> Sequence[Trajectory]:
         limit = task.budget.trajectory_timeout_s + _GRACE_S
         try:
-            return await asyncio.wait_for(engine.run(task), limit)
+            if task.leaves:
+                return await asyncio.wait_for(engine.run_tree(task), limit)
+            return [await asyncio.wait_for(engine.run(task), limit)]
         except EngineLost as error:
-            return lost_trajectory(task, Cause.ENGINE_LOST, str(error), engine=engine.name)
+            cause, why = Cause.ENGINE_LOST, str(error)
         except TimeoutError:
-            return lost_trajectory(task, Cause.ENGINE_LOST, f"silent for {limit:g} s", engine=engine.name)
+            cause, why = Cause.ENGINE_LOST, f"silent for {limit:g} s"
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is None or current.cancelling():
                 raise
-            return lost_trajectory(task, Cause.CANCELLED, "the engine dropped the trajectory", engine=engine.name)
+            cause, why = Cause.CANCELLED, "the engine dropped the trajectory"
+        return [lost_trajectory(t, cause, why, engine=engine.name) for t in (task, *task.leaves)]
 
     async def _score(self, trajectory: Trajectory, row: PromptRow) -> Trajectory:
         """A verifier that dies is asked once more, in its successor: what hangs twice would hang elsewhere too."""
@@ -342,27 +364,31 @@ class EnginePool:
                     return trajectory.failed(Cause.REWARD_FAILED, str(error))
         raise AssertionError("unreachable")
 
-    def _settle(self, attempt: _Attempt, trajectory: Trajectory) -> None:
-        """Book one ended attempt; complete its group if it was the last one missing."""
+    def _settle(self, attempt: _Attempt, trajectories: Sequence[Trajectory]) -> None:
+        """Book one ended attempt; complete its group if it was the last one missing.
+
+        A tree runs again as a whole when one of its leaves has to; what is `lost` are the leaves that made it.
+        """
         group, task = attempt.group, attempt.task
         work = group.work
         if self._draining:
-            group.done[task.sample] = trajectory
+            group.done |= {t.sample: t for t in trajectories}
             return
-        rerun = trajectory.cause is not Cause.REWARD_FAILED  # it has been asked twice; the tokens are not at fault
-        attempt_number = task.attempt if rerun else self.ledger.max_retries
-        decision = self.ledger.judge(trajectory, kind=work.kind, step=work.step, attempt=attempt_number)
-        if decision is Decision.RETRY:
-            log.warning(
-                "%s: %s on %s, again elsewhere: %s", task.uid, trajectory.cause, trajectory.engine, trajectory.error
-            )
-            group.lost.append(trajectory)
-            again = replace(task, attempt=task.attempt + 1)
-            self._waiting.appendleft(_Attempt(group, again, avoid=trajectory.engine))
+        decisions = []
+        for t in trajectories:
+            rerun = t.cause is not Cause.REWARD_FAILED  # it has been asked twice; the tokens are not at fault
+            attempt_number = task.attempt if rerun else self.ledger.max_retries
+            decisions.append(self.ledger.judge(t, kind=work.kind, step=work.step, attempt=attempt_number))
+            if t.cause.is_ours:
+                what = "again elsewhere" if decisions[-1] is Decision.RETRY else "masked"
+                log.warning("%s: %s on %s, %s: %s", t.uid, t.cause, t.engine, what, t.error)
+        if Decision.RETRY in decisions:
+            group.lost += [t for t in trajectories if t.cause.is_ours]
+            leaves = tuple(replace(leaf, attempt=task.attempt + 1) for leaf in task.leaves)
+            again = replace(task, attempt=task.attempt + 1, leaves=leaves)
+            self._waiting.appendleft(_Attempt(group, again, avoid=trajectories[0].engine))
             return
-        if decision is Decision.MASK:
-            log.warning("%s: %s, masked: %s", task.uid, trajectory.cause, trajectory.error)
-        group.done[task.sample] = trajectory
+        group.done |= {t.sample: t for t in trajectories}
         if len(group.done) == work.group_size:
             del self._open[id(group)]
             members = tuple(group.done[sample] for sample in range(work.group_size))

@@ -153,6 +153,11 @@ class RolloutConfig(_Section):
     weight_rollback: bool = True
     """Learner rank 0 holds the last published weights in host memory (the wire's bytes once, twice while publishing),
     to give them back to the engines when a publication fails. Off: they stay shut then. Not with vllm_nccl."""
+    tree_turns: tuple[int, ...] = ()
+    """Before each of these turns (the first is 0) a training trajectory splits into `tree_factor`, tokens and session,
+    so that `group_size` leaves grow from group_size / tree_factor^len(tree_turns) trunks; () = each sample by itself.
+    A path that ends before it splits is all of its leaves."""
+    tree_factor: int = Field(default=2, ge=2)
     start_timeout_s: float = Field(default=900.0, gt=0)
     generate_timeout_s: float = Field(default=1800.0, gt=0)
     """One generation of one turn; past it the engine counts as lost."""
@@ -375,6 +380,14 @@ class Recipe(_Section):
                     f"algo.dual_clip={self.algo.dual_clip} must exceed 1 + clip_high = {1 + self.algo.clip_high}, "
                     "else it binds before the clip does"
                 )
+        turns, leaves = self.rollout.tree_turns, self.rollout.tree_factor ** len(self.rollout.tree_turns)
+        if list(turns) != sorted(set(turns)) or any(turn < 1 for turn in turns):
+            yield f"rollout.tree_turns={list(turns)} must be ascending turn numbers from 1 on (turn 0 is the first)"
+        if self.rollout.group_size % leaves:
+            yield (
+                f"rollout.group_size={self.rollout.group_size} is not a multiple of the leaves of one tree, "
+                f"tree_factor^len(tree_turns) = {self.rollout.tree_factor}^{len(turns)} = {leaves}: make it one"
+            )
         if self.sft.val_fraction and self.data.val_files:
             yield (
                 f"sft.val_fraction={self.sft.val_fraction} and data.val_files={list(self.data.val_files)} both name a "

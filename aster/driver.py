@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aster import metrics
-from aster.algo.advantages import group_advantages
+from aster.algo.advantages import group_advantages, tree_advantages, tree_paths
 from aster.algo.collapse import EntropyTally
 from aster.algo.importance import stored_gap
 from aster.algo.packing import denominators, packed, unpack_row
@@ -46,7 +46,16 @@ from aster.guard import CollapseGuard
 from aster.inbox import Inbox, evaluate
 from aster.recorder import Log, Recorder, RunRecord
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
-from aster.types import Cause, OptimStats, PromptRow, RolloutWork, StepStats, TrajectoryGroup, TrajectorySample
+from aster.types import (
+    Cause,
+    OptimStats,
+    PromptRow,
+    RolloutWork,
+    StepStats,
+    Trajectory,
+    TrajectoryGroup,
+    TrajectorySample,
+)
 
 log = logging.getLogger("aster")
 
@@ -227,14 +236,28 @@ class GrpoLoop:
             return []  # nothing left to compare with: the whole group is masked
         algo = self.recipe.algo
         rewards_G = np.array([shaped_reward(t, algo, budget=self._response_tokens) for t in scored], dtype=np.float64)
-        advantages_G = group_advantages(rewards_G, scale_by_std=algo.scale_by_std)
-        if algo.drop_zero_variance and not advantages_G.any():
+        advantages = self._advantages(scored, rewards_G)
+        if algo.drop_zero_variance and not any(np.any(a) for a in advantages):
             return []
         return [
-            TrajectorySample(t, advantage=float(advantage), group=index)
-            for t, advantage in zip(scored, advantages_G, strict=True)
+            TrajectorySample(t, advantage=advantage, group=index)
+            for t, advantage in zip(scored, advantages, strict=True)
             if is_trained(t, algo)
         ]
+
+    def _advantages(self, scored: Sequence[Trajectory], rewards_G: np.ndarray) -> Sequence[float | np.ndarray]:
+        """Per trajectory one for all its tokens; for leaves of trees [S], one for each stretch between two splits."""
+        rollout, scale = self.recipe.rollout, self.recipe.algo.scale_by_std
+        if not rollout.tree_turns:
+            return [float(a) for a in group_advantages(rewards_G, scale_by_std=scale)]
+        samples_G = np.array([t.sample for t in scored])
+        paths_GD = tree_paths(samples_G, factor=rollout.tree_factor, splits=len(rollout.tree_turns))
+        out: list[float | np.ndarray] = []
+        for t, advantages_D in zip(scored, tree_advantages(rewards_G, paths_GD, scale_by_std=scale), strict=True):
+            splits = [t.turns[n].start if n < len(t.turns) else len(t.ids) for n in rollout.tree_turns]
+            lengths = np.diff([-len(t.prompt_ids), *splits, len(t.ids)])
+            out.append(np.repeat(advantages_D.astype(np.float32), lengths))
+        return out
 
     async def update(self, mini: Sequence[TrajectorySample]) -> tuple[StepStats, OptimStats]:
         """One optimizer step. Denominators are those of the whole mini-batch, so packing cannot change the loss."""
@@ -370,6 +393,8 @@ class GrpoLoop:
                     step=self.step,
                     seed=self.recipe.run.seed,
                     tools_enabled=self.recipe.tool.enabled,
+                    tree_turns=self.recipe.rollout.tree_turns,
+                    tree_factor=self.recipe.rollout.tree_factor,
                 )
             )
 

@@ -105,6 +105,9 @@ class Task:
     seed: int
     attempt: int = 0
     tools_enabled: bool = True
+    leaves: tuple[Task, ...] = ()  # the further leaves of a tree whose first this is
+    tree_turns: tuple[int, ...] = ()
+    tree_factor: int = 2
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class RolloutWork:
     seed: int
     kind: str = "train"
     tools_enabled: bool = True
+    tree_turns: tuple[int, ...] = ()  # as `rollout.tree_turns`; () = every sample by itself
+    tree_factor: int = 2
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,8 @@ class Trajectory:
     engine: str = ""
     sandbox: str = ""  # node of its session
     timing: Timing = Timing()
-    parent: str | None = None
-    branch_turn: int | None = None
+    parent: str | None = None  # in a tree: the uid of the leaf that this one is a copy of, up to
+    branch_turn: int | None = None  # the turn of this number, which is its own
     reward: float | None = None
     verdicts: Verdicts = Verdicts()
     error: str = ""  # the infrastructure's own words where cause.is_ours
@@ -238,7 +243,7 @@ class Sample:
 
     ids: np.ndarray  # [S] int32, prompt and response
     mask: np.ndarray  # [S] bool, True = the loss is taken on this token
-    advantage: float = 1.0
+    advantage: float | np.ndarray = 1.0  # of all tokens alike, or [S], aligned with ids
     group: int = 0  # which group of the mini-batch, for `group` aggregation
     behaviour_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
     old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
@@ -254,7 +259,7 @@ class TrajectorySample:
     tokens lie in the trajectories once, and the joined copy lives only while its row is packed."""
 
     trajectory: Trajectory
-    advantage: float = 1.0
+    advantage: float | np.ndarray = 1.0  # as in `Sample`
     group: int = 0
     old_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
     reference_logprobs: np.ndarray | None = None  # [S] float32, aligned with ids
@@ -287,7 +292,7 @@ class TrainingSequence(Protocol):
     @property
     def mask(self) -> np.ndarray: ...
     @property
-    def advantage(self) -> float: ...
+    def advantage(self) -> float | np.ndarray: ...
     @property
     def group(self) -> int: ...
     @property

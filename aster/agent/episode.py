@@ -7,10 +7,11 @@ produced are appended as they are, never decoded and encoded again.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -84,6 +85,7 @@ class Episode:
         self.renderer = renderer
         self.turns: list[Turn] = []
         self.calls_made = 0
+        self.before_turn: Callable[[int], Awaitable[None]] | None = None  # called with the number of the coming turn
         self._generate = generate
         self._engine = engine
         self._tools = {str(tool.schema["function"]["name"]): tool for tool in tools}
@@ -132,6 +134,8 @@ class Episode:
         of the budget, but nobody sampled it: mask 0, log-prob 0.
         """
         budget, number = self.task.budget, len(self.turns)
+        if self.before_turn is not None:
+            await self.before_turn(number)
         forced = self._opening if number == 0 else self._opening[:0]
         room = self.tokens_left - len(forced)
         limit = min(room, budget.max_turn_tokens or room)
@@ -265,6 +269,20 @@ class Episode:
     async def close(self) -> None:
         """End the session, if there is one. Waits a little, never raises: the answer no longer matters."""
         await self.session.close()
+
+    async def fork(self, task: Task) -> Episode:
+        """This episode as it stands between two turns, tokens, budgets, deadline and a copy of the session, as `task`
+        from here on. Raises SandboxError."""
+        twin = copy.copy(self)
+        twin.task, twin.turns, twin.before_turn = task, list(self.turns), None
+        twin._ids, twin._mask = list(self._ids), list(self._mask)
+        twin._logprobs, twin._versions = list(self._logprobs), list(self._versions)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                twin.session = await self.session.fork(key=f"{task.uid}/{task.attempt}", deadline=self._deadline)
+        except TimeoutError as error:
+            raise SandboxLost(self.session.session_id, self._late("a session was still being copied")) from error
+        return twin
 
     # the record ------------------------------------------------------------------------------------------------------
 

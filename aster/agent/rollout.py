@@ -36,6 +36,9 @@ class AgentLoop:
     """How calls are written; None = as our renderer reads them (Hermes)."""
     reward: str = ""
     """A name of the entry point group `aster.rewards`; "" = what the recipe says (algo.reward)."""
+    branches: bool = False
+    """`run` keeps all its state in the episode: started on one that has turns already, it goes on behind them. Needed
+    for `rollout.tree_turns`."""
 
 
 async def code_agent(episode: Episode) -> Cause:
@@ -62,7 +65,10 @@ async def single_turn_agent(episode: Episode) -> Cause:
     return Cause.MAX_TOKENS if turn.finish_reason == "length" else Cause.ANSWERED
 
 
-AGENT_LOOPS = {"code_agent": AgentLoop(code_agent), "single_turn_agent": AgentLoop(single_turn_agent, tools=())}
+AGENT_LOOPS = {
+    "code_agent": AgentLoop(code_agent, branches=True),
+    "single_turn_agent": AgentLoop(single_turn_agent, tools=(), branches=True),
+}
 
 
 def agent_loop(name: str) -> AgentLoop:
@@ -97,13 +103,27 @@ async def run_episode(
     cancelling this coroutine (CANCELLED). Raises DataError or ConfigError for a task that can never run, and whatever a
     loop or a tool raises that names no failure of ours: a bug.
     """
+    loop, episode = prepared(task, generate=generate, sandboxes=sandboxes, renderer=renderer, tool=tool, engine=engine)
+    return await ended(loop, episode)
+
+
+def prepared(
+    task: Task,
+    *,
+    generate: Generate,
+    sandboxes: SandboxFactory | None,
+    renderer: ChatRenderer,
+    tool: ToolConfig,
+    engine: str,
+) -> tuple[AgentLoop, Episode]:
+    """The task's loop, and an episode with its prompt and its tools."""
     loop = agent_loop(task.agent_name)
     tools = loop.tools if task.tools_enabled and tool.enabled else ()
     if sandboxes is None and any(t.needs_sandbox for t in tools):
         raise ConfigError(
             f"agent {task.agent_name!r} runs code, but there is no sandbox: set tool.enabled=false or add one"
         )
-    episode = Episode(
+    return loop, Episode(
         task,
         generate=generate,
         sandboxes=sandboxes,
@@ -112,6 +132,10 @@ async def run_episode(
         engine=engine,
         tools=tools,
     )
+
+
+async def ended(loop: AgentLoop, episode: Episode) -> Trajectory:
+    """Run the loop to its cause, and close the session whatever happens."""
     error = ""
     try:
         cause = await loop.run(episode)
@@ -123,13 +147,13 @@ async def run_episode(
         cause, error = Cause.CANCELLED, "the engine aborted the request"
     except asyncio.CancelledError:
         cause, error = Cause.CANCELLED, "cancelled"
-        _take_back_cancellation()
+        take_back_cancellation()
     finally:
         await episode.close()
     return episode.trajectory(cause, error)
 
 
-def _take_back_cancellation() -> None:
+def take_back_cancellation() -> None:
     """The cancellation is answered by returning the partial trajectory, so the task is no longer being cancelled."""
     task = asyncio.current_task()
     if task is not None:

@@ -123,9 +123,9 @@ def _check(index: int, sample: TrainingSequence) -> None:
     length = len(sample.ids)
     if length == 0:
         raise ValueError(f"sample {index} has no tokens: drop it before packing")
-    for name in ("mask", "behaviour_logprobs", "old_logprobs", "reference_logprobs"):
+    for name in ("mask", "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs"):
         array = getattr(sample, name)
-        if array is not None and len(array) != length:
+        if isinstance(array, np.ndarray) and len(array) != length:
             raise ValueError(f"sample {index}: {name} has length {len(array)}, its ids have {length}")
 
 
@@ -188,7 +188,7 @@ def _row(
         position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
         labels=_shifted([s.ids for s in samples], 0).astype(np.int64),
         loss_mask=_shifted([s.mask for s in samples], False).astype(bool),
-        advantages=np.repeat(np.array([s.advantage for s in samples], np.float32), lengths),
+        advantages=np.concatenate([_advantages(s) for s in samples]),
         behaviour_logprobs=_shifted([_or_nan(s.behaviour_logprobs, len(s)) for s in samples], 0).astype(np.float32),
         old_logprobs=_shifted([_or_nan(s.old_logprobs, len(s)) for s in samples], 0).astype(np.float32),
         reference_logprobs=_shifted([_or_nan(s.reference_logprobs, len(s)) for s in samples], 0).astype(np.float32),
@@ -198,6 +198,13 @@ def _row(
         group_loss_tokens=tuple(group_tokens[s.group] for s in samples),
         num_sequences=num_sequences,
     )
+
+
+def _advantages(sample: TrainingSequence) -> np.ndarray:
+    """[S] float32, aligned with the labels."""
+    if isinstance(sample.advantage, np.ndarray):
+        return _shifted([sample.advantage], 0).astype(np.float32)
+    return np.full(len(sample), sample.advantage, np.float32)
 
 
 def _shifted(arrays: Sequence[np.ndarray], fill: float | bool) -> np.ndarray:

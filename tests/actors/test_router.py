@@ -91,6 +91,9 @@ class FakeEngine:
         finally:
             self.now -= 1
 
+    async def run_tree(self, task: Task) -> list[Trajectory]:
+        return [await self.run(leaf) for leaf in (task, *task.leaves)]
+
     async def cancel_all(self) -> None:
         self.cancelled.set()
 
@@ -136,6 +139,51 @@ async def take(pool: EnginePool, n: int) -> list[TrajectoryGroup]:
 
 def lost(cause: Cause, error: str = "gone") -> Callable[[Task], Trajectory]:
     return lambda task: lost_trajectory(task, cause, error, engine="e0")
+
+
+class TestTrees:
+    def tree_work(self, n: int = 8) -> RolloutWork:
+        return replace(work("a", n=n), tree_turns=(1, 2), tree_factor=2)
+
+    async def test_a_group_is_made_of_trees_that_each_run_on_one_engine(self, make) -> None:
+        engines = [FakeEngine(f"e{i}") for i in range(2)]
+        pool = make(*engines)
+        pool.submit(self.tree_work())
+        assert (pool.in_flight, pool.waiting) == (8, 0)
+        [group] = await take(pool, 1)
+        assert [t.sample for t in group.trajectories] == list(range(8))
+        assert [t.reward for t in group.trajectories] == [1.0] * 8
+        ran = sorted([task.sample for task in engine.ran] for engine in engines)
+        assert ran == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        heads = [engine.ran[0] for engine in engines]
+        assert all((len(h.leaves), h.tree_turns, h.tree_factor) == (3, (1, 2), 2) for h in heads)
+        assert len({task.seed for engine in engines for task in engine.ran}) == 8
+        flat = make(FakeEngine("e0"))
+        flat.submit(work("a", n=8))
+        [alone] = await take(flat, 1)
+        assert [t.uid for t in alone.trajectories] == [t.uid for t in group.trajectories]
+
+    async def test_a_tree_with_a_lost_leaf_runs_again_as_a_whole_and_then_only_that_leaf_is_masked(self, make) -> None:
+        def third_is_lost(task: Task):
+            return lost(Cause.SANDBOX_LOST)(task) if task.sample == 2 else 0.0
+
+        engines = [FakeEngine("e0", third_is_lost), FakeEngine("e1", third_is_lost)]
+        pool = make(*engines)
+        pool.submit(self.tree_work(4))
+        [group] = await take(pool, 1)
+        assert [t.cause.is_ours for t in group.trajectories] == [False, False, True, False]
+        assert [(t.sample, t.cause) for t in group.lost] == [(2, Cause.SANDBOX_LOST)]
+        attempts = sorted((task.attempt, task.sample) for engine in engines for task in engine.ran)
+        assert attempts == [(0, i) for i in range(4)] + [(1, i) for i in range(4)]
+        assert {task.attempt for task in engines[0].ran} != {task.attempt for task in engines[1].ran}, "elsewhere"
+
+    async def test_a_lost_engine_loses_every_leaf_once(self, make) -> None:
+        engines = [FakeEngine("e0", lambda task: EngineLost("gone") if not task.attempt else 0.0)]
+        pool = make(*engines, max_infra_failed_rate=1.0)
+        pool.submit(self.tree_work(4))
+        [group] = await take(pool, 1)
+        assert [t.reward for t in group.trajectories] == [1.0] * 4
+        assert [(t.sample, t.cause) for t in group.lost] == [(i, Cause.ENGINE_LOST) for i in range(4)]
 
 
 class TestOrder:

@@ -149,6 +149,27 @@ async def test_advantages_reach_the_learner_with_their_sign(tmp_path):
     np.testing.assert_allclose(np.sort(values), [-0.70710] * 6 + [0.70710] * 6, atol=1e-4)
 
 
+async def test_leaves_of_trees_have_an_advantage_for_each_stretch_between_two_splits(tmp_path):
+    events, learners = [], FakeLearners([])
+    more = ["run.steps=1", "rollout.group_size=4", "rollout.tree_turns=[1]", "algo.mini_batch_prompts=2"]
+    pool = FakePool(events, lambda _, i: float(i == 0))
+    await loop(recipe(tmp_path, *more), events, learners=learners, pool=pool).run()
+    assert [(w.tree_turns, w.tree_factor) for w in pool.submitted] == [((1,), 2)] * 2
+    # a fake trajectory: turn 0 has two model tokens, turn 1 (after the split) one. Two trees, rewards (1, 0) and
+    # (0, 0), std 0.5: before the split 3/4 * 2 * (0.5 - 0.25) / 0.5 = 0.75 and -0.75, after it 1.5, -1.5, 0, 0
+    values = np.concatenate(learners.advantages)
+    expected = sorted([*[0.75] * 4, *[-0.75] * 4, 1.5, -1.5, 0.0, 0.0] * 2)
+    np.testing.assert_allclose(np.sort(values), expected, atol=1e-4)
+
+
+async def test_validation_never_grows_trees(tmp_path):
+    events = []
+    pool = FakePool(events)
+    more = ["run.steps=1", "run.val_every=1", "rollout.tree_turns=[1]", "eval.samples=3"]
+    await loop(recipe(tmp_path, *more), events, pool=pool, val_rows=[row(90)]).run()
+    assert [w.tree_turns for w in pool.submitted if w.kind == "val"] == [()]
+
+
 async def test_what_we_lost_stays_out_of_its_groups_statistics(tmp_path):
     events = []
     learners = FakeLearners(events)

@@ -16,7 +16,7 @@ def packings(draw):
         Sample(
             ids=rng.integers(0, 1000, n).astype(np.int32),
             mask=rng.random(n) < 0.6,
-            advantage=float(rng.normal()),
+            advantage=float(rng.normal()) if rng.random() < 0.7 else rng.normal(size=n).astype(np.float32),
             group=int(rng.integers(0, 5)),
             behaviour_logprobs=rng.normal(size=n).astype(np.float32),
             old_logprobs=None if rng.random() < 0.3 else rng.normal(size=n).astype(np.float32),
@@ -57,7 +57,10 @@ def test_every_token_sits_once_next_to_its_label(case):
                 np.testing.assert_array_equal(row.loss_mask[part], [*sample.mask[1:], False])
                 np.testing.assert_array_equal(row.position_ids[part], np.arange(n))
                 np.testing.assert_array_equal(row.segment_ids[part], segment)
-                np.testing.assert_array_equal(row.advantages[part], np.float32(sample.advantage))
+                if isinstance(sample.advantage, float):
+                    np.testing.assert_array_equal(row.advantages[part], np.float32(sample.advantage))
+                else:
+                    np.testing.assert_array_equal(row.advantages[part], [*sample.advantage[1:], 0])
                 np.testing.assert_array_equal(row.behaviour_logprobs[part], [*sample.behaviour_logprobs[1:], 0])
                 if sample.old_logprobs is None:
                     assert np.isnan(row.old_logprobs[part][:-1]).all()
