@@ -108,7 +108,7 @@ def write_report(
     sources = [Source(run.path, texts[run.path], phases=run.phases(), began=run.began_at) for run in runs]
     trajectories = (collector or Collector(limit=limit, max_chars=max_chars)).collect(sources)
     parent = Path(os.path.commonpath([path.resolve().parent for path in paths])).name
-    title = names[0] if len(paths) == 1 else f"{parent}: {len(paths)} runs"
+    title = ", ".join(names) if len(names) < 3 or not parent else f"{parent}: {len(paths)} runs"
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text(render(runs, trajectories, title=title, every=every), encoding="utf-8", errors="replace")

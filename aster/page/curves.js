@@ -138,7 +138,7 @@ function toolUse() {
     const steps = points(run, `${prefix}0`).map((p) => p.step);
     const parts = BANDS.map((b, n) => ({ label: bandLabel(b), color: `var(--b${n})`, ink: `var(--bt${n})`, inside: `var(--bi${n})`, at: new Map(points(run, prefix + b).map((p) => [p.step, p.y])) }));
     const spans = alarms(run);
-    const word = alarmWord(run);
+    const word = run.series["collapse/alarm"] && ["collapse alarm ", alarmWord(run)];
     const box = h("figure", { class: "chart" }, h("figcaption", {}, h("b", {}, RUNS.length > 1 && dot(i), run.name), h("span", {}, word)));
     root.append(box);
     draws.push(() => box.append(stackChart(box, steps, parts, { name: `Tool calls of ${run.name}`, height: figures.length > 1 ? 190 : 230, most: 1, form: (x) => pct(x, 0), marks: spans })));

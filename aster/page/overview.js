@@ -97,8 +97,8 @@ const spansOf = (spans) => {
 function alarmWord(run) {
   if (!run.series["collapse/alarm"]) return null;
   const spans = alarms(run);
-  if (!spans.length) return h("span", { class: "badge good" }, "✓ alarm silent");
-  return isOn(run) ? h("span", { class: "badge bad" }, `! alarm since step ${spans[spans.length - 1][0]}`) : h("span", { class: "badge" }, `✓ alarm over: ${spansOf(spans)}`);
+  if (!spans.length) return h("span", { class: "badge good" }, "✓ silent");
+  return isOn(run) ? h("span", { class: "badge bad" }, `! since step ${spans[spans.length - 1][0]}`) : h("span", { class: "badge" }, `✓ over: ${spansOf(spans)}`);
 }
 
 function tiles(run) {
@@ -118,8 +118,9 @@ function alarmTile(run) {
 // Runs under each other, the same number in the same column; columns that no run has are left out.
 function runTable() {
   // in the order of `vital`, whoever has them; what only concerns one run at a time is left to the curves
-  const order = ["loss", "validation loss", "tool format", "training reward"], late = ["calls per trajectory", "at most one call", "entropy"];
+  const order = ["loss", "validation loss", "tool format", "training reward"], late = ["calls per trajectory", "at most one call"];
   const all = [...new Set(RUNS.flatMap((r) => vital(r).map((v) => v.label)))];
+  if (!all.includes("loss")) late.push("entropy");
   const columns = [...order.filter((c) => all.includes(c)), ...all.filter((c) => c.includes("avg@")), ...late.filter((c) => all.includes(c))];
   const cell = (run, i, label) => {
     const v = vital(run).find((x) => x.label === label);
