@@ -125,7 +125,7 @@ class ToolConfig(_Section):
     on_malformed: Literal["continue", "end"] = "continue"
     """end: a turn with a call that cannot be run (unreadable, unknown tool, wrong arguments) is the last one."""
     max_calls_per_turn: int = Field(default=1, ge=1)
-    """Further calls of a turn are not run, counted, and the model is told."""
+    """Further calls of a turn are not run, are counted, and the model is told."""
     force_first_call: bool = False
     """Every first turn begins with the opening of a call, without a thought before it (the paper's ablation
     ZeroForceTool); the model samples the call itself. The opening is no model token: it is in the budget, not in the

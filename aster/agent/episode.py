@@ -190,14 +190,17 @@ class Episode:
     # the tool's side -------------------------------------------------------------------------------------------------
 
     async def answer(self, parsed: ParsedTurn) -> list[ToolCall]:
-        """Run the calls of the latest turn, in order, as many as a turn and the trajectory may; record them there."""
-        runnable = parsed.calls[: min(self.tool.max_calls_per_turn, self.calls_left)]
+        """Run the calls of the latest turn, in order, as many as a turn and the trajectory may; record them there.
+
+        Calls that could not be read come last, and only where room is left: one that can run goes first.
+        """
+        most = min(self.tool.max_calls_per_turn, self.calls_left)
         calls: list[ToolCall] = []
-        for call in runnable:
+        for call in parsed.calls[:most]:
             calls.append(await self._answer(call))
             self._record(calls)
-        if not runnable:
-            calls.append(_refused("", "", parsed.malformed[0] if self._tools else _DISABLED))
+        for reason in parsed.malformed[: most - len(calls)]:
+            calls.append(_refused("", "", reason if self._tools else _DISABLED))
             self.calls_made += 1
         extra = len(parsed.calls) + len(parsed.malformed) - len(calls)
         calls[-1] = replace(calls[-1], extra_calls_dropped=extra)

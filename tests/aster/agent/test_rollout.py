@@ -401,6 +401,26 @@ class TestSeveralCalls:
         observed = out.ids[out.turns[0].stop : out.turns[1].start]
         assert observed.tolist() == first.tolist()
 
+    async def test_with_the_option_an_unreadable_one_among_them_is_told_its_own_reason(self, hybrid) -> None:
+        tool = ToolConfig(max_calls_per_turn=8)
+        out, _, sandbox = await episode(
+            hybrid, ["<tool_call>[]</tool_call>" + call("1") + "<tool_call>", "x"], tool=tool
+        )
+        assert [cell[0] for cell in sandbox.cells] == ["1"]
+        wrong = "Error when executing tool: "
+        assert [c.observation for c in out.calls] == [
+            "4\n",
+            f"{wrong}the call must be a JSON object with name and arguments, got a list",
+            f"{wrong}<tool_call> is not closed by </tool_call>",
+        ]
+        assert [c.extra_calls_dropped for c in out.calls] == [0, 0, 0]
+        assert out.ids[~out.mask].tolist() == hybrid.observation_delta(*(c.observation for c in out.calls)).tolist()
+        task = a_task(replace(BUDGET, max_tool_calls=2))
+        out, _, _ = await episode(
+            hybrid, ["<tool_call>[]</tool_call>" + call("1") + "<tool_call>", "x"], tool=tool, task=task
+        )
+        assert [c.extra_calls_dropped for c in out.calls] == [0, 1]
+
 
 class TestCutting:
     @pytest.mark.parametrize(
