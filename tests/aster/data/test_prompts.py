@@ -114,6 +114,11 @@ def test_broken_pages_under_a_sound_footer_are_an_error(tmp_path):
 def test_bad_files_are_named_with_the_cure(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.parquet does not exist"):
         read_prompts([tmp_path / "nowhere.parquet"])
+    with pytest.raises(DataError, match="is a directory: name the parquet file in it"):
+        read_prompts([tmp_path])
+    (tmp_path / "raw.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"raw\.jsonl is no parquet file: `aster prepare --data .*raw\.jsonl"):
+        read_prompts([tmp_path / "raw.jsonl"])
     (tmp_path / "text.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"text\.parquet is not a readable parquet"):
         read_prompts([tmp_path / "text.parquet"])
