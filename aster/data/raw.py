@@ -150,12 +150,23 @@ def read_records(path: Path) -> Iterator[dict[str, Any] | str]:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; give .parquet, .jsonl or .json")
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path) -> Iterator[dict[str, Any] | str]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
-            yield from batch.to_pylist()
+            try:
+                records: list[dict[str, Any] | str] = batch.to_pylist()
+            except UnicodeDecodeError:  # some row's text; which one is seen by reading them one by one
+                records = [_one_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
+            yield from records
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _one_record(row: pa.RecordBatch) -> dict[str, Any] | str:
+    try:
+        return dict(row.to_pylist()[0])
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start}"
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:

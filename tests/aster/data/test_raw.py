@@ -90,6 +90,16 @@ def test_bad_records_are_listed_with_their_place(tmp_path):
     assert found.dropped[0].detail.startswith("not UTF-8")
 
 
+def test_a_parquet_row_that_is_not_utf8_is_listed_and_the_others_are_read(tmp_path):
+    texts = pa.array([b"first", b"\xff\xfe bad", b"last"], pa.binary())
+    forged = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    pq.write_table(pa.table({"problem": forged, "answer": pa.array(["1", "2", "3"])}), tmp_path / "a.parquet")
+    found = collect([tmp_path / "a.parquet"], source="t")
+    assert [r.ground_truth for r in found.rows] == ["1", "3"]
+    assert [(d.where, d.reason) for d in found.dropped] == [(f"{tmp_path / 'a.parquet'}:1", "unreadable")]
+    assert found.dropped[0].detail.startswith("not UTF-8: invalid start byte")
+
+
 def test_a_worked_solution_gives_the_answer_in_its_last_box(tmp_path):
     raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": "so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}."})
     assert collect([raw], source="t").rows[0].ground_truth == r"\frac{1}{2}"
