@@ -16,7 +16,7 @@ from aster.agent.rewards import RewardPool
 from aster.agent.rollout import run_episode
 from aster.config import ToolConfig
 from aster.data.trajectories import write_trajectories_parquet
-from aster.errors import AsterError, CircuitOpen, RewardFailed
+from aster.errors import AsterError, CircuitOpen, ConfigError, RewardFailed
 from aster.roles import SandboxFactory
 from aster.types import Budget, Cause, PromptRow, Sampling, Task, Trajectory, TrajectoryGroup
 
@@ -44,6 +44,8 @@ async def sample(
     `engine(messages)` is the engine of one trajectory. What we lose is kept with its cause. CircuitOpen when all of a
     file were lost: then the endpoint or the sandbox is gone, and going on would only write that down.
     """
+    if tool.force_first_call:
+        raise ConfigError("tool.force_first_call=true: a chat endpoint cannot be made to go on from a call's opening")
     room = asyncio.Semaphore(concurrency)
 
     async def one(row: PromptRow, number: int) -> Trajectory:

@@ -209,6 +209,11 @@ async def test_a_teacher_solves_problems_in_a_session_and_becomes_conversations(
     assert longest[2]["tool_call_id"] == longest[1]["tool_calls"][0]["id"] == "c-1"
 
 
+async def test_a_teacher_cannot_be_forced_to_call_first(run):
+    with pytest.raises(ConfigError, match="cannot be made to go on from a call's opening"):
+        await run(ROWS[:1], tool=ToolConfig(force_first_call=True))
+
+
 async def test_a_killed_run_makes_only_the_files_that_are_missing(run, server, tmp_path):
     assert await run(ROWS) == 40
     before = len(server.asked)
