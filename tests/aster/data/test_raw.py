@@ -315,8 +315,14 @@ def test_competition_phrases_are_no_contamination_and_a_disguised_problem_is():
 QWEN3 = Path(os.environ.get("ASTER_QWEN3_TOKENIZER", "/nowhere"))
 
 
+@pytest.fixture(scope="module")
+def qwen3():
+    if not (QWEN3 / "tokenizer.json").is_file():
+        pytest.skip("ASTER_QWEN3_TOKENIZER names no folder with Qwen3's tokenizer.json")
+    return ChatRenderer.from_model_dir(QWEN3)
+
+
 @needs_real_data
-@pytest.mark.skipif(not (QWEN3 / "tokenizer.json").is_file(), reason="ASTER_QWEN3_TOKENIZER names no Qwen3 tokenizer")
 @pytest.mark.parametrize(
     ("name", "summary"),
     [  # spec 3.1, measured with another program
@@ -325,9 +331,8 @@ QWEN3 = Path(os.environ.get("ASTER_QWEN3_TOKENIZER", "/nowhere"))
         ("dapo_filter_all_correct", {"mean": 283, "p50": 269, "p90": 349, "p99": 541, "max": 1660}),
     ],
 )
-def test_the_card_counts_the_tokens_of_the_published_prompts_with_their_tool_block(name, summary):
-    renderer = ChatRenderer.from_model_dir(QWEN3)
-    found = card(REAL / f"{name}.parquet", prompt_tokens=lambda row: len(renderer.prompt_ids(row.messages))).tokens
+def test_the_card_counts_the_tokens_of_the_published_prompts_with_their_tool_block(qwen3, name, summary):
+    found = card(REAL / f"{name}.parquet", prompt_tokens=lambda row: len(qwen3.prompt_ids(row.messages))).tokens
     assert found is not None
     assert found.summary == summary
     assert sum(found.histogram.values()) == {"aime25": 30, "hmmt25": 30}.get(name, 5104)
