@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ async def run(recipe: Recipe) -> None:
     row_tokens = recipe.learner.micro_batch_tokens
     plan = [b for epoch in range(recipe.data.epochs) for b in epoch_batches(samples.train, recipe.sft, epoch=epoch)]
     steps = min(recipe.run.steps or len(plan), len(plan))
+    order = data_state(samples.train, recipe.sft)
     checkpoints = DirectoryCheckpointer(
         recipe.run.path / "checkpoints",
         model_path=recipe.model.path,
@@ -89,7 +91,13 @@ async def run(recipe: Recipe) -> None:
                 checkpoints.set_aside()
             path = checkpoints.latest()
             if path is not None:
-                step = int(str((await checkpoints.restore(path, learners))["step"]))
+                state = await checkpoints.restore(path, learners)
+                require_same_data(state.get("sft"), order, path)
+                step = int(str(state["step"]))
+                if step >= steps:
+                    tracker.event(
+                        step, "complete", f"all {steps} steps are done: raise run.steps or data.epochs for more"
+                    )
             elif samples.val and recipe.run.val_before_train and recipe.run.val_every:
                 tracker.log(0, await validate(learners, samples.val, forms, row_tokens=row_tokens))
             for batch in plan[step:steps]:
@@ -113,7 +121,28 @@ async def run(recipe: Recipe) -> None:
                 if samples.val and recipe.run.val_every and (step % recipe.run.val_every == 0 or step == steps):
                     tracker.log(step, await validate(learners, samples.val, forms, row_tokens=row_tokens))
                 if step % recipe.run.save_every == 0 or step == steps:
-                    await checkpoints.save(step, learners, {})
+                    await checkpoints.save(step, learners, {"sft": order})
+
+
+def data_state(samples: Sequence[Sample], config: SftConfig) -> dict[str, object]:
+    """What the batches of a run depend on, for its checkpoints: the samples, as a hash, and how they are ordered."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(len(sample).to_bytes(8, "big") + sample.ids.tobytes() + sample.mask.tobytes())
+    order = {"batch_size": config.batch_size, "batch_tokens": config.batch_tokens, "shuffle": config.shuffle}
+    return {"samples": digest.hexdigest()[:16], **order, "seed": config.seed}
+
+
+def require_same_data(old: object, new: dict[str, object], path: str) -> None:
+    """`DataError` unless the checkpoint at `path` was made with the batches that this run would go on with."""
+    if not isinstance(old, dict):
+        raise DataError(f"{path} is no checkpoint of `aster sft`: name another run.name, or run.resume=false")
+    changed = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in new.items() if old.get(key) != value]
+    if changed:
+        raise DataError(
+            f"{path} was made with other conversations or batches: {', '.join(changed)}; restore them, or start a new "
+            "run (another run.name, or run.resume=false)"
+        )
 
 
 def load_samples(recipe: Recipe, renderer: ChatRenderer) -> Samples:

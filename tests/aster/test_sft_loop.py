@@ -18,6 +18,7 @@ from aster import launch, sft
 from aster.config import Recipe
 from aster.data.base_corpus import base_conversations
 from aster.data.conversations import write_conversations
+from aster.errors import DataError
 from aster.prepare import write_tiny_model
 from aster.types import MicroBatch, OptimStats, StepStats, TokenScores
 
@@ -137,4 +138,23 @@ async def test_a_run_that_is_complete_trains_no_further(runs: Runs) -> None:
     lines = len(runs.metrics("whole"))
     again = await runs.go("whole")
     assert all(torch.equal(again[name], expected[name]) for name in expected)
-    assert len(runs.metrics("whole")) == lines
+    (said,) = runs.metrics("whole")[lines:]
+    assert (said["event"], said["message"]) == (
+        "complete",
+        "all 6 steps are done: raise run.steps or data.epochs for more",
+    )
+
+
+async def test_a_run_goes_on_only_with_the_data_and_batches_it_began_with(runs: Runs) -> None:
+    await runs.go("whole", "run.steps=2")
+    for setting, words in (
+        ("sft.seed=7", "seed was 42, is 7"),
+        ("sft.batch_tokens=500", "batch_tokens was 300, is 500"),
+        ("sft.max_length=40", "samples was '[0-9a-f]{16}', is '[0-9a-f]{16}'"),
+    ):
+        with pytest.raises(DataError, match=rf"global_step_2 was made with other conversations or batches: .*{words}"):
+            await runs.go("whole", setting)
+    with pytest.raises(DataError, match=r"global_step_9 is no checkpoint of `aster sft`: name another run\.name"):
+        sft.require_same_data(None, {}, "global_step_9")
+    await runs.go("whole", "sft.seed=7", "run.resume=false")
+    assert [m["step"] for m in runs.metrics("whole") if "train/loss" in m][-1] == STEPS
