@@ -12,6 +12,7 @@ not route, retry or score.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +25,7 @@ from aster.agent.chat import ChatRenderer
 from aster.agent.rollout import Generation, run_episode
 from aster.agent.tree import run_tree
 from aster.config import Recipe
+from aster.data.journal import TurnJournal
 from aster.errors import EngineLost, WeightSyncError
 from aster.roles import SandboxFactory
 from aster.types import Sampling, Task, TensorMeta, Trajectory
@@ -80,12 +82,14 @@ class RolloutEngine:
         model_path: str,
         sandboxes: SandboxFactory | None,
         stat_loggers: Sequence[Callable[[], type]] = (),
+        journal: Path | None = None,
     ) -> None:
         """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
 
         `seed` must differ between engines: two that start alike would draw the same samples of a prompt.
         `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
         `stat_loggers` make the classes of those who want to hear from vLLM's scheduler.
+        `journal`: the folder that finished turns are written to.
         """
         _prepare_process()
         from vllm.config import WeightTransferConfig
@@ -97,6 +101,7 @@ class RolloutEngine:
         self._recipe = recipe
         self._sandboxes = sandboxes
         self._renderer: ChatRenderer | None = None
+        self._journal = TurnJournal(journal, engine=name, config_hash=recipe.config_hash) if journal else None
         # A per-request seed costs a kernel launch (on CPU a Python call) per sequence and step, the batch changes bits
         # anyway, and vLLM's CPU worker dies of one in a chunked prefill ("CPU Generator does not use offset").
         self._seeded = recipe.run.deterministic
@@ -117,6 +122,9 @@ class RolloutEngine:
                 max_num_batched_tokens=rollout.max_num_batched_tokens or whole_prompt,
                 tensor_parallel_size=rollout.tensor_parallel,
                 distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+                # A resumed trajectory computes the keys and values of its whole past in one prefill; bit-equal to one
+                # that was not interrupted only if that one did so at each turn, too.
+                enable_prefix_caching=False if self._seeded else None,
                 enforce_eager=True if cpu else rollout.enforce_eager,  # compiling buys nothing on CPU
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 enable_sleep_mode=recipe.cluster.placement == "colocated",
@@ -147,7 +155,7 @@ class RolloutEngine:
 
     async def run(self, task: Task) -> Trajectory:
         """One episode; failures of ours come back as the trajectory's cause."""
-        return await self._run(run_episode, task)
+        return await self._run(functools.partial(run_episode, journal=self._journal), task)
 
     async def run_tree(self, task: Task) -> tuple[Trajectory, ...]:
         """The episodes of `task` and its leaves, as one tree."""

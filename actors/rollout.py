@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.engine import RolloutEngine
 from actors.metrics import engine_stats
 from aster.config import Recipe
+from aster.data.journal import FOLDER as JOURNAL
 from aster.errors import ConfigError, EngineLost
 from aster.roles import SandboxFactory
 from aster.types import Cause, Task, Trajectory
@@ -196,6 +197,7 @@ class EngineMaker:
             "transfer": "nccl" if self._backend == "vllm_nccl" else "aster",
             "model_path": model_path,
             "sandboxes": sandboxes,
+            "journal": recipe.run.path.resolve() / JOURNAL if recipe.stage == "rl" and recipe.run.journal else None,
         }
         self._made = 0  # seeds of engines must differ, also from those of the dead
 

@@ -36,7 +36,7 @@ from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
 from aster.agent.rollout import agent_loop
 from aster.errors import CircuitOpen, ConfigError, EngineLost, GangFailure, RewardFailed, WeightSyncError
-from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
+from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup, trajectory_uid
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class _Group:
     """A prompt whose samples are on their way."""
 
     work: RolloutWork
+    began: int | None = None  # version of the weights when its first trajectory started
     done: dict[int, Trajectory] = field(default_factory=dict)  # sample -> final attempt
     lost: list[Trajectory] = field(default_factory=list)
 
@@ -105,8 +106,11 @@ class EnginePool:
         replace_engine: Replace | None = None,
         max_retries: int = 1,
         max_infra_failed_rate: float = 0.5,
+        max_staleness: int | None = None,
         run_name: str = "aster",
     ) -> None:
+        """`max_staleness`: training groups that began more than so many versions before the one that is published are
+        given up; None = never."""
         names = [engine.name for engine in engines]
         if not engines or len(set(names)) != len(names):
             raise ConfigError(f"a pool needs engines of different names, got {names}")
@@ -120,9 +124,12 @@ class EnginePool:
         self._mourned: set[str] = set()  # dead engines that were seen to
         self._late: list[EngineHandle] = []  # replacements that wait for the next publication
         self._barren = 0
+        self._max_staleness = max_staleness
+        self._coming: int | None = None  # version under publication
         self._run_name = run_name
         self._waiting: deque[_Attempt] = deque()
         self._running: dict[asyncio.Task[None], tuple[_Attempt, EngineHandle]] = {}
+        self._seated: set[asyncio.Task[None]] = set()  # those that take room on their engine
         self._room = Room()
         self._open: dict[int, _Group] = {}
         self._finished: asyncio.Queue[TrajectoryGroup | None] = asyncio.Queue()  # None wakes groups() to raise
@@ -184,11 +191,14 @@ class EnginePool:
             raise self._failure
         if self._publisher is None:
             raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
+        self._coming = version  # what starts from here on waits at the engines' gates, and has no older token
         try:
             report = await self._publisher.publish(source, version)
         finally:
+            self._coming = None
             self._see_to_the_dead()
         self.version = version
+        self._give_up_the_stale()
         late, self._late = self._late, []
         for engine in late:
             self.join(engine)
@@ -235,7 +245,7 @@ class EnginePool:
             place = f"{place}~{self._seen[place]}"
         tasks = [
             Task(
-                uid=f"{self._run_name}/{place}/{sample}",
+                uid=trajectory_uid(self._run_name, place, sample),
                 row_id=work.row.row_id,
                 sample=sample,
                 messages=work.row.messages,
@@ -244,6 +254,7 @@ class EnginePool:
                 sampling=work.sampling,
                 seed=sample_seed(work.seed, f"{place}/{sample}"),
                 tools_enabled=work.tools_enabled,
+                past=work.past.get(sample),
             )
             for sample in range(work.group_size)
         ]
@@ -302,26 +313,37 @@ class EnginePool:
     def _start(self, attempt: _Attempt, engine: EngineHandle) -> None:
         for _ in attempt.tasks:  # a tree may be more than what is free: the engine then queues its last leaves
             self._room.enter(engine.name, attempt.group.work.kind)
+        if attempt.group.began is None:
+            attempt.group.began = self.version if self._coming is None else self._coming
         running = asyncio.create_task(self._attempt(attempt, engine), name=f"{attempt.task.uid} on {engine.name}")
         self._running[running] = (attempt, engine)
+        self._seated.add(running)
         running.add_done_callback(self._ended)
 
     def _ended(self, running: asyncio.Task[None]) -> None:
-        del self._running[running]
+        self._leave(running)  # one that was cancelled before it ran has not
+        attempt, _ = self._running.pop(running)
+        given_up = id(attempt.group) not in self._open
         if running.cancelled():
-            if not self._draining:
+            if not self._draining and not given_up:
                 self._fail(RuntimeError(f"{running.get_name()} was cancelled, and not by the pool"))
         elif (error := running.exception()) is not None:
             self._fail(error)
         if not self._draining:
             self._pull()
 
+    def _leave(self, running: asyncio.Task[None] | None) -> None:
+        if running in self._seated:
+            self._seated.remove(running)
+            attempt, engine = self._running[running]
+            for _ in attempt.tasks:
+                self._room.leave(engine.name, attempt.group.work.kind)
+
     async def _attempt(self, attempt: _Attempt, engine: EngineHandle) -> None:
         try:
             trajectories = await self._run(attempt.task, engine)
         finally:
-            for _ in attempt.tasks:
-                self._room.leave(engine.name, attempt.group.work.kind)
+            self._leave(asyncio.current_task())
         if not self._draining:
             self._pull()  # the engine has room while this one is being scored
         ended = []
@@ -371,6 +393,8 @@ class EnginePool:
         """
         group, task = attempt.group, attempt.task
         work = group.work
+        if id(group) not in self._open:  # given up
+            return
         if self._draining:
             group.done |= {t.sample: t for t in trajectories}
             return
@@ -392,6 +416,33 @@ class EnginePool:
         if len(group.done) == work.group_size:
             del self._open[id(group)]
             members = tuple(group.done[sample] for sample in range(work.group_size))
+            self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
+
+    def _give_up_the_stale(self) -> None:
+        """End the training groups from which no step can learn any more, so that their engines do something useful.
+
+        By the version under which a group began: a driver that looks at its tokens may drop more of them. It comes home
+        at once, all STALE, and is nobody's failure.
+        """
+        if self._max_staleness is None:
+            return
+        for group in list(self._open.values()):
+            work = group.work
+            if work.kind != "train" or group.began is None or group.began >= self.version - self._max_staleness:
+                continue
+            del self._open[id(group)]
+            ours = {task.sample: task for attempt in self._waiting if attempt.group is group for task in attempt.tasks}
+            self._waiting = deque(attempt for attempt in self._waiting if attempt.group is not group)
+            for running, (attempt, _) in self._running.items():
+                if attempt.group is group:
+                    ours |= {task.sample: task for task in attempt.tasks}
+                    running.cancel()
+            why = f"began under version {group.began}, {self.version} is out, max_staleness={self._max_staleness}"
+            stale = {sample: lost_trajectory(task, Cause.STALE, why) for sample, task in ours.items()}
+            stale |= {sample: t.failed(Cause.STALE, why) for sample, t in group.done.items()}
+            self.ledger.totals[Cause.STALE] += len(stale)
+            log.warning("%s: %s", work.row.row_id, why)
+            members = tuple(stale[sample] for sample in range(work.group_size))
             self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
 
     # engines that die ------------------------------------------------------------------------------------------------

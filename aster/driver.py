@@ -2,11 +2,14 @@
 
 Legend: P prompts of a step · G samples of a prompt · M optimizer mini-batches of a step · k = `max_staleness`.
 
-    PromptStream --submit--> RolloutPool --groups, as they complete--> Inbox --take P--> one step of the learner
-                    ^             ^                                      |                   |
-                    |             +---- validation rows of version v ----+                   +--> Recorder
-                    |                   (beside step v+1, which has the same weights)        |    (a thread)
-                    +------------- at most (k+1)·P groups outstanding <---- publish v+1 -----+
+                      journal <-- finished turns --+
+                         | after a kill            |
+                         v                         |
+    PromptStream --submit--> Leftovers ---> RolloutPool --groups, as they complete--> Inbox --take P--> a learner step
+                    ^                        ^                                          |                  |
+                    |                        +----- validation rows of version v -------+                  +--> Recorder
+                    |                               (beside step v+1, which has the same weights)          |  (a thread)
+                    +----------------- at most (k+1)·P groups outstanding <--------- publish v+1 ----------+
 
 With k = 0 nothing of the training is in flight while the learner works, so no sample is ever older than the weights it
 trains. With k > 0 rollouts go on during the update; their tokens carry their own version and log-probs, and a group
@@ -43,7 +46,7 @@ from aster.config import Recipe
 from aster.data.rollouts import Decode
 from aster.errors import AsterError, WeightSyncError
 from aster.guard import CollapseGuard
-from aster.inbox import Inbox, evaluate
+from aster.leftovers import Leftovers
 from aster.recorder import Log, Recorder, RunRecord
 from aster.roles import Checkpointer, LearnerGroup, RolloutPool
 from aster.types import (
@@ -56,6 +59,7 @@ from aster.types import (
     TrajectoryGroup,
     TrajectorySample,
 )
+from aster.validation import Inbox, Validation
 
 log = logging.getLogger("aster")
 
@@ -98,13 +102,15 @@ class GrpoLoop:
         self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
+        self._leftovers = Leftovers(self.recipe)
         self._places = count()
         self._inbox = Inbox(self.pool.groups())
         self._record = RunRecord(self.recipe, self.log, self.decode, markers=self.markers)
         self._recorder = Recorder()
-        self._beside: asyncio.TaskGroup | None = None
-        self._to_validate: int | None = None  # a version whose validation is due and not asked for
-        self._validating: asyncio.Task[None] | None = None
+        self._beside = asyncio.TaskGroup()
+        self._validation = Validation(
+            self.recipe, self.pool, self._inbox, self.val_rows, record=self._record_validation
+        )
 
     async def run(self) -> None:
         """Train to the last step. However that ends, the checkpoint and the records under way are completed first."""
@@ -117,7 +123,7 @@ class GrpoLoop:
     async def _with_what_runs_beside(self) -> None:
         failure: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as self._beside:
+            async with self._beside:
                 watching = self._beside.create_task(self._recorder.broken(), name="the recorder")
                 try:
                     await self._run()
@@ -133,7 +139,7 @@ class GrpoLoop:
     async def _run(self) -> None:
         await self.resume()
         await self.publish()
-        if self._validation_is_due():
+        if self._validation_is_owed():
             await self.validate()
         while self.step < self.total_steps:
             began = time.monotonic()
@@ -142,15 +148,14 @@ class GrpoLoop:
             sampled = time.monotonic()
             values = await self.learn(groups)
             values |= await self.publish()
-            values |= self._timing(groups, began=began, sampled=sampled)
-            await self.record(groups, values)
+            await self.record(groups, values, began=began, sampled=sampled)
             if await self.rolled_back():
                 continue
-            if self._validation_is_due():
+            if self._due(self.recipe.run.val_every):
                 await self.validate()
             if self._due(self.recipe.run.save_every):
                 await self.save()
-        await self.validated()
+        await self._validation.over(self._beside)
 
     # the steps of the algorithm --------------------------------------------------------------------------------------
 
@@ -166,10 +171,11 @@ class GrpoLoop:
         most = (algo.dynamic_sampling_limit - 1) * r.prompts_per_step if algo.dynamic_sampling else 0
         while len(groups) < r.prompts_per_step:
             self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
-            self._begin_validation()
+            self._validation.begin(self._beside)
             group = await self._inbox.next("train")
             self._outstanding -= 1
             self.prompts.done(group.row)
+            self._leftovers.done(group.row)
             if self._is_too_old(group):
                 self.stale_groups += 1
                 self._stale.append(group)
@@ -273,7 +279,7 @@ class GrpoLoop:
         A publication that was rolled back is tried once more, since a bit may flip once. What fails twice, or leaves
         the engines shut, ends the run.
         """
-        waited = await self.validated()
+        waited = await self._validation.over(self._beside)
         began = time.monotonic()
         source = self.learners.weight_source()
         try:
@@ -290,47 +296,34 @@ class GrpoLoop:
             "training/canary_max_diff": float(report.canary_max_diff or 0.0),
         }
 
-    async def record(self, groups: Sequence[TrajectoryGroup], values: Mapping[str, float]) -> None:
+    async def record(
+        self, groups: Sequence[TrajectoryGroup], values: Mapping[str, float], *, began: float, sampled: float
+    ) -> None:
         """Metrics, rollouts and trajectories of the step, beside the steps that follow."""
-        more = {"replaced": self._replaced, "stale": self._stale}
-        await self._recorder.put(partial(self._record.step, self.step, groups, values, gaps=self._gaps, **more))
-
-    # validation ------------------------------------------------------------------------------------------------------
+        seconds = {"gen": sampled - began, "step": time.monotonic() - began}
+        about = {
+            "timing_s/began_unix": time.time() - seconds["step"],  # the report lays trajectories beside the phases
+            "training/global_step": float(self.step),
+            "training/epoch": float(self.prompts.epoch),
+            "training/stale_groups": float(self.stale_groups),
+        }
+        write = partial(self._record.step, self.step, groups, {**values, **about}, seconds=seconds)
+        await self._recorder.put(partial(write, replaced=self._replaced, stale=self._stale, gaps=self._gaps))
 
     async def validate(self) -> None:
         """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*.
 
         Beside the next step, which begins with the same weights; at once where the run has no overlap.
         """
-        if self.val_rows:
-            self._to_validate = self.step
-            if self.recipe.run.deterministic or not self.recipe.run.val_overlap:
-                await self.validated()
+        self._validation.ask(self.step)
+        if self.recipe.run.deterministic or not self.recipe.run.val_overlap:
+            await self._validation.over(self._beside)
 
-    def _begin_validation(self) -> None:
-        """Engines take work in the order it is submitted: when this is called, the step's own prompts are."""
-        step, self._to_validate = self._to_validate, None
-        if step is not None:
-            assert self._beside is not None, "validation runs within `run`"
-            self._validating = self._beside.create_task(self._validation(step), name=f"validation of version {step}")
-
-    async def _validation(self, step: int) -> None:
-        began = time.monotonic()
-        groups = await evaluate(self.recipe, self.pool, self._inbox, self.val_rows, step=step)
-        seconds = time.monotonic() - began
+    async def _record_validation(self, step: int, groups: Sequence[TrajectoryGroup], seconds: float) -> None:
         await self._recorder.put(partial(self._record.validation, step, groups, seconds=seconds))
 
-    async def validated(self) -> float:
-        """Until no validation is due or under way; the seconds that took. All its tokens are of one version, then."""
-        began = time.monotonic()
-        self._begin_validation()
-        running, self._validating = self._validating, None
-        if running is not None:
-            await running
-        return time.monotonic() - began
-
-    def _validation_is_due(self) -> bool:
-        """Also after a kill between a checkpoint and the end of the validation of the same step."""
+    def _validation_is_owed(self) -> bool:
+        """Before the first step: of the model as it came, or of the checkpoint whose validation a kill cut short."""
         if self.step == 0:
             return self.recipe.run.val_before_train
         done = self.recipe.run.path / "val_rollout_data" / f"{self.step}.jsonl"
@@ -342,8 +335,13 @@ class GrpoLoop:
         if self.checkpoints is None:
             return
         began = time.monotonic()
-        state: dict[str, object] = {"prompts": self.prompts.state_dict(), "stale_groups": self.stale_groups}
-        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far())
+        state: dict[str, object] = {
+            "prompts": self.prompts.state_dict(),
+            "asked_in": self._leftovers.state_dict(),
+            "stale_groups": self.stale_groups,
+        }
+        forget = partial(self._leftovers.forget, version=self.step)
+        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far(), then=forget)
         seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
         await self._recorder.put(partial(self._record.note, self.step, seconds))
 
@@ -368,14 +366,17 @@ class GrpoLoop:
             return
         if not self.recipe.run.resume:
             self.checkpoints.set_aside()
+            self._leftovers.clear()
         path = self.checkpoints.latest()
-        if path is None:
-            return
-        state = await self.checkpoints.restore(path, self.learners)
-        self.step, self.stale_groups = int(str(state["step"])), int(str(state["stale_groups"]))
-        prompts = state["prompts"]
-        assert isinstance(prompts, Mapping)
-        self.prompts.load_state_dict(prompts)
+        asked_in: Any = {}
+        if path is not None:
+            state = await self.checkpoints.restore(path, self.learners)
+            self.step, self.stale_groups = int(str(state["step"])), int(str(state["stale_groups"]))
+            prompts = state["prompts"]
+            assert isinstance(prompts, Mapping)
+            self.prompts.load_state_dict(prompts)
+            asked_in = state.get("asked_in", {})
+        await self._leftovers.read(asked_in, version=self.step)
 
     # helpers ---------------------------------------------------------------------------------------------------------
 
@@ -384,17 +385,19 @@ class GrpoLoop:
             self._outstanding += 1
             row = self.prompts.take()
             self._asked[row.row_id] = next(self._places)
+            step, past = self._leftovers.take(row, self.step)
             self.pool.submit(
                 RolloutWork(
                     row=row,
                     group_size=self.recipe.rollout.group_size,
                     budget=self.recipe.train_budget(),
                     sampling=self.recipe.sampling.sampling(),
-                    step=self.step,
+                    step=step,
                     seed=self.recipe.run.seed,
                     tools_enabled=self.recipe.tool.enabled,
                     tree_turns=self.recipe.rollout.tree_turns,
                     tree_factor=self.recipe.rollout.tree_factor,
+                    past=past,
                 )
             )
 
@@ -441,21 +444,3 @@ class GrpoLoop:
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
-
-    def _timing(self, groups: Sequence[TrajectoryGroup], *, began: float, sampled: float) -> dict[str, float]:
-        trajectories = [t for g in groups for t in g.trajectories]
-        seconds = {"gen": sampled - began, "step": time.monotonic() - began}
-        return {
-            "timing_s/began_unix": time.time() - seconds["step"],  # the report lays trajectories beside the phases
-            "training/global_step": float(self.step),
-            "training/epoch": float(self.prompts.epoch),
-            "training/stale_groups": float(self.stale_groups),
-            "training/replaced_groups": float(len(self._replaced)),
-            **metrics.timing_metrics(
-                seconds,
-                total_tokens=sum(t.num_tokens for t in trajectories),
-                response_tokens=sum(len(t.ids) for t in trajectories),
-                devices=self.recipe.learner.world_size
-                + self.recipe.rollout.engines * self.recipe.rollout.tensor_parallel,
-            ),
-        }

@@ -49,11 +49,11 @@ from aster.data.prompts import read_prompts
 from aster.data.rollouts import write_trajectories_parquet, write_validation
 from aster.errors import ConfigError, DataError
 from aster.eval_tables import EvalResult, comparison_table, curve_of, print_rescored, scores_of, summary_table
-from aster.inbox import Inbox, evaluate
 from aster.rescore import rescore
 from aster.roles import SandboxFactory
 from aster.tracking import Tracker
 from aster.types import PromptRow, TrajectoryGroup
+from aster.validation import Inbox, evaluate
 
 __all__ = ["EvalResult", "Rival", "main", "round_sizes", "run"]
 

@@ -112,6 +112,7 @@ async def rollouts(
             replace_engine=maker.replace if on is None else None,  # vLLM starts only where the memory is free
             max_retries=recipe.rollout.max_retries,
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
+            max_staleness=recipe.rollout.max_staleness,
             run_name=recipe.run.name,
         )
         watched = pool_gauges(pool, run=recipe.run.name) if recipe.cluster.metrics else contextlib.nullcontext()

@@ -90,6 +90,19 @@ def cause_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     return out
 
 
+def recall_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """perf/recalled_*: what a killed run had sampled and this one did not sample again; absent where there is none."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    turns, afresh = sum(t.recalled_turns for t in trajectories), sum(t.began_afresh for t in trajectories)
+    if not turns and not afresh:
+        return {}
+    return {
+        "perf/recalled_turns": float(turns),
+        "perf/recalled_trajectories": float(sum(t.recalled_turns > 0 for t in trajectories)),
+        "perf/recalled_afresh": float(afresh),
+    }
+
+
 def _failed(trajectory: Trajectory) -> bool:
     return trajectory.cause.is_ours and trajectory.cause is not Cause.STALE
 

@@ -17,7 +17,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -127,31 +126,35 @@ class RunRecord:
         groups: Sequence[TrajectoryGroup],
         values: Mapping[str, float],
         *,
+        seconds: Mapping[str, float],
         replaced: Sequence[TrajectoryGroup] = (),
         stale: Sequence[TrajectoryGroup] = (),
         gaps: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """What was learnt from `groups`. The files hold `replaced` too, since the filter counts all that was sampled;
-        of the `stale` ones only the causes are counted. `gaps`: see `write_trajectories_parquet`."""
+        of the `stale` ones only the causes are counted. `seconds` by phase; `gaps`: as in the file of trajectories."""
         began = time.monotonic()
-        decode = DecodeOnce(self._decode)
-        path = self._recipe.run.path
-        write_rollouts(path / "rollout_data", [*groups, *replaced], step=step, decode=decode)
-        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step, gaps=gaps)
+        decode = DecodeOnce(self._decode, skip_special=True)
         values = dict(values) | metrics.rollout_metrics(
             groups,
             others=[*replaced, *stale],
             scale_by_std=self._recipe.algo.scale_by_std,
-            decode=partial(decode, skip_special=True),
+            decode=decode.keep,
             markers=self._markers,
         )
+        path = self._recipe.run.path
+        write_rollouts(path / "rollout_data", [*groups, *replaced], step=step, decode=decode)
+        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step, gaps=gaps)
+        values |= metrics.recall_metrics([*groups, *replaced]) | self._timing(groups, seconds)
+        values["training/replaced_groups"] = float(len(replaced))
         values["timing_s/record"] = time.monotonic() - began
         self._watch(step, values)
         self._log.log(step, values)
 
     def validation(self, step: int, groups: Sequence[TrajectoryGroup], *, seconds: float) -> None:
-        decode = DecodeOnce(self._decode)
-        values = metrics.validation_metrics(groups, n=self._recipe.eval.samples, decode=decode, markers=self._markers)
+        decode = DecodeOnce(self._decode, skip_special=False)
+        n = self._recipe.eval.samples
+        values = metrics.validation_metrics(groups, n=n, decode=decode.keep, markers=self._markers)
         values["timing_s/testing"] = seconds
         write_validation(self._recipe.run.path / "val_rollout_data", groups, step=step, decode=decode)
         self._log.log(step, values)
@@ -159,6 +162,15 @@ class RunRecord:
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Values that are known later than the rest of the step."""
         self._log.log(step, values)
+
+    def _timing(self, groups: Sequence[TrajectoryGroup], seconds: Mapping[str, float]) -> dict[str, float]:
+        rollout, trajectories = self._recipe.rollout, [t for g in groups for t in g.trajectories]
+        return metrics.timing_metrics(
+            seconds,
+            total_tokens=sum(t.num_tokens for t in trajectories),
+            response_tokens=sum(len(t.ids) for t in trajectories),
+            devices=self._recipe.learner.world_size + rollout.engines * rollout.tensor_parallel,
+        )
 
     def _watch(self, step: int, values: dict[str, float]) -> None:
         """The alarm of `rollout.mismatch_alarm_k3`: one event when it goes on, one when it is over."""

@@ -73,7 +73,8 @@ class RolloutPool(Protocol):
     async def publish(self, source: WeightSource, version: int) -> PublishReport: ...
 
     async def drain(self) -> list[Trajectory]:
-        """Stop everything in flight and hand back what is half done, for the journal."""
+        """Stop everything in flight and hand back what is half done. Its finished turns are in the journal already:
+        engines write each when it is finished."""
         ...
 
     async def close(self) -> None: ...

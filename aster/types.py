@@ -108,6 +108,12 @@ class Task:
     leaves: tuple[Task, ...] = ()  # the further leaves of a tree whose first this is
     tree_turns: tuple[int, ...] = ()
     tree_factor: int = 2
+    past: Past | None = None  # to go on from
+
+
+def trajectory_uid(run: str, place: str, sample: int) -> str:
+    """`RUN/KIND/STEP/ROW_ID/SAMPLE`, where `place` is the middle: under it the journal finds a trajectory again."""
+    return f"{run}/{place}/{sample}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class RolloutWork:
     tools_enabled: bool = True
     tree_turns: tuple[int, ...] = ()  # as `rollout.tree_turns`; () = every sample by itself
     tree_factor: int = 2
+    past: Mapping[int, Past] = field(default_factory=dict)  # sample -> what a killed run left of it
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,37 @@ class Turn:
     ended_s: float
     call: ToolCall | None = None
     further_calls: tuple[ToolCall, ...] = ()  # only with tool.max_calls_per_turn > 1
+
+
+@dataclass(frozen=True)
+class FinishedTurn:
+    """A turn with the observation behind it, as the journal keeps it; the arrays are aligned, [N] each.
+
+    The turn's own ids are the first `turn.stop - turn.start`; the last turn of a trajectory has no others.
+    """
+
+    turn: Turn
+    ids: np.ndarray  # int32
+    mask: np.ndarray  # bool
+    logprobs: np.ndarray  # float32
+    versions: np.ndarray  # int32
+    seen: tuple[str, ...] = ()  # per call: digest of what it answered, before any cut
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.versions[self.mask].min())
+
+    @property
+    def newest_version(self) -> int:
+        return int(self.versions[self.mask].max())
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a killed run left of a trajectory: turns 0, 1, ... behind a prompt of this digest."""
+
+    prompt: str
+    turns: tuple[FinishedTurn, ...]
 
 
 @dataclass(frozen=True)
@@ -198,6 +236,8 @@ class Trajectory:
     reward: float | None = None
     verdicts: Verdicts = Verdicts()
     error: str = ""  # the infrastructure's own words where cause.is_ours
+    recalled_turns: int = 0  # finished by a run that was killed, and taken over from its journal
+    began_afresh: bool = False  # there were such turns, but their cells could not be repeated
 
     @property
     def num_tokens(self) -> int:

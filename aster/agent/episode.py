@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -273,7 +273,7 @@ class Episode:
         """End the session, if there is one. Waits a little, never raises: the answer no longer matters."""
         await self.session.close()
 
-    async def fork(self, task: Task) -> Episode:
+    async def fork(self, task: Task) -> Self:
         """This episode as it stands between two turns, tokens, budgets, deadline and a copy of the session, as `task`
         from here on. Raises SandboxError."""
         twin = copy.copy(self)

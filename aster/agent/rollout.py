@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 from aster.agent.chat import ChatRenderer
 from aster.agent.episode import Aborted, Episode, Generate, Generation, turn_seed
 from aster.agent.grammar import ToolGrammar
+from aster.agent.recall import Journal, KeptEpisode, PastDiffers
 from aster.agent.tools import PythonTool, Tool
 from aster.config import ToolConfig
 from aster.errors import ConfigError, EngineLost, SandboxError
@@ -22,6 +24,8 @@ from aster.roles import SandboxFactory
 from aster.types import Cause, Task, ToolOutcome, Trajectory
 
 __all__ = ["AgentLoop", "Generate", "Generation", "agent_loop", "run_episode", "turn_seed"]
+
+log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "aster.agent_loops"
 
@@ -96,15 +100,29 @@ async def run_episode(
     renderer: ChatRenderer,
     tool: ToolConfig,
     engine: str = "",
+    journal: Journal | None = None,
 ) -> Trajectory:
-    """Run one trajectory. The session opens at the first call and is closed whatever happens.
+    """Run one trajectory, from `task.past` on where there is one. The session opens at the first call and is closed
+    whatever happens. Finished turns go to `journal`.
 
     A failure of ours is no exception but a trajectory with that cause and what was finished before it; so is
     cancelling this coroutine (CANCELLED). Raises DataError or ConfigError for a task that can never run, and whatever a
     loop or a tool raises that names no failure of ours: a bug.
     """
-    loop, episode = prepared(task, generate=generate, sandboxes=sandboxes, renderer=renderer, tool=tool, engine=engine)
-    return await ended(loop, episode)
+    prepare = functools.partial(
+        prepared,
+        generate=generate,
+        sandboxes=sandboxes,
+        renderer=renderer,
+        tool=tool,
+        engine=engine,
+        journal=journal,
+    )
+    try:
+        return await ended(*prepare(task))
+    except PastDiffers as error:
+        log.warning("%s starts afresh: %s", task.uid, error)
+        return replace(await ended(*prepare(replace(task, past=None))), began_afresh=True)
 
 
 def prepared(
@@ -115,7 +133,8 @@ def prepared(
     renderer: ChatRenderer,
     tool: ToolConfig,
     engine: str,
-) -> tuple[AgentLoop, Episode]:
+    journal: Journal | None = None,
+) -> tuple[AgentLoop, KeptEpisode]:
     """The task's loop, and an episode with its prompt and its tools."""
     loop = agent_loop(task.agent_name)
     tools = loop.tools if task.tools_enabled and tool.enabled else ()
@@ -123,7 +142,7 @@ def prepared(
         raise ConfigError(
             f"agent {task.agent_name!r} runs code, but there is no sandbox: set tool.enabled=false or add one"
         )
-    return loop, Episode(
+    return loop, KeptEpisode(
         task,
         generate=generate,
         sandboxes=sandboxes,
@@ -131,14 +150,16 @@ def prepared(
         tool=tool,
         engine=engine,
         tools=tools,
+        journal=journal,
     )
 
 
-async def ended(loop: AgentLoop, episode: Episode) -> Trajectory:
+async def ended(loop: AgentLoop, episode: KeptEpisode) -> Trajectory:
     """Run the loop to its cause, and close the session whatever happens."""
     error = ""
     try:
         cause = await loop.run(episode)
+        episode.finish_turn()
     except EngineLost as lost:
         cause, error = Cause.ENGINE_LOST, str(lost)
     except SandboxError as lost:

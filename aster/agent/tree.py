@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from aster.agent.chat import ChatRenderer
-from aster.agent.episode import Episode, Generate
+from aster.agent.episode import Generate
+from aster.agent.recall import KeptEpisode
 from aster.agent.rollout import AgentLoop, ended, prepared, take_back_cancellation
 from aster.config import ToolConfig
 from aster.errors import ConfigError, SandboxError
@@ -65,9 +66,9 @@ class _Tree:
         self._tasks = tasks
         self._turns, self._factor = tasks[0].tree_turns, tasks[0].tree_factor
         self._found: dict[str, Trajectory] = {}  # uid of a leaf -> where its path ended
-        self._paths: dict[asyncio.Task[None], tuple[Episode, Sequence[Task]]] = {}
+        self._paths: dict[asyncio.Task[None], tuple[KeptEpisode, Sequence[Task]]] = {}
 
-    def grow(self, episode: Episode, leaves: Sequence[Task], *, depth: int) -> None:
+    def grow(self, episode: KeptEpisode, leaves: Sequence[Task], *, depth: int) -> None:
         path = asyncio.create_task(self._path(episode, leaves, depth), name=leaves[0].uid)
         self._paths[path] = (episode, leaves)
 
@@ -106,7 +107,7 @@ class _Tree:
         for path in self._paths:
             path.cancel()
 
-    async def _path(self, episode: Episode, leaves: Sequence[Task], depth: int) -> None:
+    async def _path(self, episode: KeptEpisode, leaves: Sequence[Task], depth: int) -> None:
         """From one split to the end of a trajectory, which is that of all leaves that never left it."""
         staying = list(leaves)
 

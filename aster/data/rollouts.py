@@ -44,18 +44,33 @@ class Decode(Protocol):
 
 
 class DecodeOnce:
-    """`decode` that looks at equal ids only once, for the several readers of one step (metrics, files; G samples have
-    one prompt). It keeps every text, so make a new one for the next step."""
+    """`decode` for two readers of one step: what `keep` has decoded, a later call hands out without decoding.
 
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
-        self._texts: dict[tuple[bytes, bool], str] = {}
+    Texts are let go when they are handed out, and at most `room` characters wait; what finds no room is decoded twice.
+    The texts of a large step would weigh as much as its tokens.
+    """
+
+    def __init__(self, decode: Decode, *, skip_special: bool, room: int = 32 << 20) -> None:
+        self._decode, self._skip_special, self._room = decode, skip_special, room
+        self._kept: dict[bytes, str] = {}
+
+    def keep(self, ids: np.ndarray) -> str:
+        text = self._decode(ids, skip_special=self._skip_special)
+        if len(text) <= self._room:
+            self._kept[_digest(ids)] = text
+            self._room -= len(text)
+        return text
 
     def __call__(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str:
-        key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest(), skip_special
-        if key not in self._texts:
-            self._texts[key] = self._decode(ids, skip_special=skip_special)
-        return self._texts[key]
+        kept = self._kept.pop(_digest(ids), None) if self._kept and skip_special == self._skip_special else None
+        if kept is None:
+            return self._decode(ids, skip_special=skip_special)
+        self._room += len(kept)
+        return kept
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 # writing -------------------------------------------------------------------------------------------------------------
@@ -66,7 +81,11 @@ def write_rollouts(folder: Path, groups: Sequence[TrajectoryGroup], *, step: int
 
     Lost attempts that were replaced are not rows; a trajectory we lost for good is one, with null score and acc.
     """
-    rows = (_row(g, t, step=step, decode=decode, skip_special=True) for g in groups for t in g.trajectories)
+    rows = (
+        _row(g, t, prompt=prompt, step=step, decode=decode, skip_special=True)
+        for g in groups
+        for t, prompt in _with_prompts(g, decode=decode, skip_special=True)
+    )
     return _write_lines(folder / f"{step}.jsonl", rows)
 
 
@@ -77,8 +96,8 @@ def write_validation(folder: Path, groups: Sequence[TrajectoryGroup], *, step: i
 
 def _validation_rows(groups: Iterable[TrajectoryGroup], *, step: int, decode: Decode) -> Iterator[dict[str, Any]]:
     for group in groups:
-        for t in group.trajectories:
-            row = _row(group, t, step=step, decode=decode, skip_special=False)
+        for t, prompt in _with_prompts(group, decode=decode, skip_special=False):
+            row = _row(group, t, prompt=prompt, step=step, decode=decode, skip_special=False)
             verdict = t.verdicts.math_verify if t.verdicts.math_verify is not None else row["acc"]
             yield row | {
                 "acc": None if t.reward is None else verdict,
@@ -89,11 +108,23 @@ def _validation_rows(groups: Iterable[TrajectoryGroup], *, step: int, decode: De
             }
 
 
-def _row(group: TrajectoryGroup, t: Trajectory, *, step: int, decode: Decode, skip_special: bool) -> dict[str, Any]:
+def _with_prompts(group: TrajectoryGroup, *, decode: Decode, skip_special: bool) -> Iterator[tuple[Trajectory, str]]:
+    """Each trajectory with the text of its prompt, which is that of the one before as a rule."""
+    ids: np.ndarray | None = None
+    text = ""
+    for t in group.trajectories:
+        if ids is None or not np.array_equal(ids, t.prompt_ids):
+            ids, text = t.prompt_ids, decode(t.prompt_ids, skip_special=skip_special)
+        yield t, text
+
+
+def _row(
+    group: TrajectoryGroup, t: Trajectory, *, prompt: str, step: int, decode: Decode, skip_special: bool
+) -> dict[str, Any]:
     output, spans = _decode_turns(t, decode=decode, skip_special=skip_special)
     sampled = t.versions[t.mask]
     return {
-        "input": decode(t.prompt_ids, skip_special=skip_special),
+        "input": prompt,
         "output": output,
         "score": t.reward,
         "step": step,

@@ -172,7 +172,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
-    turns = tuple(_turn(turn) for turn in row["turns"])
+    turns = tuple(turn_from(turn) for turn in row["turns"])
     plain: dict[str, Any] = {name: row[name] for name in _SCALARS if name != "cause" and name in row} | arrays
     return Trajectory(
         **plain,
@@ -183,7 +183,8 @@ def _trajectory(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajector
     )
 
 
-def _turn(turn: dict[str, Any]) -> Turn:
+def turn_from(turn: dict[str, Any]) -> Turn:
+    """A `Turn` of what `asdict` made of it."""
     call = None if turn["call"] is None else _call(turn["call"])
     return Turn(**{**turn, "call": call, "further_calls": tuple(_call(c) for c in turn["further_calls"])})
 

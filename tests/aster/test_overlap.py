@@ -3,13 +3,15 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 from fakes import FakeLearners, FakePool, MemoryLog, row
 from test_driver import loop, recipe
 
 from aster.checkpoints import DirectoryCheckpointer, read_state
+from aster.data.journal import TurnJournal
 from aster.errors import CircuitOpen
-from aster.types import Cause, TrajectoryGroup
+from aster.types import Budget, Cause, FinishedTurn, Sampling, Task, TrajectoryGroup, Turn
 
 VAL = ["run.val_every=1", "run.val_before_train=true", "eval.samples=2"]
 
@@ -208,6 +210,46 @@ async def test_a_run_that_fails_still_writes_the_steps_before(tmp_path):
     with pytest.raises(CircuitOpen, match="the sandbox is gone"):
         await loop(recipe(tmp_path), [], pool=DiesInStepTwo([]), log=log).run()
     assert [step for step, _ in log.lines] == [1]
+
+
+async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their_past(tmp_path):
+    """With staleness 1 the checkpoint of step 1 has two prompts in flight, which step 1 asked for."""
+    r = recipe(tmp_path, "rollout.max_staleness=1", "run.steps=1", "run.save_every=1")
+
+    def points():
+        return DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
+
+    first, again = FakePool([]), FakePool([])
+    await loop(r, [], pool=first, checkpoints=points()).run()
+    in_flight = [w.row.row_id for w in first.submitted[2:]]
+    journal = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    for row_id, sample, version in ((in_flight[0], 1, 0), (in_flight[1], 0, 1), (in_flight[1], 1, 2)):
+        done = FinishedTurn(
+            Turn(0, 1, "stop", 0.0, 1.0),
+            ids=np.array([5], np.int32),
+            mask=np.array([True]),
+            logprobs=np.array([-1.0], np.float32),
+            versions=np.array([version], np.int32),
+        )
+        of = Task(f"r/train/1/{row_id}/{sample}", row_id, sample, (), "", Budget(8, 8, 1), Sampling(), seed=0)
+        journal.append(of, "prompt", 0, done)
+    r = recipe(tmp_path, "rollout.max_staleness=1", "run.steps=2", "run.save_every=1")
+    await loop(r, [], pool=again, checkpoints=points()).run()
+    asked = {w.row.row_id: (w.step, sorted(w.past)) for w in again.submitted}
+    assert [asked.pop(row_id) for row_id in in_flight] == [(1, [1]), (1, [0])], "version 2 is of a lost future"
+    assert list(asked.values()) == [(2, [])] * len(asked)
+    names = [p.name.split(".")[0] for p in (r.run.path / "journal").iterdir()]
+    assert names == ["1"], "the checkpoint of step 2 has no use for version 0"
+
+
+async def test_a_run_that_does_not_resume_forgets_what_was_half_done(tmp_path):
+    r = recipe(tmp_path, "run.steps=1", "run.resume=false")
+    folder = r.run.path / "journal"
+    folder.mkdir(parents=True)
+    (folder / "0.1.e0.jsonl").write_text("{}")
+    points = DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
+    await loop(r, [], checkpoints=points).run()
+    assert not folder.exists()
 
 
 class StalePool(FakePool):

@@ -80,18 +80,18 @@ async def test_a_job_that_fails_is_the_last_one_and_everybody_hears_why():
     assert done == []
 
 
-def test_equal_ids_are_decoded_once_and_special_tokens_apart():
+def test_what_was_decoded_for_one_reader_is_handed_to_the_next_once():
     seen = []
 
     def counting(ids, *, skip_special=False):
         seen.append((list(ids), skip_special))
         return decode(ids)
 
-    once = DecodeOnce(counting)
-    for skip in (True, False, True):
-        assert once(np.array([1, 2], np.int32), skip_special=skip) == "1 2"
-    assert once(np.array([1, 2, 3], np.int32)[:2]) == "1 2"
-    assert seen == [([1, 2], True), ([1, 2], False)]
+    once = DecodeOnce(counting, skip_special=True)
+    assert once.keep(np.array([1, 2], np.int32)) == "1 2"
+    for skip in (False, True, True):  # the last one was handed out already
+        assert once(np.array([1, 2, 3], np.int32)[:2], skip_special=skip) == "1 2"
+    assert seen == [([1, 2], True), ([1, 2], False), ([1, 2], True)]
 
 
 def test_a_step_decodes_each_trajectory_once_for_metrics_and_files(tmp_path):
@@ -102,11 +102,18 @@ def test_a_step_decodes_each_trajectory_once_for_metrics_and_files(tmp_path):
         return decode(ids)
 
     calling = [
-        replace(t, turns=(replace(t.turns[0], call=CALL), *t.turns[1:]), verdicts=replace(t.verdicts, pred="12"))
+        replace(
+            t,
+            ids=t.ids + 10 * t.sample,
+            turns=(replace(t.turns[0], call=CALL), *t.turns[1:]),
+            verdicts=replace(t.verdicts, pred="12"),
+        )
         for t in group().trajectories
     ]
-    RunRecord(recipe(tmp_path), MemoryLog(), counting).step(1, [replace(group(), trajectories=tuple(calling))], {})
-    assert len(seen) == len(set(seen)) == 4  # one prompt, and the three parts of the one response that both have
+    RunRecord(recipe(tmp_path), MemoryLog(), counting).step(
+        1, [replace(group(), trajectories=tuple(calling))], {}, seconds={}
+    )
+    assert sorted(len(ids) // 4 for ids, _ in seen) == [1, 1, 1, 1, 2, 2, 3]  # a prompt; two responses in three parts
 
 
 def test_a_step_is_one_line_with_all_its_values_after_its_files(tmp_path):
@@ -119,7 +126,7 @@ def test_a_step_is_one_line_with_all_its_values_after_its_files(tmp_path):
             super().log(step, values)
 
     log = Watching()
-    RunRecord(r, log, decode).step(3, [group()], {"actor/lr": 1e-6})
+    RunRecord(r, log, decode).step(3, [group()], {"actor/lr": 1e-6}, seconds={"step": 2.0})
     ((step, values),) = log.lines
     assert (step, values["actor/lr"], values["critic/score/mean"]) == (3, 1e-6, 0.5)
     assert values["timing_s/record"] > 0
@@ -131,6 +138,7 @@ def test_failures_of_groups_that_were_not_learnt_from_count_and_stale_ones_did_n
         1,
         [group(0)],
         {},
+        seconds={},
         replaced=[group(1, causes=(Cause.ANSWERED, Cause.ENGINE_LOST))],
         stale=[group(2, causes=(Cause.STALE, Cause.STALE))],
     )
@@ -148,7 +156,7 @@ def test_the_mismatch_alarm_is_one_event_when_it_begins_and_one_when_it_ends(tmp
     seen = [(0.001, 1.0), (0.02, 1.0), (0.03, 1.0), (0.001, 0.0), (0.001, 1.0)]
     for step, (k3, valid) in enumerate(seen, 1):
         values = {"training/mismatch_k3": k3, "training/rollout_probs_diff_valid": valid}
-        record.step(step, [group()], values)
+        record.step(step, [group()], values, seconds={})
     assert [values["training/mismatch_alarm"] for _, values in log.lines] == [0, 1, 1, 1, 0]
     assert [(step, kind) for step, kind, _ in log.events] == [(2, "mismatch"), (5, "mismatch_over")]
     assert "k3 = 0.02 nats, rollout.mismatch_alarm_k3=0.01" in log.events[0][2]
@@ -156,5 +164,5 @@ def test_the_mismatch_alarm_is_one_event_when_it_begins_and_one_when_it_ends(tmp
 
 def test_without_the_proximal_pass_there_is_nothing_to_compare_and_no_alarm(tmp_path):
     log = MemoryLog()
-    RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {})
+    RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {}, seconds={})
     assert "training/mismatch_alarm" not in log.lines[0][1]

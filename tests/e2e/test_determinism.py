@@ -1,5 +1,7 @@
 """`run.deterministic`: a run that was killed and resumed ends where an uninterrupted one ends, bit for bit.
 
+It is killed while it samples: what its engine had finished comes back from the journal and is not sampled again.
+
 Both are `aster.train` as a person starts it, in a process of its own, with Ray, vLLM, a learner rank and sandbox cells.
 The model has learnt a conversation by heart, so that most trajectories call the tool and half of them answer right.
 """
@@ -36,6 +38,7 @@ from aster.types import PromptRow
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 2
+TURNS = 4  # of the 6 trajectories of a step, most have two
 FREE = ("timing", "perf")  # what a clock decides
 PROBLEMS = [f"Let x={a}*{b}. Find x." for a, b in ((3, 4), (4, 3), (2, 6), (6, 2))]
 
@@ -49,8 +52,10 @@ def test_a_run_that_was_killed_in_the_middle_of_a_step_ends_bit_equal_to_one_tha
     with _training(tmp_path, model, "whole") as process:
         assert process.wait(240) == 0, _log(tmp_path, "whole")
     with _training(tmp_path, model, "parts") as process:
-        _wait_for_the_second_step(process, tmp_path, "parts")
+        _wait_for_turns_of_the_second_step(process, tmp_path, "parts")
     assert newest(tmp_path / "parts" / "checkpoints").name == "global_step_1"
+    finished = _journaled(tmp_path / "parts", version=1)
+    assert finished >= TURNS, "the kill was to come in the middle of the sampling"
     with _training(tmp_path, model, "parts") as process:
         assert process.wait(240) == 0, _log(tmp_path, "parts")
 
@@ -62,6 +67,9 @@ def test_a_run_that_was_killed_in_the_middle_of_a_step_ends_bit_equal_to_one_tha
     for step, values in whole.items():
         assert {name: parts[step].get(name) for name in values} == values, step
         assert values.keys() == parts[step].keys()
+    resumed = read_metrics(tmp_path / "parts" / METRICS_FILE)[2]
+    assert resumed["perf/recalled_turns"] == finished, "what was finished was not sampled again"
+    assert resumed["perf/recalled_afresh"] == 0.0
     assert whole[1]["tool_use_info/avg_tool_calls_per_trajectory"] > 0.5, "the sandbox takes part"
     final, again = (read_checkpoint(newest(tmp_path / run / "checkpoints") / "actor") for run in ("whole", "parts"))
     start = read_checkpoint(tmp_path / "whole" / "checkpoints" / "global_step_1" / "actor")
@@ -138,13 +146,18 @@ def _training(root: Path, model: Path, run: str) -> Iterator[subprocess.Popen[by
         psutil.wait_procs(family, timeout=10)
 
 
-def _wait_for_the_second_step(process: subprocess.Popen[bytes], root: Path, run: str) -> None:
-    """Until the checkpoint of the first one is complete; the run goes on sampling meanwhile."""
+def _wait_for_turns_of_the_second_step(process: subprocess.Popen[bytes], root: Path, run: str) -> None:
+    """Until the checkpoint of the first one is complete, and some turns of the second are sampled."""
     deadline = time.monotonic() + 240
-    while not (root / run / "checkpoints" / LATEST).exists():
+    while not (root / run / "checkpoints" / LATEST).exists() or _journaled(root / run, version=1) < TURNS:
         assert process.poll() is None, _log(root, run)
         assert time.monotonic() < deadline, _log(root, run)
         time.sleep(0.02)
+
+
+def _journaled(run: Path, *, version: int) -> int:
+    """Whole lines of the journal that hold a turn of this version; the first of each file is about the file."""
+    return sum(max(f.read_bytes().count(b"\n") - 1, 0) for f in run.glob(f"journal/{version}.*.jsonl"))
 
 
 def _metrics(run: Path) -> dict[int, dict[str, float]]:
