@@ -1,6 +1,7 @@
 """What a GRPO step costs on GPUs, by arithmetic alone: memory per role, time, sandbox load, disk. All predictions.
 
-Every figure is a formula of the model's shape, the hardware's data sheet and a workload; nothing is measured here.
+Every figure is a formula of the model's shape, the hardware's data sheet and a workload; nothing is measured here. The
+learner's memory is held against a real learner on CPU by `make bench-plan`: within 15 %, part by part.
 Bytes and seconds; GB is 1e9 bytes. Legend: B trajectories of a step · L mean tokens of one · N GPUs of a role.
 """
 
@@ -121,6 +122,9 @@ class Workload:
     micro_batch_tokens: int
     logprob_chunk_tokens: int
     memory_utilization: float
+    compute_bytes: int = 2  # of the learner's forward and backward: bf16, or 4 for fp32
+    checkpointing: bool = True  # layers are recomputed in the backward pass
+    fused: bool = False  # with liger's kernels for norms, rotary embedding and SwiGLU
     offload_optimizer: bool = False
     proximal_pass: bool = True
     keep_checkpoints: int = 2
@@ -204,19 +208,48 @@ def make_plan(model: ModelShape, gpu: Gpu, work: Workload) -> Plan:
 
 
 def learner_memory(model: ModelShape, work: Workload) -> dict[str, float]:
-    """Of one rank at its fullest: a micro-batch's backward pass, layers checkpointed, log-probs in chunks."""
-    row = work.micro_batch_tokens
-    wide = 2 * model.hidden + model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 3 * model.ffn
+    """Of one rank at its fullest: a micro-batch's backward pass. The sum is the peak.
+
+    What is there all the time, and the largest of three moments that do not meet: the backward pass of a layer, the
+    log-probs of a chunk, the reduction of the embedding's gradient.
+    """
+    c, row = work.compute_bytes, work.micro_batch_tokens
     embedding = model.vocab * model.hidden
     layer = (model.parameters - embedding * (1 if model.tied else 2)) / model.layers
     sharded = 0.0 if work.offload_optimizer else TRAIN_BYTES * model.parameters / work.learners
+    kept = row * layer_bytes(model, c, fused=work.fused)
+    passing = 0.0 if work.fused else 2.0 * c * row * model.ffn  # gradients inside a layer
+    if work.checkpointing:
+        activations = {"checkpointed hidden states": float(c * row * model.hidden * model.layers)}
+        backward = {"one layer recomputed": kept + passing}
+    else:
+        activations = {"activations of all layers": kept * model.layers}
+        backward = {"gradients inside a layer": passing}
+    logits = {"logits in chunks": 3 * 4.0 * min(work.logprob_chunk_tokens, row) * model.vocab}
+    after = sum(activations.values())  # gone when the embedding's gradient is reduced
+    reduced = {"gradient of the embedding in fp32": max(4.0 * embedding - after, 0.0)}
     return {
         "sharded masters, gradients, Adam": sharded,
-        "gathered weights in bf16": 2.0 * (2 * layer + embedding),
-        "checkpointed hidden states": 2.0 * row * model.hidden * model.layers,
-        "one layer recomputed": 2.0 * row * wide,
-        "logits in chunks": 3 * 4.0 * work.logprob_chunk_tokens * model.vocab,
+        "gathered weights": c * (2 * layer + embedding),
+        "gradient of the embedding, whole": float(c * embedding),
+        **activations,
+        **max(backward, logits, reduced, key=lambda part: sum(part.values())),
     }
+
+
+def layer_bytes(model: ModelShape, compute_bytes: int, *, fused: bool = False) -> float:
+    """Per token, what the operations of one layer keep for their backward pass.
+
+    Counted from the saved tensors of Hugging Face's Qwen3 (torch 2.13): norms and rotary embeddings work in fp32, so
+    under bf16 they keep a second, wider copy. `fused`: the least that has to be kept.
+    """
+    h, f = model.hidden, model.ffn
+    q, k = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    if fused:
+        return float(compute_bytes * (2 * h + 2 * q + 2 * k + 3 * f))
+    if compute_bytes == 2:
+        return float(8 * f + 16 * h + 12 * q + 10 * k)
+    return float(16 * f + 24 * h + 20 * q + 16 * k)
 
 
 def _require(role: str, parts: dict[str, float], room: float, gpu: Gpu, *, cure: str) -> None:

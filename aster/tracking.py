@@ -251,9 +251,12 @@ class WandbSink:
             config=recipe.flat() | {"config_hash": recipe.config_hash},
         )
         self._alert = wandb.AlertLevel.WARN
+        # An axis of ours: W&B drops what is logged for a step below its own, and a step may come again (a roll-back).
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})
 
     def event(self, step: int, kind: str, message: str) -> None:
         self._run.alert(title=kind, text=f"step {step}: {message}", level=self._alert)

@@ -172,6 +172,37 @@ assert "torch" not in sys.modules, "tracking must not import torch"
     assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.75)]
 
 
+class _Wandb:
+    """As much of the package as we call, which is not among the test's own."""
+
+    class AlertLevel:
+        WARN = "warn"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def init(self, **options: object) -> "_Wandb":
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *a, **k: self.calls.append((name, a or k))
+
+
+def test_wandb_counts_our_steps_and_takes_one_that_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with Tracker.open(recipe(tmp_path, "run.wandb_project=p"), total_steps=2, console=plain()) as tracker:
+        tracker.log(2, {"critic/score/mean": 0.5})
+        tracker.log(1, {"critic/score/mean": 0.25})
+        tracker.event(2, "collapse", "few calls")
+    assert [what for name, what in wandb.calls if name == "log"] == [
+        ({"critic/score/mean": 0.5, "step": 2},),
+        ({"critic/score/mean": 0.25, "step": 1},),
+    ]
+    assert ("define_metric", ("*",)) in wandb.calls
+    assert ("alert", {"title": "collapse", "text": "step 2: few calls", "level": "warn"}) in wandb.calls
+
+
 def test_wandb_that_is_asked_for_but_missing_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run\.wandb_project='p' needs the package wandb"):
