@@ -175,3 +175,29 @@ def test_the_report_holds_every_run_and_no_link(pipeline):
         assert name in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
+
+
+def test_thought_code_and_the_opening_of_a_call_have_entropies_of_their_own(pipeline):
+    for values in steps(pipeline / "rl").values():
+        parts = [values[f"collapse/entropy/{region}"] for region in ("think", "code", "call_start")]
+        assert all(part >= 0 for part in parts)
+        assert min(parts) <= values["collapse/entropy/all"] <= max(parts) + 0.5
+        assert values["collapse/entropy/all"] == pytest.approx(values["actor/entropy"])
+        assert values["collapse/surprisal/call_start"] >= 0
+        assert values["collapse/alarm"] in (0.0, 1.0)
+
+
+def test_the_trace_shows_both_halves_of_the_resumed_run_on_every_kind_of_track(pipeline):
+    events = json.loads((pipeline / "rl/trace.json").read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    spans = [(names[e["pid"]], e["name"]) for e in events if e["ph"] == "X"]
+    assert [name for process, name in spans if process == "driver" and name.startswith("step")] == [
+        "step 1", "step 2", "step 3",
+    ]  # fmt: skip
+    assert {"forward, backward", "log-probs", "optimizer step"} <= {
+        name for process, name in spans if process == "learner"
+    }
+    assert {"generate", "tool"} <= {name for process, name in spans if process == "engine-0"}
+    assert any(process.startswith("sandbox ") for process, _ in spans), "cells carry the node that ran them"
+    assert {"send", "receive", "verify"} <= {name for process, name in spans if process == "driver"}
+    assert ("scoring", "score") in spans
