@@ -144,20 +144,18 @@ class Poisoned(FakeLearners):
         return version
 
 
-async def test_the_loop_goes_back_publishes_and_goes_on_with_the_next_prompts(tmp_path):
+async def train(tmp_path, learners, pool, *overrides):
+    """The real loop over these roles with the real tracker and checkpoints; returns the run's directory."""
     recipe = Recipe.load(
         "rl_stage1_18k",
         [
             *("rollout.prompts_per_step=1", "rollout.group_size=2", "algo.mini_batch_prompts=1"),
             *("learner.micro_batch_tokens=64", "run.steps=6", "run.val_every=2", "run.val_before_train=false"),
             *("run.save_every=1", "run.keep_checkpoints=9", "run.tensorboard=false", "eval.samples=1"),
-            *(f"run.dir={tmp_path}", "run.name=r", "collapse.on_alarm=rollback"),
+            *(f"run.dir={tmp_path}", "run.name=r", *overrides),
         ],
     )
     (tmp_path / "model").mkdir()
-    events: list[str] = []
-    learners = Poisoned(events)
-    pool = DyingPool(events, lambda: learners.spoilt_at is not None)
     with Tracker.open(recipe, total_steps=6, console=Console(file=io.StringIO())) as tracker:
         await GrpoLoop(
             recipe=recipe,
@@ -172,7 +170,27 @@ async def test_the_loop_goes_back_publishes_and_goes_on_with_the_next_prompts(tm
             ),
             guard=CollapseGuard(recipe.collapse, tracker),
         ).run()
-    path = tmp_path / "r"
+    return tmp_path / "r"
+
+
+async def test_the_alarm_tells_a_policy_that_stops_calling_from_a_dense_one(tmp_path):
+    """By default both train to their end, and only the first is spoken of."""
+    events = {}
+    for name in ("dying", "dense"):
+        (tmp_path / name).mkdir()
+        learners = Poisoned([])
+        pool = DyingPool([], lambda name=name, it=learners: name == "dying" and it.spoilt_at is not None)
+        path = await train(tmp_path / name, learners, pool)
+        events[name] = [(e["step"], e["event"]) for e in read_events(path / "metrics.jsonl")]
+        assert learners.updates == 6
+    assert events == {"dying": [(4, "collapse")], "dense": []}
+
+
+async def test_the_loop_goes_back_publishes_and_goes_on_with_the_next_prompts(tmp_path):
+    events: list[str] = []
+    learners = Poisoned(events)
+    pool = DyingPool(events, lambda: learners.spoilt_at is not None)
+    path = await train(tmp_path, learners, pool, "collapse.on_alarm=rollback")
     assert [(e["step"], e["event"]) for e in read_events(path / "metrics.jsonl")] == [
         (4, "collapse"), (4, "rollback"), (3, "collapse_over"),
     ]  # fmt: skip
