@@ -43,7 +43,7 @@ function lineChart(box, lines, spec) {
   if (!log && high - low < 1e-9 * Math.max(1e-3, Math.abs(high))) { const pad = Math.abs(high) * 0.1 || 1; high += pad; if (!spec.range) low -= pad; }
   if (!log && !(spec.range && spec.range[1] !== null)) high += (high - low) * 0.06;
   let x0 = Math.min(...lines.map((l) => l.points[0].x)), x1 = Math.max(...lines.map((l) => l.points[l.points.length - 1].x));
-  if (x0 === x1) { x0 -= 1; x1 += 1; }
+  if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
   const X = (x) => left + (W - left - right) * (x - x0) / (x1 - x0);
   const Y = (y) => top + (H - top - bottom) * (1 - ((log ? Math.log10(Math.max(y, 1e-30)) : y) - low) / (high - low));
   const told = lines.slice(0, 4).map((l) => `${l.name} from ${short(l.points[0].y)} to ${short(l.points[l.points.length - 1].y)}`).join("; ");
