@@ -109,7 +109,12 @@ class GrpoLoop:
         self._recorder = Recorder()
         self._beside = asyncio.TaskGroup()
         self._validation = Validation(
-            self.recipe, self.pool, self._inbox, self.val_rows, record=self._record_validation
+            self.recipe,
+            self.pool,
+            self._inbox,
+            self.val_rows,
+            leftovers=self._leftovers,
+            record=self._record_validation,
         )
 
     async def run(self) -> None:

@@ -30,12 +30,16 @@ class Leftovers:
     def take(self, row: PromptRow, step: int) -> tuple[int, dict[int, Past]]:
         """(the step to ask for `row` in, what there is of its samples), when step `step` wants it."""
         asked = self._asked_in.setdefault(row.row_id, step)
+        return asked, self.past_of(row, step=asked, kind="train", samples=self._recipe.rollout.group_size)
+
+    def past_of(self, row: PromptRow, *, step: int, kind: str, samples: int) -> dict[int, Past]:
+        """By sample; a past is handed out once."""
         past = {}
-        for sample in range(self._recipe.rollout.group_size if self._past else 0):
-            found = self._past.pop(trajectory_uid(self._recipe.run.name, f"train/{asked}/{row.row_id}", sample), None)
+        for sample in range(samples if self._past else 0):
+            found = self._past.pop(trajectory_uid(self._recipe.run.name, f"{kind}/{step}/{row.row_id}", sample), None)
             if found is not None:
                 past[sample] = found
-        return asked, past
+        return past
 
     def done(self, row: PromptRow) -> None:
         self._asked_in.pop(row.row_id, None)

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from aster.config import Recipe
+from aster.leftovers import Leftovers
 from aster.roles import RolloutPool
 from aster.types import PromptRow, RolloutWork, TrajectoryGroup
 
@@ -48,20 +49,31 @@ class Inbox:
 
 
 async def evaluate(
-    recipe: Recipe, pool: RolloutPool, inbox: Inbox, rows: Sequence[PromptRow], *, step: int
+    recipe: Recipe,
+    pool: RolloutPool,
+    inbox: Inbox,
+    rows: Sequence[PromptRow],
+    *,
+    step: int,
+    leftovers: Leftovers | None = None,
 ) -> list[TrajectoryGroup]:
-    """Sample `rows` under the evaluation budget; groups in order of `rows`. Shared by training and `aster eval`."""
+    """Sample `rows` under the evaluation budget; groups in order of `rows`. Shared by training and `aster eval`.
+
+    Trajectories that a killed run left behind go on from their `leftovers`.
+    """
+    n = recipe.eval.samples
     for row in rows:
         pool.submit(
             RolloutWork(
                 row=row,
-                group_size=recipe.eval.samples,
+                group_size=n,
                 budget=recipe.eval_budget(),
                 sampling=recipe.eval_sampling(),
                 step=step,
                 seed=recipe.run.seed,
                 kind="val",
                 tools_enabled=recipe.tool.enabled,
+                past=leftovers.past_of(row, step=step, kind="val", samples=n) if leftovers else {},
             )
         )
     groups = [await inbox.next("val") for _ in rows]
@@ -79,11 +91,12 @@ class Validation:
         inbox: Inbox,
         rows: Sequence[PromptRow],
         *,
+        leftovers: Leftovers,
         record: Callable[[int, Sequence[TrajectoryGroup], float], Awaitable[None]],
     ) -> None:
         """`record(version, groups, seconds)` gets what was sampled."""
         self._recipe, self._pool, self._inbox, self._rows = recipe, pool, inbox, rows
-        self._record = record
+        self._leftovers, self._record = leftovers, record
         self._due: int | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -109,5 +122,7 @@ class Validation:
 
     async def _sample(self, version: int) -> None:
         began = time.monotonic()
-        groups = await evaluate(self._recipe, self._pool, self._inbox, self._rows, step=version)
+        groups = await evaluate(
+            self._recipe, self._pool, self._inbox, self._rows, step=version, leftovers=self._leftovers
+        )
         await self._record(version, groups, time.monotonic() - began)

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import FakeLearners, FakePool, MemoryLog, row
+from fakes import FakeLearners, FakePool, MemoryLog, row, trajectory, work
 from test_driver import loop, recipe
 
 from aster.checkpoints import DirectoryCheckpointer, read_state
@@ -212,6 +212,20 @@ async def test_a_run_that_fails_still_writes_the_steps_before(tmp_path):
     assert [step for step, _ in log.lines] == [1]
 
 
+def a_task(kind, step, row_id, sample):
+    return Task(f"r/{kind}/{step}/{row_id}/{sample}", row_id, sample, (), "", Budget(8, 8, 1), Sampling(), seed=0)
+
+
+def a_turn(*, version):
+    return FinishedTurn(
+        Turn(0, 1, "stop", 0.0, 1.0),
+        ids=np.array([5], np.int32),
+        mask=np.array([True]),
+        logprobs=np.array([-1.0], np.float32),
+        versions=np.array([version], np.int32),
+    )
+
+
 async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their_past(tmp_path):
     """With staleness 1 the checkpoint of step 1 has two prompts in flight, which step 1 asked for."""
     r = recipe(tmp_path, "rollout.max_staleness=1", "run.steps=1", "run.save_every=1")
@@ -224,15 +238,7 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
     in_flight = [w.row.row_id for w in first.submitted[2:]]
     journal = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
     for row_id, sample, version in ((in_flight[0], 1, 0), (in_flight[1], 0, 1), (in_flight[1], 1, 2)):
-        done = FinishedTurn(
-            Turn(0, 1, "stop", 0.0, 1.0),
-            ids=np.array([5], np.int32),
-            mask=np.array([True]),
-            logprobs=np.array([-1.0], np.float32),
-            versions=np.array([version], np.int32),
-        )
-        of = Task(f"r/train/1/{row_id}/{sample}", row_id, sample, (), "", Budget(8, 8, 1), Sampling(), seed=0)
-        journal.append(of, "prompt", 0, done)
+        journal.append(a_task("train", 1, row_id, sample), "prompt", 0, a_turn(version=version))
     r = recipe(tmp_path, "rollout.max_staleness=1", "run.steps=2", "run.save_every=1")
     await loop(r, [], pool=again, checkpoints=points()).run()
     asked = {w.row.row_id: (w.step, sorted(w.past)) for w in again.submitted}
@@ -240,6 +246,37 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
     assert list(asked.values()) == [(2, [])] * len(asked)
     names = [p.name.split(".")[0] for p in (r.run.path / "journal").iterdir()]
     assert names == ["1"], "the checkpoint of step 2 has no use for version 0"
+
+
+async def test_a_validation_that_was_cut_short_goes_on_from_its_turns(tmp_path):
+    r = validating(tmp_path, "run.steps=1", "run.save_every=1")
+
+    def points():
+        return DirectoryCheckpointer(r.run.path / "checkpoints", model_path=str(tmp_path), config_hash="x", keep=2)
+
+    await loop(r, [], val_rows=[row(0, "aime")], checkpoints=points()).run()
+    (r.run.path / "val_rollout_data" / "1.jsonl").unlink()
+    kept = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    kept.append(a_task("val", 1, "row-0", 1), "prompt", 0, a_turn(version=1))
+    again = FakePool([])
+    await loop(r, [], pool=again, val_rows=[row(0, "aime")], checkpoints=points()).run()
+    assert [(w.kind, w.step, sorted(w.past)) for w in again.submitted] == [("val", 1, [1])]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+async def test_staleness_is_exact(tmp_path, staleness):
+    """Asked for (k+1)P prompts ahead and never more; a token k versions old is learnt from, an older one is not."""
+    pool = FakePool([])
+    r = recipe(tmp_path, f"rollout.max_staleness={staleness}", "run.steps=4")
+    running = loop(r, [], pool=pool)
+    await running.run()
+    born = [int(e.rsplit("v", 1)[1]) for e in pool.events if e.startswith("submit")]
+    assert born == [0] * 2 * (staleness + 1) + [1, 1, 2, 2, 3, 3]
+    running.step = 9  # begins with the weights of version 8
+    for version, too_old in ((8, False), (8 - staleness, False), (7 - staleness, True)):
+        members = (trajectory(work(row(0)), 0, version=8, reward=1.0),)
+        members += (trajectory(work(row(0)), 1, version=version, reward=0.0),)
+        assert running._is_too_old(TrajectoryGroup(row(0), 9, members)) is too_old, version
 
 
 async def test_a_run_that_does_not_resume_forgets_what_was_half_done(tmp_path):
