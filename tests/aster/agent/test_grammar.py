@@ -81,3 +81,46 @@ def test_a_long_wrong_name_is_not_repeated_at_length() -> None:
     with pytest.raises(FormatError) as caught:
         read_arguments(ParsedCall("n" * 5000, {}))
     assert len(str(caught.value)) < 200
+
+
+TYPED = {
+    "type": "function",
+    "function": {
+        "name": "typed",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "n": {"type": "integer"},
+                "x": {"type": ["number", "null"]},
+                "b": {"type": "boolean"},
+                "l": {"type": "array"},
+                "o": {"type": "object"},
+                "anything": {},
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"n": 3, "x": 0.5, "b": False, "l": [], "o": {}, "anything": None}, None),
+        ({"x": None}, None),
+        ({"x": 2}, None),
+        ({"n": True}, "argument 'n' must be an integer, got a boolean"),
+        ({"n": 3.0}, "argument 'n' must be an integer, got a number"),
+        ({"x": "1"}, "argument 'x' must be a number or null, got a string"),
+        ({"x": True}, "argument 'x' must be a number or null, got a boolean"),
+        ({"b": 0}, "argument 'b' must be a boolean, got a number"),
+        ({"l": {}}, "argument 'l' must be a list, got an object"),
+        ({"o": []}, "argument 'o' must be an object, got a list"),
+    ],
+)
+def test_arguments_have_the_types_of_the_schema(arguments: dict, reason: str | None) -> None:
+    call = ParsedCall("typed", arguments)
+    if reason is None:
+        assert read_arguments(call, [TYPED]) == arguments
+    else:
+        with pytest.raises(FormatError, match=reason):
+            read_arguments(call, [TYPED])

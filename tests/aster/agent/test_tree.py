@@ -14,6 +14,7 @@ from aster.agent import rollout
 from aster.agent.chat import ChatRenderer
 from aster.agent.rollout import Generation, turn_seed
 from aster.agent.sandbox import ServiceSandbox, open_sandbox
+from aster.agent.session import ToolSession
 from aster.agent.tree import lineage, run_tree
 from aster.config import Recipe, ToolConfig
 from aster.errors import ConfigError, EngineLost, SandboxLost
@@ -183,6 +184,35 @@ async def test_cancelling_gives_every_leaf_as_far_as_it_had_come(hybrid) -> None
     assert [t.uid for t in out] == [f"run/{i}" for i in range(4)]
     assert all(len(t.turns) in (1, 2, 3) for t in out)
     assert all(session.closed for session in sandbox.made)
+
+
+async def test_whenever_it_is_cancelled_no_session_stays_open_and_no_leaf_is_missing(hybrid) -> None:
+    for steps in range(60):
+        sandbox = Forking(ok())
+        running = asyncio.create_task(grow(hybrid, three_calls, sandbox))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        running.cancel()
+        try:
+            out, _, _ = await asyncio.wait_for(running, 5)
+        except asyncio.CancelledError:
+            assert steps == 0, "before the first step of all there is nobody to answer"
+            continue
+        assert [t.uid for t in out] == [f"run/{i}" for i in range(4)]
+        assert {t.cause for t in out} <= {Cause.CANCELLED, Cause.ANSWERED}
+        if sandbox.opened:
+            assert all(session.closed for session in sandbox.made), steps
+
+
+async def test_a_copy_of_a_session_knows_what_its_model_was_told_and_shares_no_memory() -> None:
+    session = ToolSession(Forking(ok()), key="k", timeout_s=1, deadline=asyncio.get_running_loop().time() + 9)
+    session.memory["asked"] = [1]
+    session.loss_told = True
+    twin = await session.fork(key="k2", deadline=asyncio.get_running_loop().time() + 9)
+    twin.memory["asked"].append(2)
+    assert (session.memory, twin.memory) == ({"asked": [1]}, {"asked": [1, 2]})
+    assert twin.loss_told
+    assert (session.session_id, twin.session_id) == ("", "")
 
 
 async def test_a_bug_in_one_leaf_is_raised_and_all_sessions_are_closed(hybrid) -> None:
