@@ -65,6 +65,19 @@ RUN_FAMILIES = {  # prefix and suffix of metrics of the run -> (name, label that
     ),
     ("val-core/", ""): ("aster_validation", "metric", "accuracies of the validation, data source first"),
 }
+PHASES = frozenset(  # what else is under timing_s/ are times of single trajectories, and a date
+    {
+        "gen",
+        "step",
+        "old_log_prob",
+        "update_actor",
+        "publish",
+        "validation_wait",
+        "testing",
+        "save_checkpoint",
+        "record",
+    }
+)
 EVENTS = ("aster_events", "alarms, restarts, roll-backs and the like, by kind")
 POOL_GAUGES = {
     "aster_pool_in_flight": "trajectories on an engine or being scored",
@@ -113,8 +126,9 @@ class RunGauges:
             if key in self._gauges:
                 self._gauges[key].set(value, self._run)
             for (begin, end), (label, gauge) in self._families.items():
-                if key.startswith(begin) and key.endswith(end):
-                    gauge.set(value, {**self._run, label: key[len(begin) : len(key) - len(end)]})
+                middle = key[len(begin) : len(key) - len(end)]
+                if key.startswith(begin) and key.endswith(end) and (label != "phase" or middle in PHASES):
+                    gauge.set(value, {**self._run, label: middle})
 
     def event(self, step: int, kind: str, message: str) -> None:
         self._events.inc(1, {**self._run, "event": kind})

@@ -408,7 +408,8 @@ class _Pool:
 
 async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> None:
     sink = RunGauges("scraped")
-    sink.write(1, {**dict.fromkeys(RUN_GAUGES, 0.5), **{f"{begin}x{end}": 0.5 for begin, end in RUN_FAMILIES}})
+    sink.write(1, {**dict.fromkeys(RUN_GAUGES, 0.5), **{f"{begin}gen{end}": 0.5 for begin, end in RUN_FAMILIES}})
+    sink.write(1, {"timing_s/began_unix": 1.8e9, "timing_s/agent_loop/slowest/prompt_length": 52.0})
     sink.event(1, "collapse", "few calls")
     prompt = np.tile(PROMPT, 8)  # more than one block of the prefix cache
     async with pool_gauges(_Pool(), run="scraped"):
@@ -419,6 +420,7 @@ async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> N
         while missing := {n for n in wanted if not re.search(rf"^{n}(_total)?{{", (page := scrape()), re.MULTILINE)}:
             assert time.monotonic() < deadline, (missing, [x for x in page.splitlines() if x.startswith("ray_aster")])
             await asyncio.sleep(1.0)
+    assert set(re.findall(r'^ray_aster_phase_seconds{.*phase="([^"]*)".*run="scraped"', page, re.MULTILINE)) == {"gen"}
     samples = dict(re.findall(r"^ray_(aster_\w+)\{.*\} (\S+)$", page, re.MULTILINE))
     assert float(samples["aster_pool_in_flight"]) == 3
     assert float(samples["aster_engine_generated_tokens_total"]) >= 80
