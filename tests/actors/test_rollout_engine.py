@@ -118,6 +118,41 @@ async def test_log_probs_at_start_up_equal_hugging_face(world: World) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def scrape() -> str:
+    """What Prometheus would read from every node."""
+    pages = []
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        pages.append(httpx.get(url, timeout=10, trust_env=False).text)
+    return "\n".join(pages)
+
+
+class _Pool:
+    in_flight, waiting, living = 3, 5, 2
+
+
+async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> None:
+    sink = RunGauges("scraped")
+    sink.write(1, {**dict.fromkeys(RUN_GAUGES, 0.5), **{f"{begin}gen{end}": 0.5 for begin, end in RUN_FAMILIES}})
+    sink.write(1, {"timing_s/began_unix": 1.8e9, "timing_s/agent_loop/slowest/prompt_length": 52.0})
+    sink.event(1, "collapse", "few calls")
+    prompt = np.tile(PROMPT, 8)  # more than one block of the prefix cache
+    async with pool_gauges(_Pool(), run="scraped"):
+        for _ in range(2):
+            await generate(world.engines[0], prompt)
+        deadline = time.monotonic() + 60
+        wanted = {f"ray_{name}" for name in NAMES - {"aster_engine_preempted"}}  # nothing is thrown out here
+        while missing := {n for n in wanted if not re.search(rf"^{n}(_total)?{{", (page := scrape()), re.MULTILINE)}:
+            assert time.monotonic() < deadline, (missing, [x for x in page.splitlines() if x.startswith("ray_aster")])
+            await asyncio.sleep(1.0)
+    assert set(re.findall(r'^ray_aster_phase_seconds{.*phase="([^"]*)".*run="scraped"', page, re.MULTILINE)) == {"gen"}
+    mine = f'(?:engine="{world.engines[0].name}"|run="scraped")'
+    samples = dict(re.findall(rf"^ray_(aster_\w+)\{{.*{mine}.*\}} (\S+)$", page, re.MULTILINE))
+    assert float(samples["aster_pool_in_flight"]) == 3
+    assert float(samples["aster_engine_generated_tokens_total"]) >= 80
+    assert float(samples["aster_engine_prefix_hits_total"]) >= 128
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
 async def test_recorded_log_probs_are_those_of_the_sampling_distribution(
     world: World, temperature: float, top_p: float
@@ -391,37 +426,3 @@ def test_engines_that_the_cluster_cannot_hold_are_refused_with_the_arithmetic(wo
         spawn_engines(publishing.recipe(tmp_path, kv_cache_bytes=None), model_path=str(tmp_path), sandboxes=None)
     with pytest.raises(ConfigError, match="weight_backend=nccl needs GPUs"):
         spawn_engines(publishing.recipe(tmp_path, weight_backend="nccl"), model_path=str(tmp_path), sandboxes=None)
-
-
-def scrape() -> str:
-    """What Prometheus would read from every node."""
-    pages = []
-    for node in ray.nodes():
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        pages.append(httpx.get(url, timeout=10, trust_env=False).text)
-    return "\n".join(pages)
-
-
-class _Pool:
-    in_flight, waiting, living = 3, 5, 2
-
-
-async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> None:
-    sink = RunGauges("scraped")
-    sink.write(1, {**dict.fromkeys(RUN_GAUGES, 0.5), **{f"{begin}gen{end}": 0.5 for begin, end in RUN_FAMILIES}})
-    sink.write(1, {"timing_s/began_unix": 1.8e9, "timing_s/agent_loop/slowest/prompt_length": 52.0})
-    sink.event(1, "collapse", "few calls")
-    prompt = np.tile(PROMPT, 8)  # more than one block of the prefix cache
-    async with pool_gauges(_Pool(), run="scraped"):
-        for _ in range(2):
-            await generate(world.engines[0], prompt)
-        deadline = time.monotonic() + 60
-        wanted = {f"ray_{name}" for name in NAMES - {"aster_engine_preempted"}}  # nothing is thrown out here
-        while missing := {n for n in wanted if not re.search(rf"^{n}(_total)?{{", (page := scrape()), re.MULTILINE)}:
-            assert time.monotonic() < deadline, (missing, [x for x in page.splitlines() if x.startswith("ray_aster")])
-            await asyncio.sleep(1.0)
-    assert set(re.findall(r'^ray_aster_phase_seconds{.*phase="([^"]*)".*run="scraped"', page, re.MULTILINE)) == {"gen"}
-    samples = dict(re.findall(r"^ray_(aster_\w+)\{.*\} (\S+)$", page, re.MULTILINE))
-    assert float(samples["aster_pool_in_flight"]) == 3
-    assert float(samples["aster_engine_generated_tokens_total"]) >= 80
-    assert float(samples["aster_engine_prefix_hits_total"]) >= 128
