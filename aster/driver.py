@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,7 @@ from aster.errors import AsterError, WeightSyncError
 from aster.guard import CollapseGuard
 from aster.leftovers import Leftovers
 from aster.recorder import Log, Recorder, RunRecord
-from aster.roles import Checkpointer, LearnerGroup, RolloutPool
+from aster.roles import Checkpointer, LearnerGroup, Prompts, RolloutPool
 from aster.types import (
     Cause,
     OptimStats,
@@ -62,20 +62,6 @@ from aster.types import (
 from aster.validation import Inbox, Validation
 
 log = logging.getLogger("aster")
-
-
-class Prompts(Protocol):
-    """What the loop needs of `data.prompts.PromptStream`: rows, and a restart that loses and repeats none of them."""
-
-    total_steps: int
-
-    @property
-    def epoch(self) -> int: ...
-
-    def take(self) -> PromptRow: ...
-    def done(self, row: PromptRow) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass

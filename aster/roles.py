@@ -1,16 +1,18 @@
-"""The three things the driver talks to, and what it may ask of them. Protocols only: a fake is ten lines.
+"""What the driver talks to, and what it may ask of it. Protocols only: a fake is ten lines.
 
-`driver.py` awaits these methods and nothing else; `actors/` implements them with Ray, `tests/fakes.py` without.
+`driver.py` awaits these methods and nothing else; `actors/` implements them with Ray (prompts: `data.prompts`),
+`tests/fakes.py` without.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from aster.types import (
     MicroBatch,
     OptimStats,
+    PromptRow,
     PublishReport,
     RolloutWork,
     StepStats,
@@ -154,3 +156,17 @@ class Checkpointer(Protocol):
         ...
 
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]: ...
+
+
+class Prompts(Protocol):
+    """What the loop needs of `data.prompts.PromptStream`: rows, and a restart that loses and repeats none of them."""
+
+    total_steps: int
+
+    @property
+    def epoch(self) -> int: ...
+
+    def take(self) -> PromptRow: ...
+    def done(self, row: PromptRow) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
