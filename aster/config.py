@@ -166,6 +166,9 @@ class RolloutConfig(_Section):
     """One generation of one turn; past it the engine counts as lost."""
     max_retries: int = Field(default=1, ge=0)
     """How often a trajectory that we lost is run again elsewhere."""
+    reward_workers: int | None = Field(default=None, ge=1)
+    """Processes that judge answers, some 200 a second each; null = an eighth of the driver's cores, at least 2: an
+    answer on which a verifier hangs occupies one of them for 10 s."""
     max_infra_failed_rate: float = Field(default=0.5, gt=0, le=1)
     """Above this share of trajectories lost by our own failures in a step the run stops."""
     mismatch_alarm_k3: float = Field(default=1e-2, gt=0)

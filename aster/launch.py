@@ -92,7 +92,8 @@ async def rollouts(
 
     require_model(recipe)
     renderer = ChatRenderer.from_model_dir(recipe.model.path)
-    rewards = RewardPool(reward=recipe.algo.reward)
+    workers = recipe.rollout.reward_workers or max(2, (os.cpu_count() or 1) // 8)
+    rewards = RewardPool(reward=recipe.algo.reward, workers=workers)
     try:
         maker = EngineMaker(
             recipe, model_path=recipe.model.path, sandboxes=sandboxes, shared=None if on is None else await on.devices()

@@ -112,6 +112,29 @@ async def test_a_hung_worker_is_killed_at_the_deadline_and_replaced(monkeypatch)
         pool.close()
 
 
+async def test_an_answer_that_hangs_holds_up_nobody_but_itself() -> None:
+    pool = RewardPool(workers=2, timeout_s=5.0, reward="math_verify")
+    ended: dict[int, float] = {}
+    try:
+        await asyncio.gather(*(pool.score("\\boxed{1}", "1") for _ in range(8)))  # both are warm
+        os.kill(pool._workers[0]._process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+
+        async def score(number: int) -> bool:
+            try:
+                reward, _ = await pool.score(f"\\boxed{{{number}}}", str(number))
+            except RewardFailed:
+                return False
+            ended[number] = time.monotonic() - began
+            return reward == 1.0
+
+        right = await asyncio.gather(*(score(number) for number in range(60)))
+        assert (sum(right), len(ended), pool.failures) == (59, 59, 1)
+        assert sorted(ended.values())[50] < 5.0, "they waited for the one that hung"
+    finally:
+        pool.close()
+
+
 async def test_where_strict_decides_a_failed_second_opinion_costs_nothing(monkeypatch) -> None:
     def broken(self: object, *args: object, **kw: object) -> bool:
         raise RewardFailed("hung")
