@@ -201,7 +201,8 @@ class GrpoLoop:
                 for s, o in zip(samples, old, strict=True)
             }
             values |= metrics.mismatch_metrics(
-                (s.behaviour_logprobs[s.mask] for s in samples), (o[s.mask] for o, s in zip(old, samples, strict=True))
+                (s.trajectory.behaviour_logprobs[s.trajectory.mask] for s in samples),
+                (o[-len(s.trajectory.mask) :][s.trajectory.mask] for o, s in zip(old, samples, strict=True)),
             )
         else:
             old = [s.behaviour_logprobs for s in samples]

@@ -292,6 +292,22 @@ class Sample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def loss_tokens(self) -> int:
+        """The first token is nobody's label."""
+        return int(self.mask[1:].sum())
+
+    def lengths(self) -> dict[str, int]:
+        """Of the arrays that must be as long as `ids`."""
+        given = {
+            "mask": self.mask,
+            "advantage": self.advantage if isinstance(self.advantage, np.ndarray) else None,
+            "behaviour_logprobs": self.behaviour_logprobs,
+            "old_logprobs": self.old_logprobs,
+            "reference_logprobs": self.reference_logprobs,
+        }
+        return {name: len(array) for name, array in given.items() if array is not None}
+
 
 @dataclass(frozen=True)
 class TrajectorySample:
@@ -323,6 +339,22 @@ class TrajectorySample:
     def __len__(self) -> int:
         return self.trajectory.num_tokens
 
+    @property
+    def loss_tokens(self) -> int:
+        t = self.trajectory
+        return int(t.mask.sum() if len(t.prompt_ids) else t.mask[1:].sum())
+
+    def lengths(self) -> dict[str, int]:
+        t, prompt = self.trajectory, len(self.trajectory.prompt_ids)
+        given = {
+            "advantage": self.advantage if isinstance(self.advantage, np.ndarray) else None,
+            "old_logprobs": self.old_logprobs,
+            "reference_logprobs": self.reference_logprobs,
+        }
+        return {"mask": prompt + len(t.mask), "behaviour_logprobs": prompt + len(t.behaviour_logprobs)} | {
+            name: len(array) for name, array in given.items() if array is not None
+        }
+
 
 class TrainingSequence(Protocol):
     """What packing needs of a `Sample` or a `TrajectorySample`; shapes as there."""
@@ -341,6 +373,9 @@ class TrainingSequence(Protocol):
     def old_logprobs(self) -> np.ndarray | None: ...
     @property
     def reference_logprobs(self) -> np.ndarray | None: ...
+    @property
+    def loss_tokens(self) -> int: ...
+    def lengths(self) -> dict[str, int]: ...
     def __len__(self) -> int: ...
 
 

@@ -44,7 +44,7 @@ def packed(samples: Sequence[TrainingSequence], *, row_tokens: int, dp_size: int
         _check(index, sample)
     rows = _assign(lengths, row_tokens=row_tokens, dp_size=dp_size)
     rows.sort(key=lambda row: (-sum(lengths[i] for i in row), row))  # like sizes meet in one micro-batch
-    loss_tokens = [int(s.mask[1:].sum()) for s in samples]
+    loss_tokens = [s.loss_tokens for s in samples]
     group_tokens: Counter[int] = Counter()
     for sample, tokens in zip(samples, loss_tokens, strict=True):
         group_tokens[sample.group] += tokens
@@ -97,7 +97,7 @@ def unpack_row(value: np.ndarray, micro: MicroBatch, lengths: Sequence[int]) -> 
 
 def denominators(samples: Sequence[TrainingSequence]) -> tuple[int, int]:
     """(loss tokens, groups with a loss token) of a mini-batch, as `forward_backward` wants them."""
-    counts = [int(s.mask[1:].sum()) for s in samples]
+    counts = [s.loss_tokens for s in samples]
     return sum(counts), len({s.group for s, tokens in zip(samples, counts, strict=True) if tokens})
 
 
@@ -120,13 +120,12 @@ def padding_row(*, num_sequences: int = 0) -> MicroBatch:
 
 
 def _check(index: int, sample: TrainingSequence) -> None:
-    length = len(sample.ids)
+    length = len(sample)
     if length == 0:
         raise ValueError(f"sample {index} has no tokens: drop it before packing")
-    for name in ("mask", "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs"):
-        array = getattr(sample, name)
-        if isinstance(array, np.ndarray) and len(array) != length:
-            raise ValueError(f"sample {index}: {name} has length {len(array)}, its ids have {length}")
+    for name, found in sample.lengths().items():
+        if found != length:
+            raise ValueError(f"sample {index}: {name} has length {found}, its ids have {length}")
 
 
 def _assign(lengths: Sequence[int], *, row_tokens: int, dp_size: int) -> list[list[int]]:
@@ -183,35 +182,42 @@ def _row(
     if not samples:
         return padding_row(num_sequences=num_sequences)
     lengths = [len(s) for s in samples]
+    total = sum(lengths)
+    row = {
+        name: np.empty(total, dtype)
+        for name, dtype in (
+            ("input_ids", np.int64), ("position_ids", np.int64), ("labels", np.int64), ("loss_mask", bool),
+            ("advantages", np.float32), ("behaviour_logprobs", np.float32), ("old_logprobs", np.float32),
+            ("reference_logprobs", np.float32),
+        )
+    }  # fmt: skip
+    start = 0
+    for sample, length in zip(samples, lengths, strict=True):
+        stop = start + length
+        ids = sample.ids  # a `TrajectorySample` puts its arrays together each time
+        row["input_ids"][start:stop] = ids
+        row["position_ids"][start:stop] = np.arange(length)
+        for name, values, last in (
+            ("labels", ids, 0),
+            ("loss_mask", sample.mask, False),
+            ("advantages", sample.advantage, 0),
+            ("behaviour_logprobs", sample.behaviour_logprobs, 0),
+            ("old_logprobs", sample.old_logprobs, 0),
+            ("reference_logprobs", sample.reference_logprobs, 0),
+        ):
+            if isinstance(values, np.ndarray):  # one to the left: label alignment
+                row[name][start : stop - 1] = values[1:]
+                row[name][stop - 1] = last
+            else:  # Absent log-probs are NaN, so that a loss that needs them fails instead of training on zeros.
+                row[name][start:stop] = np.nan if values is None else values
+                if values is None:
+                    row[name][stop - 1] = last
+        start = stop
     return MicroBatch(
-        input_ids=np.concatenate([s.ids for s in samples]).astype(np.int64),
-        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        labels=_shifted([s.ids for s in samples], 0).astype(np.int64),
-        loss_mask=_shifted([s.mask for s in samples], False).astype(bool),
-        advantages=np.concatenate([_advantages(s) for s in samples]),
-        behaviour_logprobs=_shifted([_or_nan(s.behaviour_logprobs, len(s)) for s in samples], 0).astype(np.float32),
-        old_logprobs=_shifted([_or_nan(s.old_logprobs, len(s)) for s in samples], 0).astype(np.float32),
-        reference_logprobs=_shifted([_or_nan(s.reference_logprobs, len(s)) for s in samples], 0).astype(np.float32),
+        **row,
         segment_ids=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
         sample_index=tuple(index),
         sample_group=tuple(s.group for s in samples),
         group_loss_tokens=tuple(group_tokens[s.group] for s in samples),
         num_sequences=num_sequences,
     )
-
-
-def _advantages(sample: TrainingSequence) -> np.ndarray:
-    """[S] float32, aligned with the labels."""
-    if isinstance(sample.advantage, np.ndarray):
-        return _shifted([sample.advantage], 0).astype(np.float32)
-    return np.full(len(sample), sample.advantage, np.float32)
-
-
-def _shifted(arrays: Sequence[np.ndarray], fill: float | bool) -> np.ndarray:
-    """Each array one to the left with `fill` at its end: label alignment."""
-    return np.concatenate([np.append(a[1:], np.asarray(fill, dtype=a.dtype)) for a in arrays])
-
-
-def _or_nan(array: np.ndarray | None, length: int) -> np.ndarray:
-    """Absent log-probs are NaN, so that a loss that needs them fails instead of training on zeros."""
-    return np.full(length, np.nan, np.float32) if array is None else array

@@ -86,7 +86,9 @@ def write_trajectories_parquet(
     gaps = gaps or {}
     schema = _table([], step=step, gaps=gaps).schema
     # Token columns as they are: a dictionary of log-probs costs three times the time and a fifth more space.
-    with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=_REPEATED) as writer:
+    with pq.ParquetWriter(
+        partial, schema, compression="zstd", use_dictionary=_REPEATED, write_statistics=_REPEATED
+    ) as writer:
         for start in range(0, max(len(rows), 1), _ROW_GROUP):
             writer.write_table(_table(rows[start : start + _ROW_GROUP], step=step, gaps=gaps))
     partial.replace(path)
