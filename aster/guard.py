@@ -12,7 +12,8 @@ alarm remembers. Two things differ from the steps that were rolled back: the pro
 was, and the samples drawn. So it can leave a bad draw behind: an unlucky batch, a spike, a sandbox that was down. It
 cannot cure a cause that is still there (a reward that pays for not calling, a learning rate that is too high): the same
 slope leads down again, and after `max_rollbacks` the run ends. The steps between are lost, their prompts are not
-trained on, their files in rollout_data and trajectories are overwritten when their numbers come again.
+trained on, their files in rollout_data and trajectories are overwritten when their numbers come again. Their
+checkpoints and validations stay, with the ending `.rolled_back`, for whoever wants to look; nobody removes them.
 """
 
 from __future__ import annotations
