@@ -166,7 +166,8 @@ async def run(
             raise DataError(f"--against {rival.path} shares no problem with data.val_files: it is of other data")
     launch.require_model(first)
     weights = weights or files_hash([first.model.path])
-    decode = ChatRenderer.from_model_dir(first.model.path).decode
+    renderer = ChatRenderer.from_model_dir(first.model.path)
+    decode, markers = renderer.decode, renderer.markers
     results = []
     async with contextlib.AsyncExitStack() as stack:
         sampler = _Sampler(first, sandboxes, stack)
@@ -175,7 +176,7 @@ async def run(
             path = recipe.run.path
             if reuse and (groups := finished(path, rows, step=step, made_of=made_of)):
                 n = max(len(g.trajectories) for g in groups)
-                values = metrics.validation_metrics(groups, n=n, decode=decode)
+                values = metrics.validation_metrics(groups, n=n, decode=decode, markers=markers)
                 results.append(EvalResult(recipe, tuple(groups), values))
                 continue
             parts = Parts(path / "parts" / str(step), rows, made_of=made_of, resume=recipe.run.resume)
@@ -183,7 +184,7 @@ async def run(
                 began = time.monotonic()
                 groups = await _sample(recipe, rows, parts, sampler, step=step, rival=rival)
                 n = max(len(g.trajectories) for g in groups)
-                values = metrics.validation_metrics(groups, n=n, decode=decode)
+                values = metrics.validation_metrics(groups, n=n, decode=decode, markers=markers)
                 values["timing_s/testing"] = time.monotonic() - began
                 tracker.log(step, values)
             write_validation(path / "val_rollout_data", groups, step=step, decode=decode)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from aster import launch
-from aster.algo.regions import Markers
 from aster.checkpoints import DirectoryCheckpointer
 from aster.command import parse_recipe, print_resolved, run_verb
 from aster.config import Recipe
@@ -69,7 +68,7 @@ async def run(recipe: Recipe, sandboxes: SandboxFactory | None) -> None:
                     keep=recipe.run.keep_checkpoints,
                 ),
                 guard=CollapseGuard(recipe.collapse, tracker),
-                markers=Markers.of(lambda tag: rollouts.renderer.turn_ids(tag)[:-1]),
+                markers=rollouts.renderer.markers,
             ).run()
 
 

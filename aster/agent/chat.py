@@ -34,6 +34,7 @@ from aster.agent.grammar import (
     read_arguments,
 )
 from aster.agent.tokenization import ChatTemplate, ModelTokenizer, generation_stops
+from aster.algo.regions import Markers
 from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
@@ -128,6 +129,11 @@ class ChatRenderer:
                 grammar=grammar or self.grammar,
             )
         return self._others[key]
+
+    @property
+    def markers(self) -> Markers:
+        """How the tokenizer spells thoughts and calls, to tell their tokens apart."""
+        return Markers.of(self._tokenizer.encode_turn)
 
     # text to ids -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ ROWS = [row(i, source="aime" if i % 2 else "hmmt") for i in range(6)]
 
 
 class Renderer:
+    markers = None
+
     def decode(self, ids: np.ndarray, /, *, skip_special: bool = False) -> str:
         return " ".join(map(str, ids))
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from aster.agent.chat import CODE_INTERPRETER, ChatRenderer
 from aster.agent.tokenization import ChatTemplate, ModelTokenizer
-from aster.algo.regions import Markers, regions_of
+from aster.algo.regions import regions_of
 from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
@@ -372,9 +372,8 @@ def test_the_renderer_needs_neither_torch_nor_transformers(model_dir) -> None:
 
 
 def test_thought_code_and_the_opening_of_a_call_are_told_apart_by_the_renderers_own_ids(hybrid: ChatRenderer) -> None:
-    markers = Markers.of(lambda tag: hybrid.turn_ids(tag)[:-1])
     ids = hybrid.turn_ids('so 2*3</think>\n\n<tool_call>\n{"name": "code_interpreter"}\n</tool_call>')
-    found = regions_of(ids, np.ones(len(ids), bool), markers)
+    found = regions_of(ids, np.ones(len(ids), bool), hybrid.markers)
     assert hybrid.decode(ids[found["think"]]) == "so 2*3"
     assert hybrid.decode(ids[found["call_start"]]) == "<tool_call>"
     assert hybrid.decode(ids[found["code"]]) == '\n{"name": "code_interpreter"}\n'
