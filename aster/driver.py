@@ -281,6 +281,7 @@ class GrpoLoop:
                 raise
             log.warning("%s; version %d is published once more", error, self.step)
             report = await self.pool.publish(source, self.step)
+        self._leftovers.published(self.step)
         return {
             "timing_s/publish": time.monotonic() - began,
             "timing_s/validation_wait": waited,
@@ -332,8 +333,9 @@ class GrpoLoop:
             "asked_in": self._leftovers.state_dict(),
             "stale_groups": self.stale_groups,
         }
-        forget = partial(self._leftovers.forget, version=self.step)
-        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far(), then=forget)
+        self._leftovers.saving(self.step)
+        saved = partial(self._leftovers.saved, self.step)
+        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far(), then=saved)
         seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
         await self._recorder.put(partial(self._record.note, self.step, seconds))
 

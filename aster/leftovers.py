@@ -2,6 +2,9 @@
 
 A trajectory is known by the step that asked for its prompt, which also decides its seed. So a prompt that was in flight
 at the checkpoint is asked for as it was then, whatever step the resumed run is at.
+
+A run resumes with the weights of a checkpoint, so only turns of its version and of the k before it are of use. Kept are
+those of the newest checkpoint, of the one under way, and of the weights in use, which the next one may have.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class Leftovers:
         self._folder = recipe.run.path / FOLDER
         self._asked_in: dict[str, int] = {}  # row_id of a prompt in flight -> the step that asked for it
         self._past: dict[str, Past] = {}  # by uid; each is used once
+        self._saved: tuple[int, ...] = (0,)  # versions of the newest checkpoint, and of the one under way
 
     def take(self, row: PromptRow, step: int) -> tuple[int, dict[int, Past]]:
         """(the step to ask for `row` in, what there is of its samples), when step `step` wants it."""
@@ -49,24 +53,30 @@ class Leftovers:
 
     async def read(self, asked_in: Mapping[str, int], *, version: int) -> None:
         """What the journal holds that can be gone on with under weights `version`; `asked_in` is of the checkpoint."""
-        self._asked_in = dict(asked_in)
+        self._asked_in, self._saved = dict(asked_in), (version,)
         self._past = await asyncio.to_thread(
             read_journal,
             self._folder,
             config_hash=self._recipe.config_hash,
-            oldest=self._oldest(version),
+            oldest=version - self._recipe.rollout.max_staleness,
             newest=version,
         )
         if self._past:
             turns = sum(len(past.turns) for past in self._past.values())
             log.warning("%d trajectories go on from %d turns that were finished before", len(self._past), turns)
 
-    def forget(self, *, version: int) -> None:
-        """What a run that begins with a checkpoint of `version` has no use for."""
-        prune(self._folder, below=self._oldest(version))
+    def published(self, version: int) -> None:
+        """Forget what no checkpoint can need now that the engines have `version`."""
+        k = self._recipe.rollout.max_staleness
+        needed = {v for newest in (*self._saved, version) for v in range(newest - k, newest + 1)}
+        prune(self._folder, useless=lambda v: v < version and v not in needed)
+
+    def saving(self, version: int) -> None:
+        self._saved = (self._saved[0], version)
+
+    def saved(self, version: int) -> None:
+        """The checkpoint is complete: the ones before it are not resumed from."""
+        self._saved = (version,)
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _oldest(self, version: int) -> int:
-        return version - self._recipe.rollout.max_staleness

@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,10 @@ class TurnJournal:
         return self._file[1]
 
 
-def prune(folder: Path, *, below: int) -> None:
-    """Forget turns that began under a version older than `below`. Engines may be writing."""
+def prune(folder: Path, *, useless: Callable[[int], bool]) -> None:
+    """Forget the turns that began under a `useless(version)`. Engines may be writing."""
     for version, _, path in _files(folder):
-        if version < below:
+        if useless(version):
             path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from test_driver import loop, recipe
 from aster.checkpoints import DirectoryCheckpointer, read_state
 from aster.data.journal import TurnJournal
 from aster.errors import CircuitOpen
+from aster.leftovers import Leftovers
 from aster.types import Budget, Cause, FinishedTurn, Sampling, Task, TrajectoryGroup, Turn
 
 VAL = ["run.val_every=1", "run.val_before_train=true", "eval.samples=2"]
@@ -244,8 +245,22 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
     asked = {w.row.row_id: (w.step, sorted(w.past)) for w in again.submitted}
     assert [asked.pop(row_id) for row_id in in_flight] == [(1, [1]), (1, [0])], "version 2 is of a lost future"
     assert list(asked.values()) == [(2, [])] * len(asked)
-    names = [p.name.split(".")[0] for p in (r.run.path / "journal").iterdir()]
-    assert names == ["1"], "the checkpoint of step 2 has no use for version 0"
+
+
+async def test_the_journal_keeps_what_a_checkpoint_can_need_and_nothing_else(tmp_path):
+    """Checkpoints of versions 0 (the start) and 4, staleness 1, while the engines go from version to version."""
+    r = recipe(tmp_path, "rollout.max_staleness=1")
+    journal = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    leftovers, kept = Leftovers(r), []
+    for version in range(8):
+        leftovers.published(version)
+        journal.append(a_task("train", 1, "row", 0), "prompt", 0, a_turn(version=version))
+        if version == 4:
+            leftovers.saving(4)
+        if version == 6:
+            leftovers.saved(4)
+        kept.append(sorted(int(p.name.split(".")[0]) for p in (r.run.path / "journal").iterdir()))
+    assert kept == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 3, 4, 5], [0, 3, 4, 5, 6], [3, 4, 6, 7]]
 
 
 async def test_a_validation_that_was_cut_short_goes_on_from_its_turns(tmp_path):

@@ -217,6 +217,15 @@ async def test_half_a_turn_is_no_turn(hybrid, tmp_path) -> None:
     assert len(left_in(tmp_path).past.turns) == 1
 
 
+async def test_an_observation_without_room_ends_it_again(hybrid, tmp_path) -> None:
+    room = len(hybrid._tokenizer.encode_turn(call("1"))) + 1 + len(hybrid.observation_delta("<1>"))
+    task = a_task(replace(BUDGET, max_response_tokens=room))
+    whole, _, _ = await run(hybrid, [call("1")], tmp_path, task=task)
+    out, engine, _ = await run(hybrid, [], tmp_path, task=left_in(tmp_path, task))
+    assert (whole.cause, engine.asked) == (Cause.OBSERVATION_OVERFLOW, [])
+    same_tokens(out, whole)
+
+
 async def test_a_response_that_fills_its_budget_comes_back_cut(hybrid, tmp_path) -> None:
     task = a_task(replace(BUDGET, max_response_tokens=3))
     whole, _, _ = await run(hybrid, ["one two three four five"], tmp_path, task=task)

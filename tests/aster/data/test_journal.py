@@ -103,7 +103,7 @@ def test_pruning_deletes_what_no_checkpoint_needs_while_the_engine_goes_on(tmp_p
     journal = TurnJournal(tmp_path, engine="engine-1.2", config_hash="c")
     for number, version in enumerate((2, 3, 4)):
         journal.append(task(f"r/train/1/row/{number}"), "prompt", 0, turn(number, version))
-    prune(tmp_path, below=4)
+    prune(tmp_path, useless=lambda version: version < 4)
     journal.append(task("r/train/1/row/3"), "prompt", 0, turn(3, 4))
     found = read_journal(tmp_path, config_hash="c", oldest=0, newest=9)
     assert sorted(found) == ["r/train/1/row/2", "r/train/1/row/3"]
