@@ -23,7 +23,8 @@ CHROMIUM = next(
 )
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --force-color-profile=srgb"
+    "--disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage "
+    "--hide-scrollbars --force-color-profile=srgb"
 )
 
 
