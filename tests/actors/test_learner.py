@@ -326,3 +326,19 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(model_dir):
 def test_a_step_without_gradients_is_refused(model_dir):
     with learner_on(model_dir, recipe()) as learner, pytest.raises(AsterError, match="without forward_backward"):
         learner.optim_step()
+
+
+def test_a_learner_that_rests_between_two_steps_trains_on_as_if_it_had_not(model_dir):
+    """On CPU nothing moves; tests/gpu has the twin that measures the memory."""
+    samples = some_samples()
+    ended = []
+    for rests in (False, True):
+        with learner_on(model_dir, recipe()) as learner:
+            train(learner, samples)
+            if rests:
+                learner.rest(optimizer_only=True)
+                learner.rest()
+                learner.rise()
+            train(learner, samples)
+            ended.append(weights(learner))
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
