@@ -6,8 +6,9 @@
 and trajectories on disk) at each size, in a process of its own. Engines and learners are fakes that answer at once; the
 CPU time of making their answers is taken with a thread clock and subtracted. A trajectory comes home pickled, as from
 another process, and reading it counts (what Ray itself takes for a call does not). It has 4 turns, 3 calls and 2,000
-tokens. Its tokens are what its record must carry: ids, mask, log-probs and versions, 13 bytes each; all that is
-resident beyond them at the fullest moment of the step counts, old log-probs and packed rows included.
+tokens. Its tokens are what training needs of each token, once: ids, mask, log-probs and versions (13 bytes, the record itself)
+and the old log-probs of the proximal pass (4). All that is resident beyond them at the fullest moment of the step
+counts: objects, texts, packed rows, copies, and what the allocator does not give back.
 
 Both figures are slopes of a line through the sizes, so that what a process needs once is in neither. Texts are decoded
 by a table, because a tokenizer's time is per token; `--verifier` asks math-verify's processes too, whose own CPU time
@@ -56,7 +57,8 @@ from aster.types import (
 SIZES = (1024, 8192, 131_072)
 GROUP = 8
 PROMPT_TOKENS, RESPONSE_TOKENS, TURNS, OBSERVATION_TOKENS = 120, 1880, 4, 60
-TOKEN_BYTES = 4 * PROMPT_TOKENS + 13 * RESPONSE_TOKENS
+TOKEN_BYTES = 4 * PROMPT_TOKENS + 13 * RESPONSE_TOKENS  # the record
+OLD_BYTES = 4 * (PROMPT_TOKENS + RESPONSE_TOKENS)  # what the proximal pass adds
 CPU_S_AT_MOST, BYTES_AT_MOST = 1e-3, 20e3
 _CODE = "total = 0\nfor k in range(1, {n}):\n    if k % 7 == {sample}:\n        total += k * k\nprint(total)"
 
@@ -236,8 +238,8 @@ def one_step(size: int, folder: Path, *, verifier: bool) -> dict[str, Any]:
         "cpu_s": cpu,
         "parts_s": parts | {"metrics_and_files": cpu - sum(parts.values())},
         "fakes_s": clock.seconds,
-        "tokens_bytes": prompts * GROUP * TOKEN_BYTES,
-        "beyond_bytes": resident("VmHWM") - before - prompts * GROUP * TOKEN_BYTES,
+        "tokens_bytes": prompts * GROUP * (TOKEN_BYTES + OLD_BYTES),
+        "beyond_bytes": resident("VmHWM") - before - prompts * GROUP * (TOKEN_BYTES + OLD_BYTES),
     }
 
 

@@ -45,7 +45,7 @@ def test_a_fake_trajectory_has_the_tokens_turns_and_calls_that_the_target_speaks
 def test_a_small_step_of_the_real_driver_and_pool_is_measured(tmp_path: Path) -> None:
     step = bench_control.one_step(32, tmp_path, verifier=False)
     assert step["trajectories"] == 32
-    assert step["tokens_bytes"] == 32 * bench_control.TOKEN_BYTES
+    assert step["tokens_bytes"] == 32 * (bench_control.TOKEN_BYTES + 4 * 2000)
     assert step["cpu_s"] > 0
     assert step["fakes_s"] > 0
     assert {"sample", "learn", "metrics_and_files"} == step["parts_s"].keys()
