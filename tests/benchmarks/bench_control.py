@@ -6,7 +6,7 @@
 and trajectories on disk) at each size, in a process of its own. Engines and learners are fakes that answer at once; the
 CPU time of making their answers is taken with a thread clock and subtracted. A trajectory comes home pickled, as from
 another process, and reading it counts (what Ray itself takes for a call does not). It has 4 turns, 3 calls and 2,000
-tokens. Its tokens are what training needs of each token, once: ids, mask, log-probs and versions (13 bytes, the record itself)
+tokens. Its tokens are what training needs of each token, once: ids, mask, log-probs and versions (13 bytes, its record)
 and the old log-probs of the proximal pass (4). All that is resident beyond them at the fullest moment of the step
 counts: objects, texts, packed rows, copies, and what the allocator does not give back.
 
