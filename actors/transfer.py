@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.ipc import IpcGroup
-from actors.wire import Bucket, Wire, WireGroup, address_towards, digest, join_store, plan_buckets, sealed_digest, view
+from actors.wire import Bucket, Wire, WireGroup, address_towards, damaged, join_store, plan_buckets, view
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
@@ -69,6 +69,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _group: Wire | None = None
     _bucket_bytes = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unfilled: set[str] = set()  # parameters that no tensor of this round has reached yet
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
         self._bucket_bytes = init_info.bucket_bytes
@@ -93,6 +97,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         )
 
     def start_weight_update(self) -> None:
+        self._unfilled = {name for name, _ in self.model.named_parameters()}  # a tied one once
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -102,7 +107,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Receive every bucket, check it, load it. Raises `WeightSyncError` naming the bucket and its tensors.
+        """Receive every bucket, check it, load it. Raises `WeightSyncError` naming the tensors that are damaged, that
+        the model refuses, or that it has and nobody sent.
 
         After a bad bucket the rest is received but not loaded: leaving early would block the peers until their
         timeout. The model is then part old, part new, and must not serve until a later round succeeds.
@@ -119,6 +125,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except BaseException:
             self._end_reload()
             raise
+        if error is None and self._unfilled:
+            error = WeightSyncError(f"no tensor that the learner sent fills {', '.join(sorted(self._unfilled))}")
         if error is not None:
             self._end_reload()
             raise error
@@ -138,12 +146,14 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             current = following
 
     def _load(self, bucket: Bucket, buffer: torch.Tensor) -> Exception | None:
-        sent, got = sealed_digest(buffer), digest(buffer)
-        if sent != got:
-            return WeightSyncError(f"{bucket.label}: checksum {got} does not match the sender's {sent}; not loaded")
+        if names := damaged(buffer, bucket):
+            return WeightSyncError(
+                f"bucket {bucket.index}: {', '.join(names)} arrived with another checksum than was sent; not loaded"
+            )
         try:
             model: Any = self.model  # the loader is a method that vLLM's models have, not nn.Module
-            model.load_weights([(slot.meta.name, view(buffer, slot)) for slot in bucket.slots])
+            filled = model.load_weights([(slot.meta.name, view(buffer, slot)) for slot in bucket.slots])
+            self._unfilled = set() if filled is None else self._unfilled - filled  # None: this model does not say
         except Exception as error:  # any refusal of the loader ends the round, after the peers were served
             log.exception("loading %s failed", bucket.label)
             return WeightSyncError(f"{bucket.label}: the model refused the weights: {type(error).__name__}: {error}")

@@ -26,12 +26,11 @@ from actors.wire import (
     Pending,
     Wire,
     WireGroup,
-    blank,
     dtype_of,
+    fingerprint,
     join_store,
     plan_buckets,
     seal,
-    sealed_digest,
     serve_store,
     view,
 )
@@ -110,7 +109,7 @@ class WeightSender:
         )
 
     def send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
-        """One pass over the weights. Rank 0 returns the checksum of every bucket (none with `vllm_nccl`), others [].
+        """One pass over the weights. Rank 0 returns a fingerprint of every bucket (none with `vllm_nccl`), others [].
 
         `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped, so that the
         receivers fail now rather than at their timeout.
@@ -155,10 +154,9 @@ class WeightSender:
         pairs = self.checked()
         for bucket in plan_buckets(self.metadata, bucket_bytes=bucket_bytes):
             buffer = self._group.empty(bucket.size)
-            blank(buffer, bucket)
             for slot in bucket.slots:
                 view(buffer, slot).copy_(next(pairs)[1])
-            seal(buffer)
+            seal(buffer, bucket)
             yield bucket, buffer
         for name, _ in pairs:
             raise WeightSyncError(f"the learner has tensor {name!r} that its metadata does not announce")
@@ -170,7 +168,7 @@ class WeightSender:
         with self._closing():
             for bucket, held in buckets:
                 buffer = held.to(self._group.device)
-                digests.append(sealed_digest(buffer))
+                digests.append(fingerprint(buffer, bucket))
                 posted = self._post(bucket, buffer)
                 if copy is not None:
                     copy.buckets.append((bucket, buffer.cpu()))  # over gloo it is the buffer itself

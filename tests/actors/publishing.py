@@ -91,14 +91,18 @@ class ToyLearner:
         self.model = build_model().to(device)
         self.shift = 0.0
         self._dtype = dtype
+        self._forgotten = ""
         self._sender = FaultySender(tensors=self._tensors, metadata=self.weight_metadata(), rank=0, device=device)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.model.named_parameters():  # a tied tensor is named once
+        for name, parameter in self._named():
             yield name, parameter.detach()
 
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if n != self._forgotten]  # a tied tensor is named once
+
     def weight_metadata(self) -> list[TensorMeta]:
-        return [TensorMeta(n, self._dtype, tuple(p.shape)) for n, p in self.model.named_parameters()]
+        return [TensorMeta(n, self._dtype, tuple(p.shape)) for n, p in self._named()]
 
     def weight_address(self) -> tuple[str, int]:
         return self._sender.address()
@@ -127,6 +131,11 @@ class ToyLearner:
 
     def damage_bucket(self, index: int) -> None:
         self._sender.damaged = index
+
+    def forget(self, name: str) -> None:
+        """From here on the learner does not know that it has this tensor."""
+        self._forgotten = name
+        self._sender.metadata = self.weight_metadata()
 
     def die_at_bucket(self, index: int) -> None:
         self._sender.deadly = index

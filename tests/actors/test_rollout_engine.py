@@ -272,8 +272,9 @@ async def test_a_damaged_bucket_is_named_and_rolled_back_before_a_token_is_sampl
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
     await asyncio.sleep(0.3)
     ray.get(world.learner.damage_bucket.remote(2), timeout=30)
+    tensor = r"model\.layers\.\d\.[a-z_.]+\.weight"
     message = (
-        rf"engine-\d: .*bucket 2 \(model\.layers\.\S+ \.\. \S+\): checksum .*; the engines serve version {good} again"
+        rf"engine-\d: .*bucket 2: {tensor} arrived with another checksum .*; the engines serve version {good} again"
     )
     with pytest.raises(WeightSyncError, match=message) as error:
         await sync.publish(world.source, world.train())
@@ -310,6 +311,17 @@ async def test_engines_that_have_nothing_to_go_back_to_stay_shut_until_a_good_pu
     np.testing.assert_allclose(
         await engine_log_probs(world.engines[1]), publishing.log_probs(world.model, PROMPT), atol=1e-4
     )
+
+
+async def test_a_tensor_that_the_learner_forgot_is_named(world: World) -> None:
+    ray.get(world.learner.forget.remote("model.layers.1.input_layernorm.weight"), timeout=30)
+    forgetful = RayWeightSource(world.source.ranks, timeout_s=60)
+    with pytest.raises(
+        WeightSyncError, match=r"no tensor that the learner sent fills model\.layers\.1\.input_layernorm"
+    ):
+        await world.sync().publish(forgetful, world.train())
+    ray.get(world.learner.forget.remote(""), timeout=30)
+    await world.publish()
 
 
 async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: World) -> None:

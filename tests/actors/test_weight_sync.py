@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from actors import weight_sync
 from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
-from actors.wire import WireGroup, digest, join_store, plan_buckets, seal, sealed_digest, view
+from actors.wire import Bucket, WireGroup, damaged, fingerprint, join_store, plan_buckets, seal, view
 from aster.errors import EngineLost, GangFailure, WeightSyncError
 from aster.types import MicroBatch, TensorMeta, TokenScores
 
@@ -59,7 +59,7 @@ def test_every_tensor_travels_once_in_order_aligned_and_within_the_limit(shapes:
             assert slot.start >= end
             assert slot.start % 16 == 0
             end = slot.start + slot.size
-        assert end + 8 <= bucket.size
+        assert end <= bucket.seal == bucket.size - 8 * len(bucket.slots)
         assert bucket.size % 8 == 0
         assert bucket.size <= limit + 24 or len(bucket.slots) == 1
 
@@ -72,35 +72,56 @@ def test_a_dtype_that_torch_lacks_is_refused_by_name() -> None:
 # the seal ------------------------------------------------------------------------------------------------------------
 
 
+def words_of(*counts: int) -> Bucket:
+    """One bucket of tensors `t0`, `t1`, ... of so many words of 8 bytes."""
+    (bucket,) = plan_buckets([TensorMeta(f"t{i}", "int64", (n,)) for i, n in enumerate(counts)], bucket_bytes=1 << 40)
+    return bucket
+
+
 def test_the_checksum_of_two_words_is_what_one_gets_by_hand() -> None:
-    buffer = torch.zeros(24, dtype=torch.uint8)
-    buffer[:16].view(torch.int64).copy_(torch.tensor([10, 7]))
-    seal(buffer)
-    assert sealed_digest(buffer) == digest(buffer) == f"{10 * 1 + 7 * 3:016x}"
+    bucket = words_of(2, 2)
+    buffer = torch.zeros(bucket.size, dtype=torch.uint8)
+    buffer[:32].view(torch.int64).copy_(torch.tensor([10, 7, 0, 4]))
+    seal(buffer, bucket)
+    assert buffer[bucket.seal :].view(torch.int64).tolist() == [10 * 1 + 7 * 3, 0 * 1 + 4 * 3]
+    assert fingerprint(buffer, bucket) == f"{31 * 1 + 12 * 3:016x}"
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5000), st.data())
-def test_no_flipped_bit_and_no_two_swapped_words_go_unseen(words: int, data: st.DataObject) -> None:
-    buffer = torch.randint(0, 256, (8 * words + 8,), dtype=torch.uint8)
-    seal(buffer)
-    damaged = buffer.clone()
-    damaged[data.draw(st.integers(0, 8 * words - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    assert digest(damaged) != sealed_digest(buffer)
-    a, b = (data.draw(st.integers(0, words - 1)) for _ in range(2))
-    swapped = buffer.clone()
-    swapped.view(torch.int64)[[a, b]] = buffer.view(torch.int64)[[b, a]]
-    same = bool(buffer.view(torch.int64)[a] == buffer.view(torch.int64)[b])
-    assert (digest(swapped) == sealed_digest(buffer)) == same
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=4), st.data())
+def test_no_flipped_bit_and_no_two_swapped_words_go_unseen_and_their_tensor_is_named(
+    counts: list[int], data: st.DataObject
+) -> None:
+    bucket = words_of(*counts)
+    sealed = torch.randint(0, 256, (bucket.size,), dtype=torch.uint8)
+    seal(sealed, bucket)
+    assert damaged(sealed, bucket) == []
+    slot = data.draw(st.sampled_from(bucket.slots))
+    flipped = sealed.clone()
+    flipped[slot.start + data.draw(st.integers(0, slot.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert damaged(flipped, bucket) == [slot.meta.name]
+    a, b = (slot.start // 8 + data.draw(st.integers(0, slot.size // 8 - 1)) for _ in range(2))
+    swapped, before = sealed.clone(), sealed.view(torch.int64)
+    swapped.view(torch.int64)[[a, b]] = before[[b, a]]
+    assert damaged(swapped, bucket) == ([] if before[a] == before[b] else [slot.meta.name])
 
 
 def test_words_swapped_across_chunks_are_seen() -> None:
-    buffer = torch.zeros(8 * (3 << 18) + 8, dtype=torch.uint8)  # three chunks
+    bucket = words_of(3 << 18)  # three chunks
+    buffer = torch.zeros(bucket.size, dtype=torch.uint8)
     words = buffer.view(torch.int64)
     words[5], words[(1 << 18) + 5] = 1, 2
-    seal(buffer)
+    seal(buffer, bucket)
     words[5], words[(1 << 18) + 5] = 2, 1
-    assert digest(buffer) != sealed_digest(buffer)
+    assert damaged(buffer, bucket) == ["t0"]
+
+
+def test_a_damaged_checksum_names_its_own_tensor() -> None:
+    bucket = words_of(4, 4, 4)
+    buffer = torch.zeros(bucket.size, dtype=torch.uint8)
+    seal(buffer, bucket)
+    buffer[bucket.seal + 8] ^= 1
+    assert damaged(buffer, bucket) == ["t1"]
 
 
 # sender and receivers over gloo --------------------------------------------------------------------------------------
@@ -125,7 +146,7 @@ def receive(
         for bucket in plan_buckets(metas(dtype), bucket_bytes=500):
             buffer = group.empty(bucket.size)
             group.broadcast(buffer).wait()
-            assert digest(buffer) == sealed_digest(buffer)
+            assert damaged(buffer, bucket) == []
             out |= {slot.meta.name: view(buffer, slot) for slot in bucket.slots}
     finally:
         group.close()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from actors.wire import WireGroup, digest, seal, sealed_digest, serve_store
+from actors.wire import Bucket, WireGroup, damaged, plan_buckets, seal, serve_store
+from aster.types import TensorMeta
 
 BUCKET = 256 << 20  # bytes
 _WAIT_S = 120.0
@@ -26,15 +27,14 @@ def wire_seconds(total: int, *, device: torch.device) -> float:
         ip="127.0.0.1",
     )
     try:
-        bucket_bytes = min(BUCKET, total)
-        buffer = group.empty(bucket_bytes)
+        bucket = _bucket(min(BUCKET, total))
+        buffer = group.empty(bucket.size)
         buffer.fill_(7)
         _wait(device)
         began = time.perf_counter()
-        for _ in range(-(-total // bucket_bytes)):
-            seal(buffer)
-            received = group.broadcast(buffer).wait()
-            _check(received)
+        for _ in range(-(-total // bucket.size)):
+            seal(buffer, bucket)
+            _check(group.broadcast(buffer).wait(), bucket)
         _wait(device)
         return time.perf_counter() - began
     finally:
@@ -49,14 +49,14 @@ def ipc_seconds(total: int, *, rounds: int) -> list[float]:
     process.start()
     try:
         _answer(here)  # it has its context
-        bucket_bytes = min(BUCKET, total)
-        buffer = torch.full((bucket_bytes,), 7, dtype=torch.uint8, device="cuda")
+        bucket = _bucket(min(BUCKET, total))
+        buffer = torch.full((bucket.size,), 7, dtype=torch.uint8, device="cuda")
         seconds = []
         for number in range(rounds + 1):
             torch.cuda.synchronize()
             began = time.perf_counter()
-            for _ in range(-(-total // bucket_bytes)):
-                seal(buffer)
+            for _ in range(-(-total // bucket.size)):
+                seal(buffer, bucket)
                 torch.cuda.synchronize()
                 here.send(mp.reductions.reduce_tensor(buffer))
                 _answer(here)
@@ -80,7 +80,7 @@ def _receive(pipe: Any) -> None:
         target.copy_(source)
         del source  # the sender writes into it next
         torch.cuda.synchronize()
-        pipe.send("" if digest(target) == sealed_digest(target) else "a bucket arrived damaged")
+        pipe.send("a bucket arrived damaged" if damaged(target, _bucket(len(target))) else "")
 
 
 def _answer(pipe: Any) -> None:
@@ -90,8 +90,14 @@ def _answer(pipe: Any) -> None:
         raise AssertionError(problem)
 
 
-def _check(buffer: torch.Tensor) -> None:
-    if digest(buffer) != sealed_digest(buffer):
+def _bucket(size: int) -> Bucket:
+    """One tensor that with its checksum fills `size` bytes, a multiple of 8."""
+    (bucket,) = plan_buckets([TensorMeta("bytes", "uint8", (size - 8,))], bucket_bytes=size)
+    return bucket
+
+
+def _check(buffer: torch.Tensor, bucket: Bucket) -> None:
+    if damaged(buffer, bucket):
         raise AssertionError("a bucket arrived damaged")
 
 

@@ -24,9 +24,9 @@ import ray
 
 from actors.rollout import RayEngine, spawn_engines
 from actors.weight_sync import RayWeightSource, WeightSync
-from actors.wire import WireGroup, digest, seal, sealed_digest, serve_store
+from actors.wire import WireGroup, damaged, fingerprint, plan_buckets, seal, serve_store
 from aster.errors import WeightSyncError
-from aster.types import Sampling
+from aster.types import Sampling, TensorMeta
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,12 +39,14 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL refuse
 
 
 def test_the_checksum_is_the_same_on_both_devices() -> None:
-    buffer = torch.randint(0, 256, (8 * ((1 << 18) + 777) + 8,), dtype=torch.uint8)
-    seal(buffer)
+    (bucket,) = plan_buckets([TensorMeta("a", "int64", ((1 << 18) + 777,))], bucket_bytes=1 << 30)
+    buffer = torch.randint(0, 256, (bucket.size,), dtype=torch.uint8)
+    seal(buffer, bucket)
     on_gpu = buffer.cuda()
-    assert digest(on_gpu) == digest(buffer) == sealed_digest(on_gpu)
+    assert damaged(on_gpu, bucket) == []
+    assert fingerprint(on_gpu, bucket) == fingerprint(buffer, bucket)
     on_gpu[4001] ^= 1
-    assert digest(on_gpu) != sealed_digest(on_gpu)
+    assert damaged(on_gpu, bucket) == ["a"]
 
 
 def test_an_nccl_group_of_one_broadcasts_and_closes() -> None:
@@ -58,11 +60,11 @@ def test_an_nccl_group_of_one_broadcasts_and_closes() -> None:
         device=torch.device("cuda", 0),
         ip="127.0.0.1",
     )
-    buffer = group.empty(1 << 20).zero_()
+    (bucket,) = plan_buckets([TensorMeta("a", "uint8", (1 << 20,))], bucket_bytes=1 << 30)
+    buffer = group.empty(bucket.size).zero_()
     buffer[:1000] = 7
-    seal(buffer)
-    received = group.broadcast(buffer).wait()
-    assert digest(received) == sealed_digest(received)
+    seal(buffer, bucket)
+    assert damaged(group.broadcast(buffer).wait(), bucket) == []
     group.close()
 
 
