@@ -41,7 +41,7 @@ __all__ = ["RayWeightSource", "WeightSender", "WeightSync"]
 
 log = logging.getLogger("aster")
 
-_CANARY_TOKENS = 32
+_CANARY_TOKENS = 16  # both sides compute them while nothing else runs; one wrong tensor moves them all
 _EXACT_NATS = 1e-4  # fp32 on both sides: 4e-5 was the largest difference in 768 tokens of a 135M model
 _EXACT_RELATIVE = 1e-5  # of the log-prob itself, for ids that the model finds absurd
 _MEAN_NATS = 0.2  # bf16 on either side: 0.03 to 0.04 on average, so this is five times the noise

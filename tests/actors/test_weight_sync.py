@@ -559,7 +559,7 @@ async def test_the_stock_engine_is_told_the_same_ranks_in_vllm_s_words(events: l
 async def test_a_canary_that_disagrees_rejects_on_every_engine_and_accepts_on_none(events: list[str]) -> None:
     engines = engines_of(events, 1, 1)
     engines[1].canary = -1.5
-    with pytest.raises(WeightSyncError, match=r"version 9 does not verify on e1: canary token 1 of 31 .* -1\.5 there"):
+    with pytest.raises(WeightSyncError, match=r"version 9 does not verify on e1: canary token 1 of 15 .* -1\.5 there"):
         await WeightSync(engines, timeout_s=5).publish(source_of(events), 9)
     assert events.count("e0 weight_reject") == events.count("e1 weight_reject") == 1
     assert not [event for event in events if "accept" in event]
