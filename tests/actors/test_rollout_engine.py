@@ -331,7 +331,7 @@ async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: Wor
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=900))
     await asyncio.sleep(0.3)
     ray.get(world.learner.disagree.remote(0.01), timeout=30)
-    with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 31") as error:
+    with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 15") as error:
         await sync.publish(world.source, world.train())
     assert error.value.restored == good
     with pytest.raises(EngineLost, match="did not verify"):
