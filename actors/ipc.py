@@ -5,8 +5,8 @@ fills a bucket on its device and puts a handle of that memory into the store, un
 worker on that device opens it, copies the bytes into memory of its own, closes it and says so. Only then may the sender
 forget the bucket. NCCL could not do this: it refuses two ranks on one device.
 
-    sender     broadcast(buffer): store["3/GPU-a"] = handle            wait(): until store["3/GPU-a/0"] .. are set
-    receiver   broadcast(buffer): remembers it                         wait(): open store["3/GPU-a"], copy, set ".../0"
+    sender     send(buffer): store["3/GPU-a"] = handle     wait(): until store["3/GPU-a/0"] .. are set
+    receiver   receive(size): makes room                   wait(): open store["3/GPU-a"], copy, set ".../0"
 
 Handles of CUDA memory are CUDA IPC's and have not been run on a GPU; those of host memory (POSIX shared memory) serve
 the tests of this file.
@@ -122,7 +122,7 @@ class IpcGroup:
         self._timeout = timedelta(seconds=timeout_s)
         self._lender = lender or CudaLender(device)
         self._sends = rank < senders
-        self._lent: dict[int, Any] = {}
+        self._lent: dict[int, tuple[torch.Tensor, Any]] = {}
         self._empty: dict[int, torch.Tensor] = {}  # to be filled
         self._started = 0
         place = self._lender.place
@@ -134,30 +134,37 @@ class IpcGroup:
         if not self._sends and not self._store.add(f"lenders/{place}", 0):
             raise RuntimeError(f"no learner rank runs on device {place}, where this engine does")
 
-    def broadcast(self, buffer: torch.Tensor) -> Pending:
-        """Lend `buffer` (sender), or have it filled (receiver; uint8 of the same size), in order of the calls."""
+    def send(self, buffer: torch.Tensor) -> Pending:
+        """Lend `buffer`, in order of the calls."""
         assert self._store is not None
+        assert self._sends
         self._started += 1
-        if self._sends:
-            handle, held = self._lender.lend(buffer)
-            self._lent[self._started] = held
-            self._store.set(self._key(self._started), handle.hex())
-        else:
-            self._empty[self._started] = buffer
-        return Pending(self, self._started, buffer)
+        handle, held = self._lender.lend(buffer)
+        self._lent[self._started] = buffer, held
+        self._store.set(self._key(self._started), handle.hex())
+        return Pending(self, self._started)
 
-    def wait(self, ticket: int) -> None:
+    def receive(self, size: int) -> Pending:
+        """What the learner on this device lends next, `size` bytes, will be copied into memory of our own."""
+        assert not self._sends
+        self._started += 1
+        self._empty[self._started] = self.empty(size)
+        return Pending(self, self._started)
+
+    def wait(self, ticket: int) -> torch.Tensor:
         """Until everybody on this device has copied that bucket; RuntimeError when a peer is late or gone."""
         assert self._store is not None
         key = self._key(ticket)
         if self._sends:
             self._store.wait([f"{key}/{seat}" for seat in range(self._borrowers)], self._timeout)
-            del self._lent[ticket]
-            return
+            buffer: torch.Tensor = self._lent.pop(ticket)[0]
+            return buffer
         self._store.wait([key], self._timeout)
+        buffer = self._empty.pop(ticket)
         with self._lender.borrow(bytes.fromhex(self._store.get(key).decode())) as lent:
-            self._empty.pop(ticket).copy_(lent)
+            buffer.copy_(lent)
         self._store.set(f"{key}/{self._seat}", "1")
+        return buffer
 
     def empty(self, size: int) -> torch.Tensor:
         """uint8 [size] on the device, contents undefined."""

@@ -135,10 +135,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _received(group: Wire, buckets: list[Bucket]) -> Iterator[tuple[Bucket, torch.Tensor]]:
         """Each bucket with its bytes, while the next one is already being received.
 
-        A fresh buffer each: vLLM keeps views of the tensors of a fused layer until the layer is complete.
+        Each in memory of its own: vLLM keeps views of the tensors of a fused layer until the layer is complete.
         """
 
-        posted = ((bucket, group.broadcast(group.empty(bucket.size))) for bucket in buckets)
+        posted = ((bucket, group.receive(bucket.size)) for bucket in buckets)
         current = next(posted, None)
         while current is not None:
             following = next(posted, None)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from actors.ipc import IpcGroup
+from actors.near import Memory
 from actors.wire import (
     Bucket,
     Pending,
@@ -68,6 +69,8 @@ class WeightSender:
         self._store: dist.TCPStore | None = None
         self._group: Wire | None = None
         self._stock: Any = None
+        self._memory = Memory()  # where buckets lie that engines of this machine read in place
+        self._used: list[torch.Tensor] = []  # of it: sent and not kept, free when the next publication begins
         self._sent: _Copy | None = None  # what `send` sent last
         self._kept: _Copy | None = None  # what `keep` said is good
 
@@ -106,6 +109,7 @@ class WeightSender:
             timeout_s=timeout_s,
             device=self._device,
             ip=host,
+            memory=self._memory,
         )
 
     def send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
@@ -114,7 +118,7 @@ class WeightSender:
         `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped, so that the
         receivers fail now rather than at their timeout.
         """
-        self._sent = None
+        self._free()
         if self._rank != 0 and self._group is None:
             for _ in self._tensors():
                 pass
@@ -130,7 +134,15 @@ class WeightSender:
 
     def keep(self) -> None:
         """What was sent last verified: from here on `resend` sends it, and the copy before it is dropped."""
-        self._sent, self._kept = None, self._sent
+        dropped, self._kept, self._sent = self._kept, self._sent, None
+        self._used = [buffer for _, buffer in dropped.buckets if buffer in self._memory] if dropped else []
+
+    def _free(self) -> None:
+        """A publication begins: no engine reads what earlier ones sent any more, but for the kept copy."""
+        self._sent = None
+        for buffer in self._used:
+            self._memory.give(buffer)
+        self._used = []
 
     def resend(self, *, bucket_bytes: int) -> list[str]:
         """Rank 0: the kept buckets once more, under their old checksums. Other ranks: nothing.
@@ -139,7 +151,7 @@ class WeightSender:
         """
         if self._rank != 0:
             return []
-        self._sent = None
+        self._free()
         if self._kept is None:
             raise WeightSyncError("the learner holds no published weights to send again")
         if self._kept.bucket_bytes != bucket_bytes:
@@ -154,6 +166,8 @@ class WeightSender:
         pairs = self.checked()
         for bucket in plan_buckets(self.metadata, bucket_bytes=bucket_bytes):
             buffer = self._group.empty(bucket.size)
+            if buffer in self._memory:
+                self._used.append(buffer)
             for slot in bucket.slots:
                 view(buffer, slot).copy_(next(pairs)[1])
             seal(buffer, bucket)
@@ -189,7 +203,7 @@ class WeightSender:
 
     def _post(self, bucket: Bucket, buffer: torch.Tensor) -> Pending:
         assert self._group is not None
-        return self._group.broadcast(buffer)
+        return self._group.send(buffer)
 
     def checked(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors, each compared with what was announced: a disagreement would cut the stream differently on the

@@ -6,7 +6,8 @@ gloo and NCCL. Both ends derive the same plan from the same metadata; nothing bu
     bucket = | tensor | pad | tensor | pad | ... | a checksum of 8 bytes for each tensor |     one broadcast each
 
 The group is a process group of its own over a `TCPStore` of its own: no global state, so it lives beside the learner's
-FSDP group and vLLM's tensor-parallel group, and can be torn down and rebuilt when a peer died.
+FSDP group and vLLM's tensor-parallel group, and can be torn down and rebuilt when a peer died. Without NCCL the ranks
+on rank 0's own machine read its memory (`near.py`), and gloo serves the others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from actors.near import Memory, NearReceiver, NearSender
 from aster.types import TensorMeta
 
 _ALIGN = 16  # bytes; a view of any dtype must start at a multiple of its item size, and NCCL likes 16
@@ -174,36 +176,81 @@ class WireGroup:
         timeout_s: float,
         device: torch.device,
         ip: str,
+        memory: Memory | None = None,
     ) -> None:
         """Blocks until all `world_size` ranks are here. `ip` is this machine's address towards the others.
 
-        Raises RuntimeError (torch's own, naming the missing ranks) after `timeout_s`.
+        `memory`: of rank 0 over gloo, so that ranks on its machine can read it in place. Raises RuntimeError after
+        `timeout_s`.
         """
         self.device = torch.device("cpu") if backend == "gloo" else device
-        self._store: dist.Store | None = store  # the group only borrows it
+        self._store: dist.Store | None = dist.PrefixStore("aster/weights", store)  # the group only borrows it
+        self._memory = memory if backend == "gloo" else None
+        self._buffers: dict[int, torch.Tensor] = {}
         self._works: dict[int, dist.Work] = {}
         self._started = 0
-        self._pg: Any = _process_group(
-            backend, dist.PrefixStore("aster/weights", store), rank, world_size, timedelta(seconds=timeout_s), ip
-        )
+        timeout = timedelta(seconds=timeout_s)
+        self._near: NearSender | NearReceiver | None = None
+        far = self._far(rank, world_size, timeout) if backend == "gloo" else list(range(1, world_size))
+        self._pg: Any = None
+        if not isinstance(self._near, NearReceiver) and (far or self._near is None):
+            self._pg = process_group(backend, self._store, ([0, *far]).index(rank), 1 + len(far), timeout, ip)
 
-    def broadcast(self, buffer: torch.Tensor) -> Pending:
-        """Starts the broadcast of rank 0's `buffer` (uint8, equal size on all ranks), in order of the calls."""
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        options.rootTensor = 0
+    def _far(self, rank: int, world_size: int, timeout: timedelta) -> list[int]:
+        """Ranks that gloo must serve, because they are not on rank 0's machine; the others are connected here."""
+        assert self._store is not None
+        others = range(1, world_size)
+        if rank == 0:
+            self._near = NearSender() if self._memory is not None else None
+            self._store.set("near", self._near.name if self._near else "")
+        else:
+            self._store.wait(["near"], timeout)
+            name = self._store.get("near").decode()
+            self._near = NearReceiver.connect(name, rank, timeout_s=timeout.total_seconds()) if name else None
+            self._store.set(f"near/{rank}", "yes" if self._near else "no")
+        if others:
+            self._store.wait([f"near/{other}" for other in others], timeout)
+        far = [other for other in others if self._store.get(f"near/{other}") == b"no"]
+        if isinstance(self._near, NearSender):
+            self._near.accept(set(others) - set(far), timeout_s=timeout.total_seconds())
+        return far
+
+    def send(self, buffer: torch.Tensor) -> Pending:
+        """Rank 0 starts handing `buffer` (uint8, from `empty`) to all others, in order of the calls."""
+        if isinstance(self._near, NearSender):
+            assert self._memory is not None
+            self._near.post(self._memory, buffer)
+        return self._start(buffer)
+
+    def receive(self, size: int) -> Pending:
+        """The others start receiving what rank 0 sends next: `size` bytes."""
+        if isinstance(self._near, NearReceiver):
+            self._started += 1
+            return Pending(self, self._started)
+        return self._start(_huge(size) if self.device.type == "cpu" else self.empty(size))
+
+    def _start(self, buffer: torch.Tensor) -> Pending:
         self._started += 1
-        self._works[self._started] = self._pg.broadcast([buffer], options)
-        return Pending(self, self._started, buffer)
+        self._buffers[self._started] = buffer
+        if self._pg is not None:
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            options.rootTensor = 0
+            self._works[self._started] = self._pg.broadcast([buffer], options)
+        return Pending(self, self._started)
 
-    def wait(self, ticket: int) -> None:
-        """Until that broadcast is complete. Raises RuntimeError when a peer is gone or the timeout passed."""
-        self._works.pop(ticket).wait()
+    def wait(self, ticket: int) -> torch.Tensor:
+        """The bytes, complete. Raises RuntimeError when a peer is gone or the timeout passed."""
+        if isinstance(self._near, NearReceiver):
+            return self._near.take()
+        if ticket in self._works:
+            self._works.pop(ticket).wait()
+        return self._buffers.pop(ticket)
 
     def empty(self, size: int) -> torch.Tensor:
-        """uint8 [size] on the group's device, contents undefined."""
-        if self.device.type == "cpu":
-            return _huge(size)
+        """uint8 [size] on the group's device for `send`, contents undefined."""
+        if self._memory is not None:
+            return self._memory.take(size)
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:
@@ -214,7 +261,10 @@ class WireGroup:
         """
         if self.device.type == "cuda":
             self._pg.abort()
+        if self._near is not None:
+            self._near.close()
         self._works.clear()
+        self._buffers.clear()
         self._pg = self._store = None
 
 
@@ -223,24 +273,23 @@ class Wire(Protocol):
 
     device: torch.device
 
-    def broadcast(self, buffer: torch.Tensor) -> Pending: ...
-    def wait(self, ticket: int) -> None: ...
+    def send(self, buffer: torch.Tensor) -> Pending: ...
+    def receive(self, size: int) -> Pending: ...
+    def wait(self, ticket: int) -> torch.Tensor: ...
     def empty(self, size: int) -> torch.Tensor: ...
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A broadcast under way; holds its bytes."""
+    """A bucket under way. To be waited for in order."""
 
     group: Wire
     ticket: int
-    buffer: torch.Tensor
 
     def wait(self) -> torch.Tensor:
         """The bytes, complete."""
-        self.group.wait(self.ticket)
-        return self.buffer
+        return self.group.wait(self.ticket)
 
 
 def serve_store(*, timeout_s: float) -> dist.TCPStore:
@@ -259,7 +308,8 @@ def address_towards(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _process_group(backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta, ip: str) -> Any:
+def process_group(backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta, ip: str) -> Any:
+    """A gloo or NCCL group beside torch's default one. Blocks until all ranks are here."""
     if backend == "gloo":
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         # The default device is found by resolving the host name, which on a cluster may give a loopback address.

@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 
 from actors.ipc import HostLender, IpcGroup
-from actors.wire import digest, join_store, seal, sealed_digest, serve_store
+from actors.wire import Bucket, damaged, fingerprint, join_store, plan_buckets, seal, serve_store
+from aster.types import TensorMeta
 
-BUCKETS = [24, 1 << 16, 8 << 10]  # bytes
+SIZES = [24, 1 << 16, 8 << 10]  # bytes
+BUCKETS: list[Bucket] = [plan_buckets([TensorMeta("t", "uint8", (n,))], bucket_bytes=1 << 20)[0] for n in SIZES]
 
 
-def bucket(number: int, size: int) -> torch.Tensor:
-    buffer = torch.arange(size, dtype=torch.int64).mul_(number + 7).to(torch.uint8)
-    seal(buffer)
+def filled(number: int, bucket: Bucket) -> torch.Tensor:
+    buffer = torch.arange(bucket.size, dtype=torch.int64).mul_(number + 7).to(torch.uint8)
+    seal(buffer, bucket)
     return buffer
 
 
@@ -34,25 +36,25 @@ def group(store: dist.Store, rank: int, *, senders: int = 1, world_size: int = 2
 
 
 def receive(port: int, rank: int, *, place: str = "host", **more: Any) -> list[str]:
-    """What arrived, as digests; every bucket's own checksum holds."""
+    """Fingerprints of what arrived; every tensor's checksum holds."""
     mine = group(join_store("127.0.0.1", port, timeout_s=20), rank, place=place, **more)
     out = []
-    for size in BUCKETS:
-        got = mine.broadcast(mine.empty(size)).wait()
-        assert digest(got) == sealed_digest(got)
-        out.append(digest(got))
+    for bucket in BUCKETS:
+        got = mine.receive(bucket.size).wait()
+        assert damaged(got, bucket) == []
+        out.append(fingerprint(got, bucket))
     mine.close()
     return out
 
 
 def send(store: dist.Store, rank: int, offset: int = 0, *, place: str = "host", **more: Any) -> list[str]:
     mine = group(store, rank, place=place, **more)
-    buckets = [bucket(offset + number, size) for number, size in enumerate(BUCKETS)]
-    for pending in [mine.broadcast(buffer) for buffer in buckets]:
+    buffers = [filled(offset + number, bucket) for number, bucket in enumerate(BUCKETS)]
+    for pending in [mine.send(buffer) for buffer in buffers]:
         pending.wait()
     assert not mine._lent, "what everybody has copied is still held"
     mine.close()
-    return [digest(buffer) for buffer in buckets]
+    return [fingerprint(buffer, bucket) for buffer, bucket in zip(buffers, BUCKETS, strict=True)]
 
 
 def test_another_process_reads_exactly_what_was_lent() -> None:
@@ -93,6 +95,6 @@ def test_nobody_waits_longer_than_the_timeout_for_a_peer_that_never_copies() -> 
     mine = group(store, 0, timeout_s=0.5)
     joined.join(20)
     with pytest.raises(RuntimeError):
-        mine.broadcast(bucket(0, 64)).wait()
+        mine.send(filled(0, BUCKETS[0])).wait()
     mine.close()
     assert timedelta(seconds=0.5) == mine._timeout

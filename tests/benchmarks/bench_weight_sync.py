@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -32,13 +33,14 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the reload is timed by 
 import numpy as np
 import ray
 import torch
+import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import actors.rollout
 from actors.engine import RolloutEngine
 from actors.rollout import RayEngine, spawn_engines
 from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
-from actors.wire import WireGroup, join_store, serve_store
+from actors.wire import join_store, process_group, serve_store
 from aster.config import Recipe
 from aster.types import MicroBatch, PublishReport, Sampling, TensorMeta, TokenScores
 
@@ -97,16 +99,15 @@ class Peer:
 
     def join(self, address: tuple[str, int], rank: int, sizes: list[int]) -> None:
         store = self.store if rank == 0 else join_store(*address, timeout_s=60)
-        cpu = torch.device("cpu")
-        self.group = WireGroup(
-            backend="gloo", store=store, rank=rank, world_size=2, timeout_s=60, device=cpu, ip=address[0]
-        )
-        self.buffers = [self.group.empty(size).fill_(rank) for size in sizes]  # memory that is mapped already
+        self.group = process_group("gloo", store, rank, 2, timedelta(seconds=60), address[0])
+        self.buffers = [torch.full((size,), rank, dtype=torch.uint8) for size in sizes]  # memory that is mapped already
 
     def broadcast(self) -> float:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
         began = time.perf_counter()
-        for pending in [self.group.broadcast(buffer) for buffer in self.buffers]:
-            pending.wait()
+        for work in [self.group.broadcast([buffer], options) for buffer in self.buffers]:
+            work.wait()
         return time.perf_counter() - began
 
 

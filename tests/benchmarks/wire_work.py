@@ -34,7 +34,7 @@ def wire_seconds(total: int, *, device: torch.device) -> float:
         began = time.perf_counter()
         for _ in range(-(-total // bucket.size)):
             seal(buffer, bucket)
-            _check(group.broadcast(buffer).wait(), bucket)
+            _check(group.send(buffer).wait(), bucket)
         _wait(device)
         return time.perf_counter() - began
     finally:
