@@ -11,7 +11,8 @@ import torch
 from learners import learner_on, one_row, recipe, some_samples, train, weights, write_model
 
 from actors.ipc import CudaLender, IpcGroup
-from actors.wire import digest, join_store, seal, serve_store
+from actors.wire import fingerprint, join_store, plan_buckets, seal, serve_store
+from aster.types import TensorMeta
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ pytestmark = [
 ]
 
 CUDA = {"cluster": {"device": "cuda"}}
-SIZE = 1 << 20
+(BUCKET,) = plan_buckets([TensorMeta("bytes", "uint8", (1 << 20,))], bucket_bytes=1 << 21)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,7 @@ def _receive(port: int) -> str:
     group = IpcGroup(
         store=join_store("127.0.0.1", port, timeout_s=60), rank=1, senders=1, world_size=2, timeout_s=60, device=device
     )
-    got = group.broadcast(group.empty(SIZE)).wait()
-    return digest(got)
+    return fingerprint(group.receive(BUCKET.size).wait(), BUCKET)
 
 
 def test_another_process_on_the_same_gpu_copies_what_was_lent() -> None:
@@ -66,7 +66,7 @@ def test_another_process_on_the_same_gpu_copies_what_was_lent() -> None:
         group = IpcGroup(
             store=store, rank=0, senders=1, world_size=2, timeout_s=60, device=device, lender=CudaLender(device)
         )
-        bucket = torch.arange(SIZE // 8, dtype=torch.int64, device=device).view(torch.uint8)
-        seal(bucket)
-        group.broadcast(bucket).wait()
-        assert arrived.get(60) == digest(bucket)
+        buffer = torch.arange(BUCKET.size // 8, dtype=torch.int64, device=device).view(torch.uint8)
+        seal(buffer, BUCKET)
+        group.send(buffer).wait()
+        assert arrived.get(60) == fingerprint(buffer, BUCKET)
