@@ -422,11 +422,12 @@ async def test_a_dead_engine_is_replaced_and_brought_to_the_current_version_whil
 
 
 async def test_a_dead_actor_is_a_lost_trajectory_and_no_engine_left_is_said_so(world: World) -> None:
-    running = asyncio.ensure_future(world.engines[1].run(task()))
-    os.kill(world.engines[1].pid, 9)
-    lost = await running
-    assert lost.cause is Cause.ENGINE_LOST
-    assert (lost.uid, len(lost.ids), lost.reward) == ("run/train/0/row/0", 0, None)
+    running = asyncio.gather(*(engine.run(task()) for engine in world.engines))
+    for engine in world.engines:
+        os.kill(engine.pid, 9)
+    for lost in await running:
+        assert lost.cause is Cause.ENGINE_LOST
+        assert (lost.uid, len(lost.ids), lost.reward) == ("run/train/0/row/0", 0, None)
     with pytest.raises(EngineLost, match=r"no engine is left .* engine-1 is dead"):
         await world.publish()
 
