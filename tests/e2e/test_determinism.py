@@ -19,19 +19,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from learners import learner_on, read_checkpoint, train
+from learners import read_checkpoint
+from taught import teach
 
 pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
 
 import psutil  # vllm's
 
-from aster.agent.chat import ChatRenderer
 from aster.checkpoints import LATEST, newest
-from aster.config import Recipe
 from aster.data.coldstart import final_turn, tool_turn
-from aster.data.conversations import to_samples
 from aster.data.prompts import user_message, write_prompts
-from aster.prepare import write_tiny_model
 from aster.tracking import METRICS_FILE, read_metrics
 from aster.types import PromptRow
 
@@ -91,15 +88,7 @@ def _taught_model(path: Path) -> Path:
         for text in PROBLEMS
         for answer in ("12", "13")
     ]
-    write_tiny_model(path, [str(c) for c in conversations], seed=0)
-    samples, dropped = to_samples(conversations, ChatRenderer.from_model_dir(path), max_length=1000)
-    assert dropped == 0
-    with learner_on(path, Recipe.load("cpu_sft", [f"model.path={path}", "optim.min_lr=2e-3"])) as learner:
-        for _ in range(60):
-            stats, _ = train(learner, samples, row_tokens=1000)
-        learner.save_hf(f"{path}-taught", dtype="float32")
-    assert stats.loss < 0.3
-    return Path(f"{path}-taught")
+    return teach(path, conversations)
 
 
 @contextmanager
