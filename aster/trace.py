@@ -184,7 +184,7 @@ class TracedPool:
     def __init__(self, pool: RolloutPool, tracer: Tracer) -> None:
         self._pool = pool
         self._tracer = tracer
-        self._step_began = time.time()
+        self._step_began: float | None = None  # before the first publication no step is under way
         self._validation: tuple[int, float] | None = None  # groups that are out, since when
 
     def submit(self, work: RolloutWork) -> None:
@@ -207,7 +207,8 @@ class TracedPool:
         began = time.time()
         report = await self._pool.publish(source, version)
         done, step = time.time(), self._tracer.step
-        if version > 0 and self._tracer.due(step):
+        # After a restart or a roll-back a publication ends no step: it gives the engines what the learners loaded.
+        if self._step_began is not None and version == step and self._tracer.due(step):
             self._tracer.span("driver", "step", f"step {step}", self._step_began, done)
         self._step_began = done
         self._tracer.published(report, began, done)

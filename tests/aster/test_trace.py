@@ -170,6 +170,17 @@ async def test_spans_of_a_track_nest_or_lie_apart(tmp_path):
             open_ends.append(begin + seconds)
 
 
+async def test_a_publication_of_what_was_loaded_ends_no_step(tmp_path):
+    """The first of a restarted process, and one after a roll-back."""
+    tracer = Tracer(TraceFile(tmp_path / "trace.json"))
+    pool = tracer.pool(FakePool([]))
+    for version in (4, 5, 2, 3):
+        await pool.publish(None, version)
+    tracer.close()
+    found = [s[2] for s in spans(tmp_path / "trace.json")]
+    assert [name for name in found if name.startswith("step")] == ["step 5", "step 3"]
+
+
 async def test_every_so_many_steps_are_traced_and_none_on_request(tmp_path):
     found = await run_traced(tmp_path, "run.trace_every=2")
     assert [s[2] for s in found if s[1] == "step"] == ["step 1", "step 3"]
