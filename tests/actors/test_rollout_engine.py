@@ -298,7 +298,7 @@ async def test_engines_that_have_nothing_to_go_back_to_stay_shut_until_a_good_pu
     sync = world.sync()
     ray.get(world.learner.damage_bucket.remote(2), timeout=30)
     with pytest.raises(
-        WeightSyncError, match=r"bucket 2 .*published nothing before, so the engines stay shut"
+        WeightSyncError, match=r"bucket 2: .*published nothing before, so the engines stay shut"
     ) as error:
         await sync.publish(world.source, world.train())
     assert error.value.restored is None
