@@ -1,7 +1,7 @@
 """Every verb of the paper's pipeline on the real parts, small: Ray, vLLM, two FSDP2 ranks, sandbox cells behind Serve.
 
-prepare -> sft -> merge -> train (2 steps, then a resumed third) -> filter -> merge -> eval -> report. A few dozen SFT
-steps teach the format of a call and nothing else, which is enough to drive the tool through a real session.
+prepare -> sft -> merge -> train (2 steps, then a resumed third, as trees) -> filter -> merge -> eval -> report. A few
+dozen SFT steps teach the format of a call and nothing else, which is enough to drive the tool in a real session.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def pipeline(root: Path) -> Path:
         asyncio.run(sft.run(first.model_copy(update={"data": first.data.model_copy(update={"epochs": 6})})))
         merge.merge(first.run.path, root / "models/sft", dtype="float32")
         asyncio.run(train.run(rl("rl", "run.steps=2"), sandboxes))
-        asyncio.run(train.run(rl("rl", "run.steps=3"), sandboxes))
+        asyncio.run(train.run(rl("rl", "run.steps=3", "rollout.tree_turns=[1]"), sandboxes))
         merge.merge(root / "rl", root / "models/rl", dtype="float32")
         files = ["--dataset", str(root / "data/train.parquet"), "--rollout-dir", str(root / "rl/rollout_data")]
         assert filtering.main([*files, "--output", str(root / "data/filtered.parquet")]) == 0
@@ -143,6 +143,27 @@ def test_tokens_know_the_version_that_sampled_them(pipeline):
             assert set(t.versions[~t.mask]) <= {-1}
             assert (t.behaviour_logprobs[~t.mask] == 0).all()
             assert (t.behaviour_logprobs[t.mask] <= 0).all()
+
+
+def test_the_third_step_grew_trees_whose_sessions_were_forked(pipeline):
+    leaves = list(read_trajectories(pipeline / "rl/trajectories/3.parquet"))
+    assert len(leaves) == 8 * 4
+    by_uid = {t.uid: t for t in leaves}
+    parted = 0
+    for leaf in leaves:
+        assert not leaf.cause.is_ours
+        assert (leaf.parent is None, leaf.branch_turn) == ((True, None) if leaf.sample % 2 == 0 else (False, 1))
+        if leaf.parent is None:
+            continue
+        trunk = by_uid[leaf.parent]
+        assert trunk.sample == leaf.sample - 1
+        shared = leaf.turns[1].start if len(leaf.turns) > 1 else len(leaf.ids)
+        for name in ("ids", "mask", "behaviour_logprobs", "versions"):
+            assert np.array_equal(getattr(leaf, name)[:shared], getattr(trunk, name)[:shared])
+        if len(leaf.turns) == 1:
+            assert np.array_equal(leaf.ids, trunk.ids), "it ended before it could part"
+        parted += len(leaf.turns) > 1 and leaf.calls[0].outcome == "success"
+    assert parted > 2
 
 
 def test_rollouts_and_validation_are_written_under_the_references_names(pipeline):
