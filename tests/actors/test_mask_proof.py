@@ -90,7 +90,7 @@ def test_observations_reach_neither_the_loss_nor_a_gradient(model_dir: Path, alg
     assert grads.keys() == grads_again.keys()
     assert all((grads[name] == grads_again[name]).all() for name in grads)
     assert (at_logits[torch.from_numpy(~row.loss_mask)] == 0).all()
-    assert (at_logits[torch.from_numpy(row.loss_mask)] != 0).any(-1).sum() > 5, "model tokens that no clip holds learn"
+    assert (at_logits[torch.from_numpy(row.loss_mask)] != 0).any(), "model tokens that no clip or mask holds do learn"
 
 
 def test_the_proof_would_see_a_model_token(model_dir: Path) -> None:
