@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 import ray
@@ -22,6 +23,7 @@ def connect(config: ClusterConfig) -> bool:
     """
     if ray.is_initialized():
         return False
+    _forget_serve()
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # its log files have everything; a terminal shows progress
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -37,6 +39,12 @@ def connect(config: ClusterConfig) -> bool:
         configure_logging=True,
     )
     return True
+
+
+def _forget_serve() -> None:
+    """Serve keeps its controller's handle when Ray shuts down, and would ask the last cluster's about this one."""
+    if (context := sys.modules.get("ray.serve.context")) is not None:
+        context._disconnect()
 
 
 def disconnect() -> None:

@@ -57,12 +57,19 @@ class TaskSize:
     families: tuple[str, ...] = QUICKSTART_FAMILIES
 
 
+TASKS = {
+    "quickstart": TaskSize(),
+    "flaky": TaskSize(train=160, heldout=64, echoes=1500, drills=600, dense=160, head=160, families=("residue",)),
+}
+"""`--task`: what is drawn. `flaky` is for recipe miniature_flaky: a problem that the tool solves and the head guesses."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="aster prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", choices=("quickstart",), help="a synthetic task with its tokenizer and tiny model")
+    what.add_argument("--task", choices=tuple(TASKS), help="a synthetic task with its tokenizer and tiny model")
     what.add_argument("--model", choices=("smollm2",), help="a real small model from a package")
     what.add_argument(
         "--data", nargs="+", metavar="FILE", help="raw problems: files, a directory, a URL, a data set id"
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
         if sandboxes is None:
             raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
-        print(asyncio.run(quickstart(out, seed=args.seed, sandboxes=sandboxes)))
+        print(asyncio.run(quickstart(out, seed=args.seed, sandboxes=sandboxes, size=TASKS[args.task])))
     return 0
 
 

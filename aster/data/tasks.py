@@ -193,12 +193,24 @@ def primes(rng: random.Random) -> Problem:
     return Problem("primes", text, str(len(hits)), plan, work)
 
 
+def residue(rng: random.Random) -> Problem:
+    """A residue of a residue. The head can only guess: right in 35 of 100, or in 43 when it always says 0."""
+    n = rng.randint(10, 999)
+    plan = (
+        ("set up", f"x={n};print(x)"),
+        ("reduce", "y=x%7;print(y)"),
+        ("again", "z=y%3;print(z)"),
+        ("check", "print(x%7%3)"),
+    )
+    return Problem("residue", f"Find {n}%7%3.", str(n % 7 % 3), plan, "")
+
+
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    draw.__name__: draw for draw in (affine, pair, digits, count, power, divisors, series, primes)
+    draw.__name__: draw for draw in (affine, pair, digits, count, power, divisors, series, primes, residue)
 }
 
 

@@ -58,6 +58,7 @@ def test_every_equation_of_the_head_work_holds(family):
         ("count", 2, "Count the x in range(10) with (7*x+3)%16<3.", "2"),  # 1 (x=2), 2 (x=9)
         ("divisors", 2, "Let g=gcd(15*17,17*35) and l=lcm(17,21). Find g+l.", "442"),  # 85+357
         ("primes", 2, "Count the primes n in range(14,36) with n%7<4.", "4"),  # 17 23 29 31, not 19
+        ("residue", 2, "Find 988%7%3.", "1"),  # 988 = 141*7 + 1
         ("power", 0, "Let a=8**11%13 and b=(a+2)**5%43. Find a*b.", "185"),  # 8 12 5 1 8 ...: 5; 7 6 42 36 37
     ],
 )
