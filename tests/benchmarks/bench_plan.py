@@ -87,7 +87,8 @@ def learner_lines(measured: dict[str, float], *, checkpointing: bool) -> list[tu
 
 def engine_lines(found: list[dict[str, float]]) -> list[tuple[str, float, float]]:
     small, more, wide = found
-    weights = 4.0 * (wide["parameters"] - small["parameters"])
+    head = SHAPE["vocab_size"] * (_WIDE["hidden_size"] - SHAPE["hidden_size"])  # on CPU a tied head is packed: a copy
+    weights = 4.0 * (wide["parameters"] - small["parameters"] + head)
     cache = (more["kv_tokens"] - small["kv_tokens"]) * small["kv_bytes"]
     wider = weights + wide["kv_tokens"] * wide["kv_bytes"] - small["kv_tokens"] * small["kv_bytes"]
     return [
