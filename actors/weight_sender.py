@@ -6,7 +6,7 @@ wire the next one is gathered, packed and sealed.
 Rank 0 also holds what was last published, as it went over the wire, in host memory: a roll-back is the same buckets
 sent again. All of it lies in rank 0, not in shards: only rank 0 sends, so a roll-back needs no gathering, and the old
 checksums prove the copy too. It takes the wire's bytes once (8 GB for 4B parameters in bf16), and twice from the start
-of a publication until it is accepted.
+of a publication until it is accepted; without NCCL twice all the time, since that memory is used again (`near.py`).
 """
 
 from __future__ import annotations

@@ -154,8 +154,9 @@ class RolloutConfig(_Section):
     weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
     """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
     weight_rollback: bool = True
-    """Learner rank 0 holds the last published weights in host memory (the wire's bytes once, twice while publishing),
-    to give them back to the engines when a publication fails. Off: they stay shut then. Not with vllm_nccl."""
+    """Learner rank 0 holds the last published weights in host memory (the wire's bytes once, twice while publishing;
+    over gloo always twice, and once when this is off), to give them back to the engines when a publication fails. Off:
+    they stay shut then. Not with vllm_nccl."""
     tree_turns: tuple[int, ...] = ()
     """Before each of these turns (the first is 0) a training trajectory splits into `tree_factor`, tokens and session,
     so that `group_size` leaves grow from group_size / tree_factor^len(tree_turns) trunks; () = each sample by itself.
