@@ -61,7 +61,7 @@ TASKS = {
     "quickstart": TaskSize(),
     "flaky": TaskSize(train=160, heldout=64, echoes=1500, drills=600, dense=160, head=160, families=("residue",)),
 }
-"""`--task`: what is drawn. `flaky`, of recipe miniature_flaky: what the tool solves and the head guesses."""
+"""`--task`: what is drawn. `flaky`, of recipe cpu_flaky: what the tool solves and the head guesses."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,6 +65,10 @@ class Channel:
         self._decoder = Decoder(limit=(1 << 32) - 1)  # the supervisor is believed
         self._fds: list[int] = []
 
+    def wait(self) -> None:
+        """Until there is something to be read, the end included; it stays there."""
+        self.socket.recv(1, socket.MSG_PEEK)
+
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
         """A frame and the descriptors that came with it; None at end of file."""
         while True:

@@ -1,8 +1,12 @@
 """A session: one live interpreter that runs cells until it is killed. Nothing it says is trusted beyond its own output.
 
-Frames from the supervisor: `{"op": "open", "limits"}` once, then `{"op": "run", "code", "cell", "keep", "figures"}` and
-`{"op": "fork", ...}` (branch.py). Each has a nonce and is answered by exactly one frame with the same nonce. What a
-cell prints goes through fds 1 and 2.
+Frames from the supervisor: `{"op": "open", "limits"}` once, then `{"op": "run", "code", "cell", "keep", "figures"}`,
+`{"op": "fork", ...}` (branch.py) and `{"op": "settle"}`. Each has a nonce and is answered by exactly one frame with the
+same nonce. What a cell prints goes through fds 1 and 2.
+
+An interrupt is a SIGINT, which does not say for which cell it is meant. So the supervisor sends it only between a
+cell's request and its answer, and when it has sent one, "settle" before the next cell: a signal that came too late is
+taken, and forgotten, before that is answered.
 """
 
 from __future__ import annotations
@@ -74,10 +78,9 @@ def _stream(fd: int) -> io.TextIOWrapper:
 class Phase(enum.Enum):
     """What an interrupt means now."""
 
-    WAITING = enum.auto()  # no cell: nothing, unless the next one is on its way already
-    STARTING = enum.auto()  # the cell was taken: it is interrupted as soon as it begins
+    WAITING = enum.auto()  # no cell, or it is over: nothing, unless the next one is on its way already
+    STARTING = enum.auto()  # there is one to be taken: it is interrupted as soon as it begins
     RUNNING = enum.auto()
-    ENDING = enum.auto()  # it is over: nothing
 
 
 class Interpreter:
@@ -104,9 +107,7 @@ class Interpreter:
         self.stderr = sys.stderr = sys.__stderr__ = _stream(2)  # type: ignore[misc]
 
     def _repair(self) -> None:
-        """A cell may have closed or redirected what the next one prints to, or taken over SIGINT."""
-        if signal.getsignal(signal.SIGINT) != self.on_sigint:
-            signal.signal(signal.SIGINT, self.on_sigint)
+        """A cell may have closed or redirected what the next one prints to."""
         broken = tuple(_identity(fd) for fd in (0, 1, 2)) != self._identity
         if broken:
             for fd, saved in enumerate(self._saved):
@@ -132,9 +133,11 @@ class Interpreter:
         self._identity = tuple(_identity(fd) for fd in (0, 1, 2))
         _Pipe.last = None
 
-    def begin_waiting(self) -> None:
+    def settle(self) -> None:
+        """Before an answer, hence before the next request: forget interrupts, and take SIGINT back from the cell."""
         self._interrupted = False
-        self.phase = Phase.WAITING
+        if signal.getsignal(signal.SIGINT) != self.on_sigint:
+            signal.signal(signal.SIGINT, self.on_sigint)
 
     def on_sigint(self, signum: int, frame: object) -> None:
         if self.phase is Phase.RUNNING:
@@ -163,9 +166,9 @@ class Interpreter:
             if with_figures:
                 answer["figures"], missing = figures.collect()
                 self.report("".join(f"{line}\n" for line in missing))
-            self.phase = Phase.ENDING
+            self.phase = Phase.WAITING
         except BaseException as error:  # a signal's, while the first one was being described or a figure drawn
-            self.phase = Phase.ENDING
+            self.phase = Phase.WAITING
             name = type(error).__name__
             answer["ok"] = False
             answer["error"] = {"name": name, "value": "", "traceback": f"{name}\n"}
@@ -264,12 +267,13 @@ def main(control: int) -> None:
     signal.signal(signal.SIGINT, interpreter.on_sigint)
     while True:
         try:
-            interpreter.begin_waiting()
-            taken = channel.receive()
+            channel.wait()
             interpreter.phase = Phase.STARTING
+            taken = channel.receive()
         except BaseException as error:
             if not is_from_a_cell(error):
                 raise
+            interpreter.phase = Phase.WAITING
             interpreter.report(describe(error)["traceback"])
             continue
         if taken is None:
@@ -282,12 +286,14 @@ def main(control: int) -> None:
                 limits.admit_copies()
         elif request["op"] == "fork":
             answer = branch.branch(interpreter, request, fds)  # returns in the copy as well
-        else:
+        elif request["op"] == "run":
             answer |= interpreter.run(
                 request["code"], cell=request["cell"], keep=request["keep"], with_figures=request["figures"]
             )
         if os.getpid() != interpreter.pid:
             os._exit(0)  # a child that the cell forked came out at the end of it; the answer is its parent's
+        interpreter.phase = Phase.WAITING
+        interpreter.settle()
         channel.send(answer)
 
 

@@ -93,6 +93,7 @@ class SessionProcess:
         self._event: asyncio.Future[Event] | None = None
         self._nonce = ""
         self._runs = False
+        self._was_interrupted = False  # since it was last asked something
         self._tap: Tap | None = None
         self._printed = 0
         self.stdout, self.stderr, self.text = HeadTail(0), HeadTail(0), HeadTail(0)
@@ -222,6 +223,7 @@ class SessionProcess:
         """Ctrl-C to the cell that runs now. False when none does."""
         if not self._runs or self.child is None or self._exit.done():
             return False
+        self._was_interrupted = True
         proc.signal_group(self.child.pid, signal.SIGINT)
         return True
 
@@ -246,13 +248,17 @@ class SessionProcess:
         clock = _Clock(self._loop, timeout_s, interrupt=self.interrupt, kill=self.kill)
         ooms = oom_kills()
         request = {"op": "run", "code": code, "cell": cell, "keep": keep, "figures": with_figures}
-        self._runs = True
+        kind: Kind = "frame"
         try:
-            kind, value = await self._ask(
-                request,
-                wait_s=timeout_s + KILL_S + _KILL_WAIT_S,
-                room=8 * keep + (figures.FRAME_BYTES if with_figures else 0),
-            )
+            if self._was_interrupted:  # perhaps too late for that cell: let it not hit this one
+                kind, value = await self._ask({"op": "settle"}, wait_s=_START_S)
+            if kind == "frame":
+                self._runs = True
+                kind, value = await self._ask(
+                    request,
+                    wait_s=timeout_s + KILL_S + _KILL_WAIT_S,
+                    room=8 * keep + (figures.FRAME_BYTES if with_figures else 0),
+                )
         finally:
             self._runs = False
             clock.stop()
@@ -300,6 +306,7 @@ class SessionProcess:
     async def _ask(self, message: dict[str, Any], *, wait_s: float, room: int = 0, fds: tuple[int, ...] = ()) -> Event:
         """Send a frame with a nonce of its own and wait for its answer, or for what happens instead."""
         self._decoder.limit = _FRAME_SLACK + room
+        self._was_interrupted = False
         self._nonce = secrets.token_hex(8)
         self._event = event = self._loop.create_future()
         data = frames.encode({**message, "nonce": self._nonce})

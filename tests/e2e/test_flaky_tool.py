@@ -160,7 +160,7 @@ def test_masked_failures_keep_the_tool_in_use_and_counted_ones_drive_it_out(tmp_
     def recipe(name: str) -> Recipe:
         files = [f"model.path={tmp_path}/models/sft", f"data.train_files=[{tmp_path}/data/train.parquet]"]
         return flaky_recipe(
-            tmp_path, seed, "miniature_flaky", name, *files, f"data.val_files=[{tmp_path}/data/heldout.parquet]"
+            tmp_path, seed, "cpu_flaky", name, *files, f"data.val_files=[{tmp_path}/data/heldout.parquet]"
         )
 
     async def habits(sandboxes: SandboxFactory) -> list[Habit]:
