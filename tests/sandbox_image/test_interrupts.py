@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from sandbox_image import frames
 
 _LONG = "import time\nfor _ in range(2000): time.sleep(.01)"
