@@ -21,6 +21,7 @@ from actors.engine import RolloutEngine
 from actors.metrics import engine_stats
 from aster.config import Recipe
 from aster.data.journal import FOLDER as JOURNAL
+from aster.data.journal import KeptTurns
 from aster.errors import ConfigError, EngineLost
 from aster.roles import SandboxFactory
 from aster.types import Cause, Task, Trajectory
@@ -192,13 +193,15 @@ class EngineMaker:
             "max_concurrency": recipe.rollout.max_num_seqs + _CONTROL_CALLS,
             "runtime_env": {"env_vars": {**_ENV, **(_CPU_ENV if device == "cpu" else {})}},
         }
+        journal = recipe.run.path.resolve() / JOURNAL if recipe.stage == "rl" and recipe.run.journal else None
         self._arguments = {
             "device": device,
             "transfer": "nccl" if self._backend == "vllm_nccl" else "aster",
             "model_path": model_path,
             "sandboxes": sandboxes,
-            "journal": recipe.run.path.resolve() / JOURNAL if recipe.stage == "rl" and recipe.run.journal else None,
+            "journal": journal,
         }
+        self.kept = KeptTurns(journal, config_hash=recipe.config_hash) if journal else None
         self._made = 0  # seeds of engines must differ, also from those of the dead
 
     def start(self) -> list[RayEngine]:

@@ -15,6 +15,7 @@ Where it presses back, from the end to the beginning:
   trajectory never holds up a queue. The first in line that fits nowhere keeps those behind it waiting: nothing starves.
 - Scoring has no bound here: it holds no room on an engine, and the reward pool queues what its workers cannot take.
 
+A lost attempt runs again elsewhere, with its seed, and goes on from the turns that its engine had finished (`recall`).
 One asyncio task per trajectory, and one per engine that is being replaced. Whatever raises in a task ends `groups()`
 with that exception and its traceback. No Ray here: engines are duck-typed handles whose awaits have deadlines.
 """
@@ -23,75 +24,28 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 from actors.admission import Room
+from actors.attempts import Attempt, Draw, Group
+from actors.handles import EngineHandle, Publisher, Recall, Replace, within
+from actors.replacement import Replacements
 from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
 from aster.agent.rollout import agent_loop
-from aster.errors import CircuitOpen, ConfigError, EngineLost, GangFailure, RewardFailed, WeightSyncError
-from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup, trajectory_uid
+from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed
+from aster.types import Cause, PromptRow, PublishReport, RolloutWork, Task, Trajectory, TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
 _CANCEL_S = 60.0
 _CLOSE_S = 120.0
-_BARREN = 3  # replacements in a row that died before they had finished a trajectory: no more are made then
-
-
-class EngineHandle(Protocol):
-    """One engine. `lost` says why it is dead; "" = alive as far as anybody knows."""
-
-    name: str
-    capacity: int  # seats: trajectories at once
-    kv_tokens: int  # tokens that its KV cache holds; 0 = not known
-    lost: str
-
-    async def run(self, task: Task) -> Trajectory: ...
-    async def run_tree(self, task: Task) -> Sequence[Trajectory]: ...
-    async def cancel_all(self) -> None: ...
-    async def close(self) -> None: ...
-
-
-Replace = Callable[[Any], Awaitable[EngineHandle]]
-"""Ends what is left of a dead engine and starts another. Raises `EngineLost` when that one does not come up."""
-
-
-class Publisher(Protocol):
-    async def publish(self, source: Any, version: int) -> PublishReport: ...
-
-    async def admit(self, engine: Any) -> bool:
-        """Bring a new engine to the version that was published last. False: it has to wait for the next publication."""
-        ...
-
-
-@dataclass
-class _Group:
-    """A prompt whose samples are on their way."""
-
-    work: RolloutWork
-    began: int | None = None  # version of the weights when its first trajectory started
-    done: dict[int, Trajectory] = field(default_factory=dict)  # sample -> final attempt
-    lost: list[Trajectory] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    group: _Group
-    task: Task
-    avoid: str = ""  # the engine that lost the previous attempt
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """One trajectory's, or those of all leaves of a tree."""
-        return (self.task, *self.task.leaves)
 
 
 class EnginePool:
@@ -104,12 +58,14 @@ class EnginePool:
         rewards: RewardPool,
         publisher: Publisher | None = None,
         replace_engine: Replace | None = None,
+        recall: Recall | None = None,
         max_retries: int = 1,
         max_infra_failed_rate: float = 0.5,
         max_staleness: int | None = None,
         run_name: str = "aster",
     ) -> None:
-        """`max_staleness`: training groups that began more than so many versions before the one that is published are
+        """`recall`: where the next attempt at a lost trajectory goes on from; None = each begins afresh.
+        `max_staleness`: training groups that began more than so many versions before the one that is published are
         given up; None = never."""
         names = [engine.name for engine in engines]
         if not engines or len(set(names)) != len(names):
@@ -119,21 +75,20 @@ class EnginePool:
         self._engines = list(engines)
         self._rewards = rewards
         self._publisher = publisher
-        self._replace_engine = replace_engine
-        self._replacing: set[asyncio.Task[None]] = set()
-        self._mourned: set[str] = set()  # dead engines that were seen to
+        self._recall = recall
+        self._replacements = Replacements(
+            replace_engine, publisher=publisher, arrived=self._arrived, ended=self._replacement_ended
+        )
         self._late: list[EngineHandle] = []  # replacements that wait for the next publication
-        self._barren = 0
         self._max_staleness = max_staleness
         self._coming: int | None = None  # version under publication
-        self._run_name = run_name
-        self._waiting: deque[_Attempt] = deque()
-        self._running: dict[asyncio.Task[None], tuple[_Attempt, EngineHandle]] = {}
+        self._draw = Draw(run_name)
+        self._waiting: deque[Attempt] = deque()
+        self._running: dict[asyncio.Task[None], tuple[Attempt, EngineHandle]] = {}
         self._seated: set[asyncio.Task[None]] = set()  # those that take room on their engine
         self._room = Room()
-        self._open: dict[int, _Group] = {}
+        self._open: dict[int, Group] = {}
         self._finished: asyncio.Queue[TrajectoryGroup | None] = asyncio.Queue()  # None wakes groups() to raise
-        self._seen: Counter[str] = Counter()
         self._failure: BaseException | None = None
         self._draining = False
         self._closed = False
@@ -170,10 +125,10 @@ class EnginePool:
         if work.group_size < 1:
             raise ValueError(f"group_size={work.group_size}: a group has at least one sample")
         self._expect(work)
-        group = _Group(work)
+        group = Group(work)
         self._open[id(group)] = group
         self.ledger.opened(work.kind, work.step, work.group_size)
-        self._waiting.extend(_Attempt(group, task) for task in self._tasks(work))
+        self._waiting.extend(self._draw.attempts(group))
         self._pull()
 
     async def groups(self) -> AsyncIterator[TrajectoryGroup]:
@@ -213,7 +168,7 @@ class EnginePool:
         self._draining = True
         try:
             self._waiting.clear()
-            await self._within(_CANCEL_S, "cancelling", {engine.name: engine.cancel_all() for engine in self._engines})
+            await within(_CANCEL_S, "cancelling", {engine.name: engine.cancel_all() for engine in self._engines})
             if self._running:
                 await asyncio.wait(self._running, timeout=_CANCEL_S)
             await self._cancel(self._running)
@@ -230,42 +185,12 @@ class EnginePool:
             return
         self._closed = self._draining = True
         self._waiting.clear()
-        await self._cancel(self._replacing)
+        await self._cancel(self._replacements.under_way)
         await self._cancel(self._running)
         self._engines += self._late
-        await self._within(_CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
+        await within(_CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
 
     # the way of one trajectory ---------------------------------------------------------------------------------------
-
-    def _tasks(self, work: RolloutWork) -> list[Task]:
-        """The G tasks of a prompt. Seeds come from the data's place in the run, so a restart samples the same."""
-        place = f"{work.kind}/{work.step}/{work.row.row_id}"
-        self._seen[place] += 1
-        if self._seen[place] > 1:  # the same row twice in a step, at the seam of two epochs: request ids must differ
-            place = f"{place}~{self._seen[place]}"
-        tasks = [
-            Task(
-                uid=trajectory_uid(self._run_name, place, sample),
-                row_id=work.row.row_id,
-                sample=sample,
-                messages=work.row.messages,
-                agent_name=work.row.agent_name,
-                budget=work.budget,
-                sampling=work.sampling,
-                seed=sample_seed(work.seed, f"{place}/{sample}"),
-                tools_enabled=work.tools_enabled,
-                past=work.past.get(sample),
-            )
-            for sample in range(work.group_size)
-        ]
-        if not work.tree_turns:
-            return tasks
-        leaves, tree = work.tree_factor ** len(work.tree_turns), (work.tree_turns, work.tree_factor)
-        heads = range(0, len(tasks), leaves)
-        return [
-            replace(tasks[i], leaves=tuple(tasks[i + 1 : i + leaves]), tree_turns=tree[0], tree_factor=tree[1])
-            for i in heads
-        ]
 
     def _expect(self, work: RolloutWork) -> None:
         """Raises `ConfigError` for a budget that no engine could ever hold."""
@@ -285,10 +210,10 @@ class EnginePool:
         self._see_to_the_dead()
         alive = [engine for engine in self._engines if not engine.lost]
         if self._waiting and not alive:
-            if not self._replacing:
+            if not self._replacements.under_way:
                 self._fail(CircuitOpen(self._nowhere_to_run()))
             return
-        held: deque[_Attempt] = deque()  # what only the engine it must avoid has room for
+        held: deque[Attempt] = deque()  # what only the engine it must avoid has room for
         while self._waiting and not self._failure:
             attempt = self._waiting.popleft()
             roomy = [e for e in alive if self._room.fits(e, attempt.group.work.kind)]
@@ -310,7 +235,7 @@ class EnginePool:
         )
         return f"every engine is dead, {len(self._waiting)} trajectories have nowhere to run: {reasons}{late}"
 
-    def _start(self, attempt: _Attempt, engine: EngineHandle) -> None:
+    def _start(self, attempt: Attempt, engine: EngineHandle) -> None:
         for _ in attempt.tasks:  # a tree may be more than what is free: the engine then queues its last leaves
             self._room.enter(engine.name, attempt.group.work.kind)
         if attempt.group.began is None:
@@ -339,7 +264,7 @@ class EnginePool:
             for _ in attempt.tasks:
                 self._room.leave(engine.name, attempt.group.work.kind)
 
-    async def _attempt(self, attempt: _Attempt, engine: EngineHandle) -> None:
+    async def _attempt(self, attempt: Attempt, engine: EngineHandle) -> None:
         try:
             trajectories = await self._run(attempt.task, engine)
         finally:
@@ -349,11 +274,12 @@ class EnginePool:
         ended = []
         for trajectory in trajectories:
             if not trajectory.cause.is_ours:
-                self._barren = 0
+                self._replacements.works()
                 self._room.observe(attempt.group.work.kind, trajectory.num_tokens)
                 trajectory = await self._score(trajectory, attempt.group.work.row)
             ended.append(trajectory)
-        self._settle(attempt, ended)
+        if self._settle(attempt, ended):
+            await self._again(attempt, engine)
 
     async def _run(self, task: Task, engine: EngineHandle) -> Sequence[Trajectory]:
         limit = task.budget.trajectory_timeout_s + _GRACE_S
@@ -386,18 +312,18 @@ class EnginePool:
                     return trajectory.failed(Cause.REWARD_FAILED, str(error))
         raise AssertionError("unreachable")
 
-    def _settle(self, attempt: _Attempt, trajectories: Sequence[Trajectory]) -> None:
-        """Book one ended attempt; complete its group if it was the last one missing.
+    def _settle(self, attempt: Attempt, trajectories: Sequence[Trajectory]) -> bool:
+        """Book one ended attempt; complete its group if it was the last one missing. True: it has to run again.
 
         A tree runs again as a whole when one of its leaves has to; what is `lost` are the leaves that made it.
         """
         group, task = attempt.group, attempt.task
         work = group.work
         if id(group) not in self._open:  # given up
-            return
+            return False
         if self._draining:
             group.done |= {t.sample: t for t in trajectories}
-            return
+            return False
         decisions = []
         for t in trajectories:
             rerun = t.cause is not Cause.REWARD_FAILED  # it has been asked twice; the tokens are not at fault
@@ -408,15 +334,20 @@ class EnginePool:
                 log.warning("%s: %s on %s, %s: %s", t.uid, t.cause, t.engine, what, t.error)
         if Decision.RETRY in decisions:
             group.lost += [t for t in trajectories if t.cause.is_ours]
-            leaves = tuple(replace(leaf, attempt=task.attempt + 1) for leaf in task.leaves)
-            again = replace(task, attempt=task.attempt + 1, leaves=leaves)
-            self._waiting.appendleft(_Attempt(group, again, avoid=trajectories[0].engine))
-            return
+            return True
         group.done |= {t.sample: t for t in trajectories}
-        if len(group.done) == work.group_size:
+        if group.is_complete:
             del self._open[id(group)]
-            members = tuple(group.done[sample] for sample in range(work.group_size))
-            self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
+            self._finished.put_nowait(group.finished())
+        return False
+
+    async def _again(self, attempt: Attempt, engine: EngineHandle) -> None:
+        """Put a lost attempt first in line, with what is kept of its turns; those of a tree are not kept."""
+        past = attempt.task.past
+        if self._recall is not None and not attempt.task.leaves:
+            past = await self._recall(attempt.task, engine.name)
+        if id(attempt.group) in self._open and not self._draining:
+            self._waiting.appendleft(attempt.again(avoid=engine.name, past=past))
 
     def _give_up_the_stale(self) -> None:
         """End the training groups from which no step can learn any more, so that their engines do something useful.
@@ -442,54 +373,25 @@ class EnginePool:
             stale |= {sample: t.failed(Cause.STALE, why) for sample, t in group.done.items()}
             self.ledger.totals[Cause.STALE] += len(stale)
             log.warning("%s: %s", work.row.row_id, why)
-            members = tuple(stale[sample] for sample in range(work.group_size))
-            self._finished.put_nowait(TrajectoryGroup(work.row, work.step, members, work.kind, tuple(group.lost)))
+            group.done = stale
+            self._finished.put_nowait(group.finished())
 
     # engines that die ------------------------------------------------------------------------------------------------
 
     def _see_to_the_dead(self) -> None:
-        """Have every engine that died replaced, once, in the background."""
-        if self._replace_engine is None or self._closed or self._failure:
-            return
-        for engine in self._engines:
-            if engine.lost and engine.name not in self._mourned:
-                self._mourned.add(engine.name)
-                if self._barren >= _BARREN:
-                    log.error("%s is not replaced: %d replacements died before any finished work", engine.name, _BARREN)
-                    continue
-                self._barren += 1
-                task = asyncio.create_task(self._bring_up(engine), name=f"replacement of {engine.name}")
-                self._replacing.add(task)
-                task.add_done_callback(self._replaced)
+        if not self._closed and not self._failure:
+            self._replacements.see_to(self._engines)
 
-    async def _bring_up(self, dead: EngineHandle) -> None:
-        assert self._replace_engine is not None
-        log.warning("%s is dead and is being replaced: %s", dead.name, dead.lost)
-        try:
-            engine = await self._replace_engine(dead)
-        except EngineLost as error:  # policy: the others go on; without any the pool says so
-            log.error("%s was not replaced: %s", dead.name, error)
-            return
-        try:
-            current = self._publisher is None or await self._publisher.admit(engine)
-        except BaseException as error:
-            await self._within(_CLOSE_S, "closing", {engine.name: engine.close()})
-            if not isinstance(error, EngineLost | WeightSyncError | GangFailure):
-                raise
-            log.error("%s does not get the weights, and leaves again: %s", engine.name, error)
-            return
+    def _arrived(self, dead: EngineHandle, engine: EngineHandle, is_current: bool) -> None:
         self._engines.remove(dead)
-        if current:
+        if is_current:
             log.warning("%s takes the place of %s, with version %d", engine.name, dead.name, self.version)
             self.join(engine)
         else:
             self._late.append(engine)
 
-    def _replaced(self, task: asyncio.Task[None]) -> None:
-        self._replacing.discard(task)
-        if task.cancelled():
-            return
-        if (error := task.exception()) is not None:
+    def _replacement_ended(self, error: BaseException | None) -> None:
+        if error is not None:
             self._fail(error)
         elif not self._draining:
             self._pull()
@@ -511,15 +413,3 @@ class EnginePool:
             _, late = await asyncio.wait(tasks, timeout=_CANCEL_S)
             for task in late:
                 log.error("%s did not end within %g s of its cancellation", task.get_name(), _CANCEL_S)
-
-    async def _within(self, seconds: float, doing: str, steps: Mapping[str, Awaitable[None]]) -> None:
-        """All at once, each guarded: one engine that does not answer must not keep the others."""
-        waits = [asyncio.wait_for(step, seconds) for step in steps.values()]
-        for name, result in zip(steps, await asyncio.gather(*waits, return_exceptions=True), strict=True):
-            if isinstance(result, BaseException):
-                log.error("%s %s: %r", doing, name, result)
-
-
-def sample_seed(seed: int, place: str) -> int:
-    """63 bits from the run's seed and the trajectory's place `kind/step/row_id/sample`; the same for a retry."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest(), "big") >> 1

@@ -48,7 +48,7 @@ class RunConfig(_Section):
     """Continue from the newest checkpoint of the run directory when there is one."""
     journal: bool = True
     """Engines write each finished turn to `journal/` in the run's directory (which all nodes must see), so that a
-    killed run goes on with its half-done trajectories."""
+    killed run and a lost trajectory's next attempt go on from there."""
     deterministic: bool = False
     """One engine, one sequence at a time, FIFO: a repeated or resumed run is bit-equal, at the price of speed."""
     trace_every: int = Field(default=1, ge=0)

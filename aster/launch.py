@@ -111,6 +111,7 @@ async def rollouts(
                 timeout_s=recipe.learner.step_timeout_s,
             ),
             replace_engine=maker.replace if on is None else None,  # vLLM starts only where the memory is free
+            recall=maker.kept.of if maker.kept else None,
             max_retries=recipe.rollout.max_retries,
             max_infra_failed_rate=recipe.rollout.max_infra_failed_rate,
             max_staleness=recipe.rollout.max_staleness,

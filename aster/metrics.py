@@ -91,7 +91,8 @@ def cause_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
 
 
 def recall_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """perf/recalled_*: what a killed run had sampled and this one did not sample again; absent where there is none."""
+    """perf/recalled_*: what a killed run or a lost attempt had sampled and did not have to be sampled again; absent
+    where there is none."""
     trajectories = [t for g in groups for t in g.trajectories]
     turns, afresh = sum(t.recalled_turns for t in trajectories), sum(t.began_afresh for t in trajectories)
     if not turns and not afresh:

@@ -108,7 +108,7 @@ class Task:
     leaves: tuple[Task, ...] = ()  # the further leaves of a tree whose first this is
     tree_turns: tuple[int, ...] = ()
     tree_factor: int = 2
-    past: Past | None = None  # to go on from
+    past: Past | None = None  # finished turns to go on from
 
 
 def trajectory_uid(run: str, place: str, sample: int) -> str:
@@ -236,7 +236,7 @@ class Trajectory:
     reward: float | None = None
     verdicts: Verdicts = Verdicts()
     error: str = ""  # the infrastructure's own words where cause.is_ours
-    recalled_turns: int = 0  # finished by a run that was killed, and taken over from its journal
+    recalled_turns: int = 0  # finished by a run that was killed or an attempt that was lost, and taken from the journal
     began_afresh: bool = False  # there were such turns, but their cells could not be repeated
 
     @property

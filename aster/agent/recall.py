@@ -1,4 +1,4 @@
-"""An episode that is kept turn by turn, and that goes on from the turns which a killed run kept of it.
+"""An episode that is kept turn by turn, and that goes on from what a killed run or a lost attempt kept of it.
 
     recalled turns                                 | new turns
     generate, answer, observe give what was kept   | before the first new call the old ones run again, in a fresh

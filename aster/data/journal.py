@@ -4,8 +4,9 @@
     {"config": HASH, ...}                  first line of a file
     {"uid": ..., "turn": 3, ...}           one line per finished turn, ids and log-probs as base64 of the raw arrays
 
-Engines append, each to files of its own; the driver reads what another process left, once, when it starts. A turn is
-one unbuffered write: it survives the death of the process, not that of the machine, for which the checkpoint is there.
+Engines append, each to files of its own. The driver reads what another process left, once, when it starts; and of a
+trajectory that was lost what its engine had written, so that its next attempt goes on from there. A turn is one
+unbuffered write: it survives the death of the process, not that of the machine, for which the checkpoint is there.
 A file ends with at most one torn line, and that turn is generated again. Versions are in the names so that what a
 checkpoint has made useless goes by deleting files, while engines go on writing newer ones.
 
@@ -14,6 +15,7 @@ A turn number that was there before takes its trajectory back to that turn: it r
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -129,6 +131,38 @@ def read_journal(folder: Path, *, config_hash: str, oldest: int, newest: int) ->
     return {uid: p for uid, p in past.items() if p.turns}
 
 
+class KeptTurns:
+    """What the engines of this run have written of one trajectory, while others go on writing."""
+
+    def __init__(self, folder: Path, *, config_hash: str) -> None:
+        self._folder, self._config = folder, config_hash
+        self._since = time.time_ns() // 1_000_000  # older files are another process's; `read_journal` has judged them
+
+    async def of(self, task: Task, engine: str) -> Past | None:
+        """The turns that `task` went on from and those that this attempt finished on `engine`; None if there are none.
+
+        A journal that cannot be read costs time, not the run: a warning, and what the task went on from.
+        """
+        try:
+            return await asyncio.to_thread(self._read, task, engine)
+        except OSError as error:
+            log.warning("%s: its finished turns cannot be read, they are sampled again: %s", task.uid, error)
+            return task.past
+
+    def _read(self, task: Task, engine: str) -> Past | None:
+        past, uid = task.past, json.dumps(task.uid).encode()
+        for _, start, path in _files(self._folder):
+            if start < self._since or path.name.split(".", 2)[2] != f"{engine}.jsonl":
+                continue
+            for line in _lines(path, config_hash=self._config, about=uid):
+                if (line["uid"], line["attempt"]) != (task.uid, task.attempt):
+                    continue
+                turns = past.turns if past is not None and past.prompt == line["prompt"] else ()
+                if int(line["number"]) <= len(turns):
+                    past = Past(line["prompt"], (*turns[: line["number"]], _unpacked(line)))
+        return past
+
+
 def _usable(turns: Sequence[FinishedTurn], *, oldest: int, newest: int) -> tuple[FinishedTurn, ...]:
     whole = next((i for i, turn in enumerate(turns) if turn.newest_version > newest), len(turns))
     usable = tuple(turns[:whole])
@@ -144,10 +178,12 @@ def _files(folder: Path) -> list[tuple[int, int, Path]]:
     return sorted(files, key=lambda f: (f[1], f[0], f[2].name))
 
 
-def _lines(path: Path, *, config_hash: str) -> Iterator[dict[str, Any]]:
-    """Up to the first line that is not whole."""
+def _lines(path: Path, *, config_hash: str, about: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Up to the first line that is not whole; only those that hold `about` are read."""
     with path.open("rb") as file:
         for number, raw in enumerate(file):
+            if number and about not in raw:
+                continue
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
             except ValueError:

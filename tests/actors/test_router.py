@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from actors.router import EnginePool, sample_seed
+from actors.attempts import sample_seed
+from actors.router import EnginePool
 from aster.agent.ledger import lost_trajectory
 from aster.agent.rewards import RewardPool
 from aster.errors import CircuitOpen, ConfigError, EngineLost, RewardFailed, WeightSyncError
 from aster.types import (
     Budget,
     Cause,
+    Past,
     PromptRow,
     PublishReport,
     RolloutWork,
@@ -318,6 +320,50 @@ class TestRewards:
 
 
 class TestOurFailures:
+    async def test_the_next_attempt_goes_on_from_the_turns_that_were_kept(self, make) -> None:
+        past, asked = Past("prompt", ()), []
+
+        async def recall(task: Task, engine: str) -> Past:
+            asked.append((task.uid, task.attempt, engine))
+            await asyncio.sleep(0.01)
+            return past
+
+        engine = FakeEngine("e0", lambda task: 0.0 if task.attempt else EngineLost("gone"))
+        pool = make(engine, recall=recall, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=1))
+        [group] = await take(pool, 1)
+        assert group.trajectories[0].reward == 1.0
+        assert asked == [("run/train/0/a/0", 0, "e0")]
+        assert [(task.attempt, task.past) for task in engine.ran] == [(0, None), (1, past)]
+
+    async def test_nothing_is_kept_of_a_tree(self, make) -> None:
+        async def recall(task: Task, engine: str) -> Past:
+            raise AssertionError("asked")
+
+        engine = FakeEngine("e0", lambda task: 0.0 if task.attempt else EngineLost("gone"))
+        pool = make(engine, recall=recall, max_infra_failed_rate=1.0)
+        pool.submit(replace(work("a", n=2), tree_turns=(1,), tree_factor=2))
+        [group] = await take(pool, 1)
+        assert [t.reward for t in group.trajectories] == [1.0, 1.0]
+
+    async def test_a_group_that_is_given_up_while_its_turns_are_read_does_not_come_back(self, make) -> None:
+        reading, never = asyncio.Event(), asyncio.Event()
+
+        async def recall(task: Task, engine: str) -> None:
+            reading.set()
+            await never.wait()
+
+        engine = FakeEngine("e0", lambda task: EngineLost("gone") if task.row_id == "a" else 0.0)
+        pool = make(engine, recall=recall, publisher=FakePublisher(), max_infra_failed_rate=1.0, max_staleness=0)
+        pool.submit(work("a", n=1))
+        await asyncio.wait_for(reading.wait(), 5)
+        await pool.publish(None, 0)
+        [group] = await take(pool, 1)
+        assert [t.cause for t in group.trajectories] == [Cause.STALE]
+        pool.submit(work("b", n=1))
+        assert [g.row.row_id for g in await take(pool, 1)] == ["b"]
+        assert [task.row_id for task in engine.ran] == ["a", "b"]
+
     async def test_a_lost_trajectory_runs_again_elsewhere_with_the_same_seed(self, make) -> None:
         bad = FakeEngine("e0", lost(Cause.SANDBOX_LOST), capacity=1)
         good = FakeEngine("e1", capacity=1)

@@ -5,12 +5,13 @@
 
 Whole training runs of `cpu_rl_stage1`, real engine, learner and sandboxes, on two cores. The layouts:
 
-    one    synchronous, one engine: engine and learner take turns, each on one core
-    two    synchronous, an engine on each core, then the learner on both
-    async  one engine and one learner, each on a core of its own, at the same time; rollouts at most one version old
+    one    synchronous: one engine and the tools, then the learner on both cores
+    two    synchronous: an engine on each core, then the learner on both
+    async  one engine, the tools and one learner at the same time; rollouts at most one version old
 
 Every seed (order of the prompts, sampling) trains all layouts one after the other from the same weights, then answers
-the same held-out problems. `steps_per_hour` leaves out the first two steps of a run. `speedup` is the median over the
+the same held-out problems. `steps_per_hour` leaves out the first two steps of a run. `cpu_s_per_step` is what all
+cores of the machine did in a step: no layout can take less than that over their number. `speedup` is the median over the
 seeds of async against the synchronous layout that was faster on that seed; `reward_difference` is async minus that
 layout, per problem the mean over the seeds, with Student's 95 % interval over problems.
 """
@@ -24,12 +25,17 @@ import json
 import os
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import psutil  # vllm's
 
 from aster import launch, merge, prepare, sft, train
 from aster.algo.intervals import paired_test
@@ -39,9 +45,9 @@ from aster.quickstart import Plan
 from aster.roles import SandboxFactory
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "one": ("rollout.engines=1", "learner.cpu_threads=1"),
+    "one": ("rollout.engines=1", "learner.cpu_threads=2"),
     "two": ("rollout.engines=2", "rollout.max_num_seqs=64", "learner.cpu_threads=2"),
-    "async": ("rollout.engines=1", "learner.cpu_threads=1", "rollout.max_staleness=1"),
+    "async": ("rollout.engines=1", "rollout.max_num_seqs=256", "learner.cpu_threads=1", "rollout.max_staleness=1"),
 }
 SPEEDUP, WIDTH = 1.3, 0.1  # at least so many times the steps; the interval of the rewards' difference at most so wide
 _WARM_UP = 2  # steps of a run that are not timed
@@ -103,16 +109,46 @@ def trained(
             *LAYOUTS[layout],
         ],
     )
-    asyncio.run(train.run(recipe, sandboxes))
+    with CpuClock() as clock:
+        asyncio.run(train.run(recipe, sandboxes))
     lines = [json.loads(line) for line in (recipe.run.path / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "timing_s/step" in line}
     timed = [steps[step]["timing_s/step"] for step in range(_WARM_UP + 1, args.steps + 1)]
+    first, last = steps[_WARM_UP + 1], steps[args.steps]
+    ended = last["timing_s/began_unix"] + last["timing_s/step"]
     rows = read_rows(recipe.run.path / "val_rollout_data" / f"{args.steps}.jsonl")
     return {
         "seconds": statistics.mean(timed),
+        "cpu_s": (clock.at(ended) - clock.at(first["timing_s/began_unix"])) / len(timed),
         "scores": {row["row_id"]: float(bool(row["acc"])) for row in rows},
         "share_stale": statistics.mean(line.get("training/stale_groups", 0.0) for line in steps.values()),
     }
+
+
+class CpuClock:
+    """CPU seconds that all cores of this machine have worked, by the time of the day."""
+
+    def __enter__(self) -> CpuClock:
+        self._read: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._reader.join()
+
+    def at(self, unix: float) -> float:
+        times, seconds = zip(*self._read, strict=True)
+        return float(np.interp(unix, times, seconds))
+
+    def _follow(self) -> None:
+        while True:
+            worked = psutil.cpu_times()
+            self._read.append((time.time(), worked.user + worked.nice + worked.system + worked.irq + worked.softirq))
+            if self._over.wait(0.5):
+                return
 
 
 def told(runs: Mapping[str, Sequence[Mapping[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
@@ -123,6 +159,8 @@ def told(runs: Mapping[str, Sequence[Mapping[str, Any]]], args: argparse.Namespa
         "steps_per_hour": {
             layout: [round(3600 / run["seconds"], 1) for run in of_layout] for layout, of_layout in runs.items()
         },
+        "cpu_s_per_step": {layout: [round(run["cpu_s"], 1) for run in of_layout] for layout, of_layout in runs.items()},
+        "cores": os.cpu_count(),
         "reward": {
             layout: [round(statistics.mean(run["scores"].values()), 3) for run in of_layout]
             for layout, of_layout in runs.items()

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from aster import launch
 from aster.agent.rewards import RewardPool
 from aster.algo.packing import pack, unpack
 from aster.config import Recipe
+from aster.data.journal import FOLDER, KeptTurns
 from aster.data.prompts import PromptStream
 from aster.driver import GrpoLoop
 from aster.errors import CircuitOpen
@@ -64,10 +66,21 @@ class World:
     cells: PoolCalls
     node: str
 
+    @property
+    def journal(self) -> Path:
+        return self.recipe.run.path.resolve() / FOLDER
+
     @asynccontextmanager
     async def pool(self, name: str, **settings: Any) -> AsyncIterator[EnginePool]:
         """A pool of its own, with its own ledger, over the same engines."""
-        pool = EnginePool(self.engines, rewards=self.rewards, publisher=self.sync, run_name=name, **settings)
+        pool = EnginePool(
+            self.engines,
+            rewards=self.rewards,
+            publisher=self.sync,
+            recall=KeptTurns(self.journal, config_hash=self.recipe.config_hash).of,
+            run_name=name,
+            **settings,
+        )
         try:
             yield pool
         finally:
@@ -354,10 +367,14 @@ def as_sample(t: Trajectory) -> Sample:
     return Sample(np.concatenate([t.prompt_ids, t.ids]), np.concatenate([np.zeros(len(t.prompt_ids), bool), t.mask]))
 
 
-async def test_an_engine_core_that_is_killed_in_mid_turn_costs_attempts_and_no_trajectory(world: World) -> None:
+async def test_an_engine_core_that_is_killed_in_mid_turn_costs_that_turn_and_no_trajectory(world: World) -> None:
     victim = world.engines[0]
+    before = written_by(world, victim)
     async with world.pool("core") as pool:
         works = submit(world, pool)
+        async with asyncio.timeout(30):
+            while written_by(world, victim) < before + 2:  # noqa: ASYNC110 - what other processes do is no event here
+                await asyncio.sleep(0.01)
         await generating(victim)
         for process in psutil.Process(victim.pid).children():
             process.kill()
@@ -365,7 +382,15 @@ async def test_an_engine_core_that_is_killed_in_mid_turn_costs_attempts_and_no_t
     assert {(t.cause, t.engine) for t in lost(groups)} == {(Cause.ENGINE_LOST, "engine-0")}
     assert victim.lost
     assert len(scored(groups)) == len(ROWS) * GROUP
-    assert {t.engine for t in scored(groups) if t.uid in {gone.uid for gone in lost(groups)}} == {"engine-1"}
+    again = [t for t in scored(groups) if t.uid in {gone.uid for gone in lost(groups)}]
+    assert {t.engine for t in again} == {"engine-1"}
+    assert any(t.recalled_turns for t in again), "the turns that the dead one had finished are not sampled again"
+    assert not any(t.began_afresh for t in again)
+
+
+def written_by(world: World, engine: RayEngine) -> int:
+    """Finished turns that the engine has put into its journal."""
+    return sum(path.read_bytes().count(b'"number"') for path in world.journal.glob(f"*.{engine.name}.jsonl"))
 
 
 # ruins ----------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aster.data.journal import TurnJournal, prune, read_journal
+from aster.data.journal import KeptTurns, TurnJournal, prune, read_journal
 from aster.types import Budget, FinishedTurn, Sampling, Task, ToolCall, ToolOutcome, Turn
 
 CALL = ToolCall("x = 1\nx", "ok", ToolOutcome.SUCCESS, "1 \ud800", 0.5, queue_s=0.1)
@@ -117,3 +117,59 @@ def test_a_disk_that_refuses_ends_the_journal_and_not_the_run(tmp_path: Path, ca
 
 def test_no_folder_is_no_past(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none", config_hash="c", oldest=0, newest=9) == {}
+
+
+class TestOfALostTrajectory:
+    """What its next attempt goes on from, read while other engines write."""
+
+    async def test_those_of_its_attempt_on_its_engine(self, tmp_path: Path) -> None:
+        kept, other = (KeptTurns(tmp_path, config_hash=config) for config in "cd")
+        write(tmp_path, turn(0), turn(1, version=4))
+        write(tmp_path, turn(7), of=task("r/train/1/row/1"))
+        write(tmp_path, turn(8), turn(9), engine="1.e0")
+        write(tmp_path, turn(5), engine="e0", of=task(attempt=1))
+        past = await kept.of(task(), "e0")
+        assert past is not None
+        assert (past.prompt, [int(t.ids[0]) for t in past.turns]) == ("prompt", [0, 1])
+        assert await kept.of(task("r/train/1/row/2"), "e0") is None
+        assert await kept.of(task(), "e1") is None
+        assert await other.of(task(), "e0") is None
+
+    async def test_a_second_loss_keeps_what_the_first_had_kept(self, tmp_path: Path) -> None:
+        kept = KeptTurns(tmp_path, config_hash="c")
+        write(tmp_path, turn(0), turn(1))
+        again = replace(task(attempt=1), past=await kept.of(task(), "e0"))
+        assert await kept.of(again, "e1") == again.past, "it was lost before it had finished anything"
+        write(tmp_path, turn(2), engine="e1", of=again, first=2)
+        past = await kept.of(again, "e1")
+        assert past is not None
+        assert [int(t.ids[0]) for t in past.turns] == [0, 1, 2]
+
+    async def test_one_that_began_afresh_has_only_what_came_after_that(self, tmp_path: Path) -> None:
+        kept = KeptTurns(tmp_path, config_hash="c")
+        write(tmp_path, turn(0), turn(1))
+        again = replace(task(attempt=1), past=await kept.of(task(), "e0"))
+        write(tmp_path, turn(20), engine="e1", of=again)
+        past = await kept.of(again, "e1")
+        assert past is not None
+        assert [int(t.ids[0]) for t in past.turns] == [20]
+
+    async def test_any_name_and_no_file_of_an_older_process(self, tmp_path: Path) -> None:
+        odd = task('r/train/1/"Zürich\\\ud800/0')
+        kept = KeptTurns(tmp_path, config_hash="c")
+        write(tmp_path, turn(0), of=odd)
+        assert await kept.of(odd, "e0") is not None
+        (file,) = tmp_path.iterdir()
+        file.rename(tmp_path / "3.1700000000000.e0.jsonl")
+        assert await kept.of(odd, "e0") is None
+
+    async def test_a_folder_that_cannot_be_read_costs_time_only(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kept = KeptTurns(tmp_path, config_hash="c")
+        write(tmp_path, turn(0))
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        file.mkdir()
+        assert await kept.of(task(), "e0") is None
+        assert "they are sampled again" in caplog.text
