@@ -25,13 +25,14 @@ from aster.agent.chat import ChatRenderer
 from aster.agent.rollout import Generation, run_episode
 from aster.agent.tree import run_tree
 from aster.config import Recipe
-from aster.data.journal import TurnJournal
+from aster.data.journal import JournalPlace, TurnJournal
 from aster.errors import EngineLost, WeightSyncError
 from aster.roles import SandboxFactory
 from aster.types import Sampling, Task, TensorMeta, Trajectory
 
 T = TypeVar("T")
 
+ANSWER_S = 120.0  # deadline of any word from the engine core, which may be in the middle of a prefill or a bucket
 _CALL_S = 60.0  # deadline of a call that the engine core answers at once
 _SHUTDOWN_S = 2.0  # what the core gets to leave by itself; on CPU it uses all of it
 _LIFE_S = 0.5  # how often a control call that waits looks whether the core still lives
@@ -82,14 +83,14 @@ class RolloutEngine:
         model_path: str,
         sandboxes: SandboxFactory | None,
         stat_loggers: Sequence[Callable[[], type]] = (),
-        journal: Path | None = None,
+        journal: JournalPlace | None = None,
     ) -> None:
         """Loads the model; blocks for as long as vLLM takes to start (20 s for a small model on CPU).
 
         `seed` must differ between engines: two that start alike would draw the same samples of a prompt.
         `transfer` is vLLM's weight-transfer backend: "aster" (ours, gloo or NCCL) or "nccl" (stock).
         `stat_loggers` make the classes of those who want to hear from vLLM's scheduler.
-        `journal`: the folder that finished turns are written to.
+        `journal`: where finished turns are written.
         """
         _prepare_process()
         from vllm.config import WeightTransferConfig
@@ -101,7 +102,7 @@ class RolloutEngine:
         self._recipe = recipe
         self._sandboxes = sandboxes
         self._renderer: ChatRenderer | None = None
-        self._journal = TurnJournal(journal, engine=name, config_hash=recipe.config_hash) if journal else None
+        self._journal = TurnJournal(journal, engine=name) if journal else None
         # A per-request seed costs a kernel launch (on CPU a Python call) per sequence and step, the batch changes bits
         # anyway, and vLLM's CPU worker dies of one in a chunked prefill ("CPU Generator does not use offset").
         self._seeded = recipe.run.deterministic
@@ -357,6 +358,11 @@ class RolloutEngine:
             await self._step(timeout_s, self._engine.finish_weight_update())
 
     async def alive(self) -> bool:
+        """Whether the core answers."""
+        try:
+            await self._within(ANSWER_S, self._engine.is_sleeping())
+        except EngineLost:
+            return False
         return not self._engine.errored
 
     # life ------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Replacements:
         self._replace_engine, self._publisher = replace_engine, publisher
         self._arrived, self._ended = arrived, ended
         self._mourned: set[str] = set()
+        self._made: set[str] = set()  # names of replacements
         self._barren = 0
         self.under_way: set[asyncio.Task[None]] = set()
 
@@ -42,10 +43,10 @@ class Replacements:
         for engine in engines:
             if engine.lost and engine.name not in self._mourned:
                 self._mourned.add(engine.name)
+                self._barren += engine.name in self._made
                 if self._barren >= _BARREN:
                     log.error("%s is not replaced: %d replacements died before any finished work", engine.name, _BARREN)
                     continue
-                self._barren += 1
                 task = asyncio.create_task(
                     self._bring_up(engine, self._replace_engine), name=f"replacement of {engine.name}"
                 )
@@ -63,6 +64,7 @@ class Replacements:
         except EngineLost as error:  # policy: the others go on; without any the pool says so
             log.error("%s was not replaced: %s", dead.name, error)
             return
+        self._made.add(engine.name)
         try:
             is_current = self._publisher is None or await self._publisher.admit(engine)
         except BaseException as error:

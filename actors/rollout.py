@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, TaskCancelledError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine import RolloutEngine
+from actors.engine import ANSWER_S, RolloutEngine
 from actors.metrics import engine_stats
 from aster.config import Recipe
 from aster.data.journal import FOLDER as JOURNAL
-from aster.data.journal import KeptTurns
+from aster.data.journal import JournalPlace, KeptTurns
 from aster.errors import ConfigError, EngineLost
 from aster.roles import SandboxFactory
 from aster.types import Cause, Task, Trajectory
@@ -70,6 +70,7 @@ class RayEngine:
                 "run", task, deadline_s=task.budget.trajectory_timeout_s + _GRACE_S
             )
         except EngineLost as error:
+            await self.probe()  # one that hangs is the emptiest soon, and must not be given the next ones
             return _lost(task, self.name, str(error))
         if trajectory.cause is Cause.ENGINE_LOST:
             await self.probe()
@@ -82,6 +83,7 @@ class RayEngine:
                 "run_tree", task, deadline_s=task.budget.trajectory_timeout_s + _GRACE_S
             )
         except EngineLost as error:
+            await self.probe()
             return [_lost(leaf, self.name, str(error)) for leaf in (task, *task.leaves)]
         if any(leaf.cause is Cause.ENGINE_LOST for leaf in leaves):
             await self.probe()
@@ -95,7 +97,7 @@ class RayEngine:
         """Is it alive? Remembers in `lost` if not: an actor may outlive its engine core."""
         if not self.lost:
             try:
-                alive = await self.call("alive", deadline_s=_GRACE_S)
+                alive = await self.call("alive", deadline_s=_GRACE_S + ANSWER_S)
                 self.lost = "" if alive else "the engine core is dead"
             except EngineLost as error:
                 self.lost = self.lost or str(error)
@@ -124,8 +126,10 @@ class RayEngine:
             raise EngineLost(f"{self.name} is dead: {self.lost}") from error
         except TaskCancelledError as error:
             raise EngineLost(f"{self.name}: {method} was cancelled") from error
-        except RayError as error:
+        except RayTaskError as error:
             raise _unwrap(error) from None
+        except RayError as error:  # its answer went down with the node that held it, say
+            raise EngineLost(f"{self.name}: {method}: {_first_line(error)}") from error
 
     async def cancel_all(self) -> None:
         """End every episode of this engine; they come home through `run`, cancelled, with what they had sampled."""
@@ -193,7 +197,9 @@ class EngineMaker:
             "max_concurrency": recipe.rollout.max_num_seqs + _CONTROL_CALLS,
             "runtime_env": {"env_vars": {**_ENV, **(_CPU_ENV if device == "cpu" else {})}},
         }
-        journal = recipe.run.path.resolve() / JOURNAL if recipe.stage == "rl" and recipe.run.journal else None
+        journal = None
+        if recipe.stage == "rl" and recipe.run.journal:
+            journal = JournalPlace(recipe.run.path.resolve() / JOURNAL, recipe.config_hash)
         self._arguments = {
             "device": device,
             "transfer": "nccl" if self._backend == "vllm_nccl" else "aster",
@@ -201,7 +207,7 @@ class EngineMaker:
             "sandboxes": sandboxes,
             "journal": journal,
         }
-        self.kept = KeptTurns(journal, config_hash=recipe.config_hash) if journal else None
+        self.kept = KeptTurns(journal) if journal else None
         self._made = 0  # seeds of engines must differ, also from those of the dead
 
     def start(self) -> list[RayEngine]:

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
 _CANCEL_S = 60.0
+_RECALL_S = 60.0  # a file system that hangs
 _CLOSE_S = 120.0
 
 
@@ -148,7 +149,7 @@ class EnginePool:
             raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
         self._coming = version  # what starts from here on waits at the engines' gates, and has no older token
         try:
-            report = await self._publisher.publish(source, version)
+            report = await self._deliver(self._publisher, source, version)
         finally:
             self._coming = None
             self._see_to_the_dead()
@@ -158,6 +159,17 @@ class EnginePool:
         for engine in late:
             self.join(engine)
         return report
+
+    async def _deliver(self, publisher: Publisher, source: Any, version: int) -> PublishReport:
+        """Where every engine is dead and some are being replaced: once more when those are here."""
+        while True:
+            try:
+                return await publisher.publish(source, version)
+            except EngineLost:
+                self._see_to_the_dead()
+                if not self._replacements.under_way:
+                    raise
+                await asyncio.wait(self._replacements.under_way)  # each of its steps has a deadline
 
     async def drain(self) -> list[Trajectory]:
         """Stop everything and hand back what no group has delivered.
@@ -345,7 +357,10 @@ class EnginePool:
         """Put a lost attempt first in line, with what is kept of its turns; those of a tree are not kept."""
         past = attempt.task.past
         if self._recall is not None and not attempt.task.leaves:
-            past = await self._recall(attempt.task, engine.name)
+            try:
+                past = await asyncio.wait_for(self._recall(attempt.task, engine.name), _RECALL_S)
+            except TimeoutError:
+                log.warning("%s: its finished turns were not read within %g s", attempt.task.uid, _RECALL_S)
         if id(attempt.group) in self._open and not self._draining:
             self._waiting.appendleft(attempt.again(avoid=engine.name, past=past))
 

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from aster.errors import DataError
@@ -120,6 +120,11 @@ class DirectoryCheckpointer:
             found[newer].rename(aside)
         _write_atomically(self.directory / LATEST, f"{max(healthy)}\n")
         return str(found[max(healthy)])
+
+    async def amend(self, step: int, driver_state: Mapping[str, object]) -> None:
+        await self.finish()
+        path = self.directory / f"global_step_{step}"
+        _write_atomically(path / "driver.json", json.dumps({**read_state(path), **driver_state}, indent=1))
 
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]:
         await self.finish()

@@ -94,6 +94,7 @@ class GrpoLoop:
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
         self._leftovers = Leftovers(self.recipe)
         self._places = count()
+        self._first_place = 0  # groups from before it may be of weights that were rolled back
         self._inbox = Inbox(self.pool.groups())
         self._record = RunRecord(self.recipe, self.log, self.decode, markers=self.markers)
         self._recorder = Recorder()
@@ -333,16 +334,18 @@ class GrpoLoop:
         if self.checkpoints is None:
             return
         began = time.monotonic()
-        state: dict[str, object] = {
+        self._leftovers.saving(self.step)
+        saved = partial(self._leftovers.saved, self.step)
+        await self.checkpoints.save(self.step, self.learners, self._state(), after=self._recorder.so_far(), then=saved)
+        seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
+        await self._recorder.put(partial(self._record.note, self.step, seconds))
+
+    def _state(self) -> dict[str, object]:
+        return {
             "prompts": self.prompts.state_dict(),
             "asked_in": self._leftovers.state_dict(),
             "stale_groups": self.stale_groups,
         }
-        self._leftovers.saving(self.step)
-        saved = partial(self._leftovers.saved, self.step)
-        await self.checkpoints.save(self.step, self.learners, state, after=self._recorder.so_far(), then=saved)
-        seconds = {"timing_s/save_checkpoint": time.monotonic() - began}
-        await self._recorder.put(partial(self._record.note, self.step, seconds))
 
     async def rolled_back(self) -> bool:
         """What `collapse.on_alarm` asks for when the alarm is on (`guard`); nothing by default. True: the run is at an
@@ -357,6 +360,10 @@ class GrpoLoop:
             if file.stem.isdecimal() and int(file.stem) > step:  # else the step's next validation would count as done
                 file.rename(file.with_name(f"{file.name}.rolled_back"))
         self.step = step
+        self._first_place = next(self._places)
+        self._leftovers.rolled_back(step)
+        assert self.checkpoints is not None
+        await self.checkpoints.amend(step, self._state())  # a resume goes on with the prompts that come now
         await self.publish()
         return True
 
@@ -429,8 +436,10 @@ class GrpoLoop:
         return self.recipe.budget.max_response_tokens
 
     def _is_too_old(self, group: TrajectoryGroup) -> bool:
-        """A token more than k versions older than the weights that the step begins with, or one of weights that were
-        rolled back since."""
+        """A token more than k versions older than the weights that the step begins with, or one that may be of weights
+        which were rolled back since."""
+        if self._asked.get(group.row.row_id, self._first_place) < self._first_place:
+            return True
         newest = self.step - 1
         oldest = newest - self.recipe.rollout.max_staleness
 

@@ -78,5 +78,10 @@ class Leftovers:
         """The checkpoint is complete: the ones before it are not resumed from."""
         self._saved = (version,)
 
+    def rolled_back(self, version: int) -> None:
+        """The run is at `version` again: what was sampled after it the first time is not gone on with."""
+        self._asked_in, self._past, self._saved = {}, {}, (version,)
+        self.clear()
+
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

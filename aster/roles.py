@@ -155,6 +155,10 @@ class Checkpointer(Protocol):
         """The newest checkpoint of at most `step`, from now on the latest; None, and nothing changed, without one."""
         ...
 
+    async def amend(self, step: int, driver_state: Mapping[str, object]) -> None:
+        """Change what the checkpoint of `step` says of the driver."""
+        ...
+
     async def restore(self, path: str, learners: LearnerGroup) -> dict[str, object]: ...
 
 

@@ -130,7 +130,7 @@ class RolloutWork:
     tools_enabled: bool = True
     tree_turns: tuple[int, ...] = ()  # as `rollout.tree_turns`; () = every sample by itself
     tree_factor: int = 2
-    past: Mapping[int, Past] = field(default_factory=dict)  # sample -> what a killed run left of it
+    past: Mapping[int, Past] = field(default_factory=dict)  # sample -> its finished turns, to go on from
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class _Delta:
 
     head: tuple[int, ...]
     before: str
-    separator: tuple[str, tuple[int, ...], str] | None  # text, ids, text; None = this role cannot stand twice in a row
+    separator: tuple[str, tuple[int, ...], str] | None  # text, ids, text; None: two in a row are joined
     after: str
     tail: tuple[int, ...]
     strips: bool  # the template strips white space off the content
@@ -386,8 +386,8 @@ class ChatRenderer:
         if role not in self._deltas:
             self._deltas[role] = self._probe_delta(role)
         delta = self._deltas[role]
-        if delta.separator is None and len(contents) > 1:
-            raise TemplateError(f"{self._template.where} cannot render {len(contents)} {role} messages in a row")
+        if delta.separator is None:  # the template refuses two of a role in a row: one message with both texts
+            contents = ("\n".join(contents),)
         ids = list(delta.head)
         text = delta.before
         for i, content in enumerate(contents):

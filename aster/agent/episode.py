@@ -78,8 +78,10 @@ class Episode:
         tool: ToolConfig,
         engine: str,
         tools: Sequence[Tool],
+        deadline: float | None = None,
     ) -> None:
-        """`renderer` is one for the loop's tools; `tools` is empty where they are switched off."""
+        """`renderer` is one for the loop's tools; `tools` is empty where they are switched off. `deadline` on the event
+        loop's clock; None = the task's seconds from now."""
         self.task = task
         self.tool = tool
         self.renderer = renderer
@@ -90,7 +92,8 @@ class Episode:
         self._engine = engine
         self._tools = {str(tool.schema["function"]["name"]): tool for tool in tools}
         self._began_unix, self._began = time.time(), time.monotonic()
-        self._deadline = asyncio.get_running_loop().time() + task.budget.trajectory_timeout_s
+        own = asyncio.get_running_loop().time() + task.budget.trajectory_timeout_s
+        self._deadline = own if deadline is None else deadline
         self._prompt_ids = renderer.prompt_ids(task.messages, tools_enabled=bool(tools))
         if len(self._prompt_ids) > task.budget.max_prompt_tokens:
             raise DataError(

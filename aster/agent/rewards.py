@@ -9,15 +9,17 @@ its own through the entry point group `aster.rewards`; an agent loop names it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from multiprocessing import Pipe
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 STRICT_TAIL_CHARS = 100
 """The reference cuts to 300 and then to 100 characters, which is a cut to 100."""
 MATH_VERIFY_TAIL_CHARS = 500
+_VERIFY_CPU_S = 5.0
 _START_S = 120.0  # a worker's import of math-verify (sympy, a parser) takes seconds, on a busy machine many
 _BOX = "\\boxed{"
 
@@ -61,16 +64,42 @@ def _last_boxed(text: str) -> str | None:
 def math_verify_verdict(final_text: str, ground_truth: str) -> bool:
     """Whether the last 500 characters hold an answer equal to `ground_truth`: gold LaTeX, prediction Expr+LaTeX.
 
-    Slow (milliseconds to seconds), importing sympy; may hang in arithmetic that cannot be interrupted. Main thread
-    only (math-verify uses SIGALRM). Raises ValueError when the ground truth itself cannot be read.
+    Slow (milliseconds to seconds), importing sympy; may hang in arithmetic that cannot be interrupted. An answer that
+    takes more than five seconds of CPU is wrong. math-verify's own limit is of the clock on the wall, and on a busy
+    machine it would make right answers wrong. Main thread only (SIGPROF). Raises ValueError when the ground truth
+    itself cannot be read.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    gold = parse(f"{_BOX}{ground_truth}}}", (LatexExtractionConfig(),))
+    gold = parse(f"{_BOX}{ground_truth}}}", (LatexExtractionConfig(),), parsing_timeout=None)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth!r}")
-    pred = parse(final_text[-MATH_VERIFY_TAIL_CHARS:], (ExprExtractionConfig(), LatexExtractionConfig()))
-    return bool(verify(gold, pred))
+    tail, kinds = final_text[-MATH_VERIFY_TAIL_CHARS:], (ExprExtractionConfig(), LatexExtractionConfig())
+    try:
+        with _limited_to(_VERIFY_CPU_S):
+            return bool(verify(gold, parse(tail, kinds, parsing_timeout=None), timeout_seconds=None))
+    except _TooMuchWork:
+        return False
+
+
+class _TooMuchWork(BaseException):
+    """No `Exception`: math-verify takes those for an answer that it cannot read, and tries the next notation."""
+
+
+@contextlib.contextmanager
+def _limited_to(cpu_s: float) -> Iterator[None]:
+    """Raises `_TooMuchWork` in the body after so many seconds of this process's CPU."""
+
+    def strike(signum: int, frame: object) -> None:
+        raise _TooMuchWork
+
+    before = signal.signal(signal.SIGPROF, strike)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 ENTRY_POINTS = "aster.rewards"

@@ -117,6 +117,7 @@ async def run_episode(
         tool=tool,
         engine=engine,
         journal=journal,
+        deadline=asyncio.get_running_loop().time() + task.budget.trajectory_timeout_s,  # of both, if it begins afresh
     )
     try:
         return await ended(*prepare(task))
@@ -134,8 +135,9 @@ def prepared(
     tool: ToolConfig,
     engine: str,
     journal: Journal | None = None,
+    deadline: float | None = None,
 ) -> tuple[AgentLoop, KeptEpisode]:
-    """The task's loop, and an episode with its prompt and its tools."""
+    """The task's loop, and an episode with its prompt and its tools; `deadline` as there."""
     loop = agent_loop(task.agent_name)
     tools = loop.tools if task.tools_enabled and tool.enabled else ()
     if sandboxes is None and any(t.needs_sandbox for t in tools):
@@ -151,6 +153,7 @@ def prepared(
         engine=engine,
         tools=tools,
         journal=journal,
+        deadline=deadline,
     )
 
 

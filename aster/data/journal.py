@@ -1,6 +1,6 @@
 """Half-done trajectories on disk: each turn as soon as it is finished, so that a killed run goes on with them.
 
-    journal/VERSION.START.ENGINE.jsonl     VERSION of the turn's first token, START of the engine's process (unix ms)
+    journal/VERSION.RUN.ENGINE.jsonl       VERSION of the turn's first token, RUN: when the driver started (unix ms)
     {"config": HASH, ...}                  first line of a file
     {"uid": ..., "turn": 3, ...}           one line per finished turn, ids and log-probs as base64 of the raw arrays
 
@@ -10,21 +10,24 @@ unbuffered write: it survives the death of the process, not that of the machine,
 A file ends with at most one torn line, and that turn is generated again. Versions are in the names so that what a
 checkpoint has made useless goes by deleting files, while engines go on writing newer ones.
 
-A turn number that was there before takes its trajectory back to that turn: it ran again, elsewhere or from its start.
+A trajectory's turns are read in the order of runs and attempts, not of files: a later attempt goes on from the turns of
+the one before, on whatever engine. A turn number that was there before takes it back to that turn: it began afresh.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,15 @@ FOLDER = "journal"
 _NAME = re.compile(r"(\d+)\.(\d+)\.(.+)\.jsonl")
 
 
+@dataclass(frozen=True)
+class JournalPlace:
+    """The journal of one start of a run."""
+
+    folder: Path
+    config_hash: str
+    run: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+
 def prompt_digest(prompt_ids: np.ndarray) -> str:
     """Turns belong to a prompt: with other tools or another template the same row is another conversation."""
     return hashlib.blake2b(np.asarray(prompt_ids, dtype=np.int32).tobytes(), digest_size=8).hexdigest()
@@ -50,9 +62,9 @@ def prompt_digest(prompt_ids: np.ndarray) -> str:
 class TurnJournal:
     """One engine's. A disk that refuses ends the journal with a warning, not the run: it would only have saved time."""
 
-    def __init__(self, folder: Path, *, engine: str, config_hash: str) -> None:
-        self._folder, self._engine, self._config = folder, engine, config_hash
-        self._start = time.time_ns() // 1_000_000
+    def __init__(self, place: JournalPlace, *, engine: str) -> None:
+        self._folder, self._engine = place.folder, engine
+        self._place = place
         self._file: tuple[int, int] | None = None  # version, descriptor
         self._broken = False
 
@@ -80,11 +92,11 @@ class TurnJournal:
         if self._file is None or self._file[0] != version:
             self.close()
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"{version}.{self._start}.{self._engine}.jsonl"
+            path = self._folder / f"{version}.{self._place.run}.{self._engine}.jsonl"
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             self._file = version, descriptor
             if os.fstat(descriptor).st_size == 0:
-                os.write(descriptor, (json.dumps({"config": self._config}) + "\n").encode())
+                os.write(descriptor, (json.dumps({"config": self._place.config_hash}) + "\n").encode())
         return self._file[1]
 
 
@@ -98,45 +110,45 @@ def prune(folder: Path, *, useless: Callable[[int], bool]) -> None:
 # reading -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Trajectory:
-    order: tuple[int, int]  # start of the process, attempt: what an older one still wrote does not count
-    prompt: str
-    turns: list[FinishedTurn] = field(default_factory=list)
-
-
 def read_journal(folder: Path, *, config_hash: str, oldest: int, newest: int) -> dict[str, Past]:
     """`{uid: its finished turns}` as far as they can be gone on with, under the weights of version `newest`.
 
     That is: written under the same config, no token older than version `oldest`, and cut before the first turn with a
     token newer than `newest`: those weights are gone. Files of newer versions are deleted, of another config ignored.
     """
-    found: dict[str, _Trajectory] = {}
-    for version, start, path in _files(folder):
+    found: defaultdict[str, defaultdict[tuple[int, int], list[dict[str, Any]]]]
+    found = defaultdict(lambda: defaultdict(list))  # uid -> (run, attempt) -> lines
+    for version, run, path in _files(folder):
         if version > newest:
             path.unlink(missing_ok=True)
             continue
         for line in _lines(path, config_hash=config_hash):
-            order = start, int(line["attempt"])
-            known = found.get(line["uid"])
-            if known is not None and order < known.order:
-                continue
-            number, turn = int(line["number"]), _unpacked(line)
-            if known is None or line["prompt"] != known.prompt:
-                known = found[line["uid"]] = _Trajectory(order, line["prompt"])
-            if number <= len(known.turns):
-                known.order = order
-                known.turns[number:] = [turn]
-    past = {uid: Past(t.prompt, _usable(t.turns, oldest=oldest, newest=newest)) for uid, t in found.items()}
-    return {uid: p for uid, p in past.items() if p.turns}
+            found[line["uid"]][run, int(line["attempt"])].append(line)
+    out: dict[str, Past] = {}
+    for uid, attempts in found.items():
+        past: Past | None = None
+        for order in sorted(attempts):
+            past = _gone_on(past, attempts[order])
+        if past is not None and (usable := _usable(past.turns, oldest=oldest, newest=newest)):
+            out[uid] = replace(past, turns=usable)
+    return out
+
+
+def _gone_on(past: Past | None, lines: Sequence[dict[str, Any]]) -> Past | None:
+    """`past` with the turns of one more attempt; turns behind a gap are of no use."""
+    for line in lines:
+        turns = past.turns if past is not None and past.prompt == line["prompt"] else ()
+        number = int(line["number"])
+        if number <= len(turns):
+            past = Past(line["prompt"], (*turns[:number], _unpacked(line)))
+    return past
 
 
 class KeptTurns:
     """What the engines of this run have written of one trajectory, while others go on writing."""
 
-    def __init__(self, folder: Path, *, config_hash: str) -> None:
-        self._folder, self._config = folder, config_hash
-        self._since = time.time_ns() // 1_000_000  # older files are another process's; `read_journal` has judged them
+    def __init__(self, place: JournalPlace) -> None:
+        self._place = place  # other runs' files are older; `read_journal` has judged them
 
     async def of(self, task: Task, engine: str) -> Past | None:
         """The turns that `task` went on from and those that this attempt finished on `engine`; None if there are none.
@@ -150,17 +162,14 @@ class KeptTurns:
             return task.past
 
     def _read(self, task: Task, engine: str) -> Past | None:
-        past, uid = task.past, json.dumps(task.uid).encode()
-        for _, start, path in _files(self._folder):
-            if start < self._since or path.name.split(".", 2)[2] != f"{engine}.jsonl":
-                continue
-            for line in _lines(path, config_hash=self._config, about=uid):
-                if (line["uid"], line["attempt"]) != (task.uid, task.attempt):
-                    continue
-                turns = past.turns if past is not None and past.prompt == line["prompt"] else ()
-                if int(line["number"]) <= len(turns):
-                    past = Past(line["prompt"], (*turns[: line["number"]], _unpacked(line)))
-        return past
+        lines = []
+        for _, run, path in _files(self._place.folder):
+            if run == self._place.run and path.name.split(".", 2)[2] == f"{engine}.jsonl":
+                with contextlib.suppress(FileNotFoundError):  # pruned in this moment
+                    about = json.dumps(task.uid).encode()
+                    found = list(_lines(path, config_hash=self._place.config_hash, about=about))
+                    lines += [line for line in found if (line["uid"], line["attempt"]) == (task.uid, task.attempt)]
+        return _gone_on(task.past, lines)
 
 
 def _usable(turns: Sequence[FinishedTurn], *, oldest: int, newest: int) -> tuple[FinishedTurn, ...]:
@@ -170,12 +179,12 @@ def _usable(turns: Sequence[FinishedTurn], *, oldest: int, newest: int) -> tuple
 
 
 def _files(folder: Path) -> list[tuple[int, int, Path]]:
-    """(version, start, path), in the order of start: a later process knows better."""
+    """(version, run, path), older versions first: turns are in the order in which they were written."""
     if not folder.is_dir():
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     files = [(int(m[1]), int(m[2]), path) for m, path in found if m]
-    return sorted(files, key=lambda f: (f[1], f[0], f[2].name))
+    return sorted(files)
 
 
 def _lines(path: Path, *, config_hash: str, about: bytes = b"") -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from actors import router
 from actors.attempts import sample_seed
 from actors.router import EnginePool
 from aster.agent.ledger import lost_trajectory
@@ -336,6 +337,17 @@ class TestOurFailures:
         assert asked == [("run/train/0/a/0", 0, "e0")]
         assert [(task.attempt, task.past) for task in engine.ran] == [(0, None), (1, past)]
 
+    async def test_a_journal_that_hangs_costs_time_and_no_group(self, make, monkeypatch, caplog) -> None:
+        async def recall(task: Task, engine: str) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(router, "_RECALL_S", 0.02)
+        engine = FakeEngine("e0", lambda task: 0.0 if task.attempt else EngineLost("gone"))
+        pool = make(engine, recall=recall, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=1))
+        await take(pool, 1)
+        assert "its finished turns were not read within" in caplog.text
+
     async def test_nothing_is_kept_of_a_tree(self, make) -> None:
         async def recall(task: Task, engine: str) -> Past:
             raise AssertionError("asked")
@@ -621,6 +633,43 @@ class TestReplacement:
         with pytest.raises(CircuitOpen, match=r"every engine is dead, 1 trajectories .*e0.3: OOM killed"):
             await take(pool, 1)
         assert len(made) == 3
+
+    async def test_engines_that_die_together_are_all_replaced(self, make) -> None:
+        made: list[FakeEngine] = []
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            made.append(FakeEngine(f"{engine.name}.1"))
+            return made[-1]
+
+        dying = [self.dying(f"e{i}") for i in range(6)]
+        pool = make(*dying, replace_engine=spawn, max_retries=9, max_infra_failed_rate=1.0)
+        pool.submit(work("a", n=24))
+        await take(pool, 1)
+        assert sorted(engine.name for engine in made) == [f"e{i}.1" for i in range(6)]
+
+    async def test_a_publication_waits_for_the_replacement_of_the_last_engine(self, make) -> None:
+        here = asyncio.Event()
+
+        class Choosy(FakePublisher):
+            async def publish(self, source: object, version: int) -> PublishReport:
+                if not self.admitted:
+                    raise EngineLost("no living engine")
+                return await super().publish(source, version)
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            await here.wait()
+            return FakeEngine("e0.1")
+
+        dead, publisher = FakeEngine("e0", lost="OOM killed"), Choosy()
+        pool = make(dead, publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        publishing = asyncio.create_task(pool.publish(None, 3))
+        await asyncio.sleep(0.02)
+        assert not publishing.done()
+        here.set()
+        assert (await asyncio.wait_for(publishing, 5)).version == 3
+        alone = make(FakeEngine("e0", lost="OOM killed"), publisher=Choosy())
+        with pytest.raises(EngineLost, match="no living engine"):
+            await alone.publish(None, 3)
 
     async def test_one_that_does_not_come_up_leaves_the_others_at_work(self, make, caplog) -> None:
         async def spawn(engine: FakeEngine) -> FakeEngine:

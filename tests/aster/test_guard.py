@@ -155,7 +155,7 @@ async def train(tmp_path, learners, pool, *overrides):
             *(f"run.dir={tmp_path}", "run.name=r", *overrides),
         ],
     )
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model").mkdir(exist_ok=True)
     with Tracker.open(recipe, total_steps=6, console=Console(file=io.StringIO())) as tracker:
         await GrpoLoop(
             recipe=recipe,
@@ -205,3 +205,51 @@ async def test_the_loop_goes_back_publishes_and_goes_on_with_the_next_prompts(tm
     values = read_metrics(path / "metrics.jsonl")
     assert [v["collapse/calls_mean"] for v in values.values()] == [3.0] * 6
     assert values[6]["collapse/entropy/all"] == values[6]["actor/entropy"] == 1.0
+
+
+async def test_a_run_that_is_killed_after_a_rollback_goes_on_with_what_came_after_it(tmp_path):
+    """Not with the prompts and the half-done trajectories that were rolled back."""
+
+    class Killed(Poisoned):
+        async def forward_backward(self, *args, **more):
+            if not self.once and self.spoilt_at is None:
+                raise RuntimeError("killed")
+            return await super().forward_backward(*args, **more)
+
+    learners = Killed([])
+    pool = DyingPool([], lambda: learners.spoilt_at is not None)
+    (tmp_path / "r" / "journal").mkdir(parents=True)
+    (tmp_path / "r" / "journal" / "3.1700000000000.engine-0.jsonl").touch()
+    with pytest.raises(RuntimeError, match="killed"):
+        await train(tmp_path, learners, pool, "collapse.on_alarm=rollback")
+    assert not (tmp_path / "r" / "journal").exists()
+    asked = [w.row.row_id for w in pool.submitted if w.kind == "train"]
+    assert len(asked) == 5, "steps 1 to 4, and step 3 again"
+    again = FakePool([])
+    await train(tmp_path, FakeLearners([]), again, "run.steps=3")
+    assert [w.row.row_id for w in again.submitted if w.kind == "train"] == asked[4:]
+
+
+async def test_a_group_that_began_before_a_rollback_is_not_learnt_from(tmp_path):
+    """Its version may be one that there is again by the time it comes home."""
+    learners = Poisoned([])
+
+    class Slow(DyingPool):
+        """The group asked for in step 4, with the ill weights of step 3, comes home two groups late."""
+
+        async def groups(self):
+            held = None
+            async for group in super().groups():
+                if held is None and self.poisoned() and group.kind == "train":
+                    held = group
+                    continue
+                yield group
+                if held is not None and not self.poisoned() and group.step >= 4:
+                    yield held
+                    held = None
+
+    pool = Slow([], lambda: learners.spoilt_at is not None)
+    path = await train(tmp_path, learners, pool, "collapse.on_alarm=rollback", "rollout.max_staleness=2")
+    values = read_metrics(path / "metrics.jsonl")
+    assert learners.updates == 6
+    assert values[6]["training/stale_groups"] > 0

@@ -9,7 +9,7 @@ from fakes import FakeLearners, FakePool, MemoryLog, row, trajectory, work
 from test_driver import loop, recipe
 
 from aster.checkpoints import DirectoryCheckpointer, read_state
-from aster.data.journal import TurnJournal
+from aster.data.journal import JournalPlace, TurnJournal
 from aster.errors import CircuitOpen
 from aster.leftovers import Leftovers
 from aster.types import Budget, Cause, FinishedTurn, Sampling, Task, TrajectoryGroup, Turn
@@ -237,7 +237,7 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
     first, again = FakePool([]), FakePool([])
     await loop(r, [], pool=first, checkpoints=points()).run()
     in_flight = [w.row.row_id for w in first.submitted[2:]]
-    journal = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    journal = TurnJournal(JournalPlace(r.run.path / "journal", r.config_hash), engine="e0")
     for row_id, sample, version in ((in_flight[0], 1, 0), (in_flight[1], 0, 1), (in_flight[1], 1, 2)):
         journal.append(a_task("train", 1, row_id, sample), "prompt", 0, a_turn(version=version))
     r = recipe(tmp_path, "rollout.max_staleness=1", "run.steps=2", "run.save_every=1")
@@ -250,7 +250,7 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
 async def test_the_journal_keeps_what_a_checkpoint_can_need_and_nothing_else(tmp_path):
     """Checkpoints of versions 0 (the start) and 4, staleness 1, while the engines go from version to version."""
     r = recipe(tmp_path, "rollout.max_staleness=1")
-    journal = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    journal = TurnJournal(JournalPlace(r.run.path / "journal", r.config_hash), engine="e0")
     leftovers, kept = Leftovers(r), []
     for version in range(8):
         leftovers.published(version)
@@ -271,7 +271,7 @@ async def test_a_validation_that_was_cut_short_goes_on_from_its_turns(tmp_path):
 
     await loop(r, [], val_rows=[row(0, "aime")], checkpoints=points()).run()
     (r.run.path / "val_rollout_data" / "1.jsonl").unlink()
-    kept = TurnJournal(r.run.path / "journal", engine="e0", config_hash=r.config_hash)
+    kept = TurnJournal(JournalPlace(r.run.path / "journal", r.config_hash), engine="e0")
     kept.append(a_task("val", 1, "row-0", 1), "prompt", 0, a_turn(version=1))
     again = FakePool([])
     await loop(r, [], pool=again, val_rows=[row(0, "aime")], checkpoints=points()).run()

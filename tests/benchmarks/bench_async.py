@@ -10,10 +10,10 @@ Whole training runs of `cpu_rl_stage1`, real engine, learner and sandboxes, on t
     async  one engine, the tools and one learner at the same time; rollouts at most one version old
 
 Every seed (order of the prompts, sampling) trains all layouts one after the other from the same weights, then answers
-the same held-out problems. `steps_per_hour` leaves out the first two steps of a run. `cpu_s_per_step` is what all
-cores of the machine did in a step: no layout can take less than that over their number. `speedup` is the median over the
-seeds of async against the synchronous layout that was faster on that seed; `reward_difference` is async minus that
-layout, per problem the mean over the seeds, with Student's 95 % interval over problems.
+the same held-out problems. `steps_per_hour` leaves out the first two steps of a run. `cpu_s_per_step` is the work of
+all cores in a step: no layout can take less time than that over their number. `speedup` is the median over the seeds of
+async against the synchronous layout that was faster on that seed; `reward_difference` is async minus that layout, per
+problem the mean over the seeds, with Student's 95 % interval over problems.
 """
 
 from __future__ import annotations

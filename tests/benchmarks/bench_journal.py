@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from aster.data.journal import TurnJournal, read_journal  # noqa: E402
+from aster.data.journal import JournalPlace, TurnJournal, read_journal  # noqa: E402
 from aster.types import Budget, FinishedTurn, Sampling, Task, ToolCall, ToolOutcome, Turn  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 def measure(folder: Path, tokens: int, trajectories: int, turns: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    journal = TurnJournal(folder / "journal", engine="engine-0", config_hash="c")
+    journal = TurnJournal(JournalPlace(folder / "journal", "c"), engine="engine-0")
     raw = os.open(folder / "raw", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     kept: list[float] = []
     bare: list[float] = []

@@ -31,7 +31,7 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[
 import psutil  # vllm's
 import ray
 
-from actors.rollout import RayEngine, spawn_engines
+from actors.rollout import EngineMaker, RayEngine
 from actors.router import EnginePool
 from actors.sandbox import pool_calls, remove_sandbox
 from actors.weight_sync import WeightSync
@@ -65,6 +65,7 @@ class World:
     sync: WeightSync
     cells: PoolCalls
     node: str
+    kept: KeptTurns
 
     @property
     def journal(self) -> Path:
@@ -77,7 +78,7 @@ class World:
             self.engines,
             rewards=self.rewards,
             publisher=self.sync,
-            recall=KeptTurns(self.journal, config_hash=self.recipe.config_hash).of,
+            recall=self.kept.of,
             run_name=name,
             **settings,
         )
@@ -130,14 +131,18 @@ async def world(recipe: Recipe, sandboxes: SandboxFactory) -> AsyncIterator[Worl
     async with AsyncExitStack() as stack:
         rewards = RewardPool(reward="math_verify", timeout_s=4.0)
         stack.callback(rewards.close)
+        maker = EngineMaker(recipe, model_path=recipe.model.path, sandboxes=sandboxes)
+        assert maker.kept is not None
         engines, learners = await asyncio.gather(
-            asyncio.to_thread(spawn_engines, recipe, model_path=recipe.model.path, sandboxes=sandboxes),
+            asyncio.to_thread(maker.start),
             stack.enter_async_context(launch.learners(recipe, total_steps=10)),
         )
         for engine in engines:
             stack.push_async_callback(engine.close)
         node = ray.get_runtime_context().get_node_id()
-        yield World(recipe, engines, learners, rewards, WeightSync(engines, timeout_s=60), pool_calls(), node)
+        yield World(
+            recipe, engines, learners, rewards, WeightSync(engines, timeout_s=60), pool_calls(), node, maker.kept
+        )
 
 
 # work and its accounts ------------------------------------------------------------------------------------------------

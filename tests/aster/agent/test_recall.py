@@ -12,7 +12,7 @@ from test_rollout import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, 
 
 from aster.agent.rollout import run_episode, turn_seed
 from aster.config import ToolConfig
-from aster.data.journal import TurnJournal, read_journal
+from aster.data.journal import JournalPlace, TurnJournal, read_journal
 from aster.types import Cause, Task, Trajectory
 from serve.schema import ExecuteResponse, State, Status
 
@@ -30,7 +30,7 @@ async def run(
     config: str = "c",
 ) -> tuple[Trajectory, ScriptedEngine, ScriptedSandbox]:
     engine, sandbox = ScriptedEngine(renderer, turns), sandbox or ScriptedSandbox(echo)
-    journal = TurnJournal(folder, engine="e0", config_hash=config)
+    journal = TurnJournal(JournalPlace(folder, config), engine="e0")
     out = await run_episode(
         task or a_task(),
         generate=engine,
@@ -77,7 +77,7 @@ async def killed_in_turn(renderer, number: int, folder: Path, **more) -> None:
             return await super().__call__(ids, **kw)
 
     sandbox = more.pop("sandbox", None) or ScriptedSandbox(echo)
-    journal = TurnJournal(folder, engine="e0", config_hash="c")
+    journal = TurnJournal(JournalPlace(folder, "c"), engine="e0")
     episode = asyncio.create_task(
         run_episode(
             a_task(),
@@ -122,7 +122,7 @@ async def test_killed_twice_it_still_goes_on(hybrid, tmp_path) -> None:
     whole, _, _ = await run(hybrid, TURNS, tmp_path / "whole")
     await killed_in_turn(hybrid, 1, tmp_path)
     task = left_in(tmp_path)
-    journal = TurnJournal(tmp_path, engine="e1", config_hash="c")
+    journal = TurnJournal(JournalPlace(tmp_path, "c"), engine="e1")
 
     class Silent(ScriptedEngine):
         async def __call__(self, ids, **kw):

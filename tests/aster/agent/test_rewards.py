@@ -7,10 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+import math_verify.grader
 import pytest
 
 from aster.agent import rewards
-from aster.agent.rewards import RewardPool, math_verify_verdict, strict_verdict
+from aster.agent.rewards import RewardPool, _limited_to, _TooMuchWork, math_verify_verdict, strict_verdict
 from aster.errors import RewardFailed
 
 CASES = json.loads((Path(__file__).parents[2] / "golden" / "rewards.json").read_text("utf-8"))["cases"]
@@ -177,3 +178,30 @@ async def test_arithmetic_that_explodes_ends_within_the_limits() -> None:
         assert (await pool.score("\\boxed{3}", "3"))[0] == 1.0
     finally:
         pool.close()
+
+
+def test_a_verifier_that_was_paused_still_finds_a_right_answer_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock on the wall runs on while a machine is busy with something else."""
+    honest = math_verify.grader.sympy_expr_eq
+
+    def paused(*args, **more):
+        time.sleep(5.5)
+        return honest(*args, **more)
+
+    monkeypatch.setattr(math_verify.grader, "sympy_expr_eq", paused)
+    assert math_verify_verdict("\\boxed{68/2}", "34")
+
+
+def test_an_answer_that_burns_cpu_is_wrong_and_the_signal_is_given_back() -> None:
+    before = signal.getsignal(signal.SIGPROF)
+    began = time.process_time()
+
+    def burn() -> None:
+        with _limited_to(0.2):
+            while True:
+                pass
+
+    with pytest.raises(_TooMuchWork):
+        burn()
+    assert 0.1 < time.process_time() - began < 2
+    assert signal.getsignal(signal.SIGPROF) == before

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aster.data.journal import KeptTurns, TurnJournal, prune, read_journal
+from aster.data.journal import JournalPlace, KeptTurns, TurnJournal, prune, read_journal
 from aster.types import Budget, FinishedTurn, Sampling, Task, ToolCall, ToolOutcome, Turn
 
+RUN = 1_700_000_000_000
 CALL = ToolCall("x = 1\nx", "ok", ToolOutcome.SUCCESS, "1 \ud800", 0.5, queue_s=0.1)
 
 
@@ -30,8 +31,10 @@ def turn(token: int, version: int = 3, newer: int | None = None) -> FinishedTurn
     )
 
 
-def write(folder: Path, *turns: FinishedTurn, engine="e0", of: Task | None = None, first=0, config="c") -> None:
-    journal = TurnJournal(folder, engine=engine, config_hash=config)
+def write(
+    folder: Path, *turns: FinishedTurn, engine="e0", of: Task | None = None, first=0, config="c", run: int = RUN
+) -> None:
+    journal = TurnJournal(JournalPlace(folder, config, run), engine=engine)
     for number, one in enumerate(turns, first):
         journal.append(of or task(), "prompt", number, one)
     journal.close()
@@ -78,13 +81,19 @@ def test_a_trajectory_that_is_too_old_to_be_learnt_from_is_not_gone_on_with(tmp_
 
 
 def test_what_ran_again_counts_and_what_an_older_attempt_still_wrote_does_not(tmp_path: Path) -> None:
-    first = TurnJournal(tmp_path, engine="e0", config_hash="c")
-    first._start -= 10
-    first.append(task(), "prompt", 0, turn(0))
-    first.append(task(), "prompt", 1, turn(1))
-    write(tmp_path, turn(20), turn(21), engine="e1", of=task(attempt=1))
-    first.append(task(), "prompt", 2, turn(2))
+    write(tmp_path, turn(0), turn(1), turn(2), engine="e1")
+    write(tmp_path, turn(20), turn(21), engine="e0", of=task(attempt=1))
     assert tokens(tmp_path) == [20, 21]
+    write(tmp_path, turn(30), engine="e2", run=RUN + 1)
+    assert tokens(tmp_path) == [30], "another run begins with attempt 0 again"
+
+
+@pytest.mark.parametrize("engines", ["012", "210", "010"])
+def test_attempts_go_on_from_each_other_whatever_engines_they_ran_on(tmp_path: Path, engines: str) -> None:
+    write(tmp_path, turn(0), turn(1), turn(2), engine=engines[0])
+    write(tmp_path, turn(10), turn(11), engine=engines[1], of=task(attempt=1))
+    write(tmp_path, turn(22), turn(23, version=4), engine=engines[2], of=task(attempt=2), first=2)
+    assert tokens(tmp_path) == [10, 11, 22, 23]
 
 
 def test_turns_after_a_gap_are_useless(tmp_path: Path) -> None:
@@ -100,7 +109,7 @@ def test_another_config_starts_afresh(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_pruning_deletes_what_no_checkpoint_needs_while_the_engine_goes_on(tmp_path: Path) -> None:
-    journal = TurnJournal(tmp_path, engine="engine-1.2", config_hash="c")
+    journal = TurnJournal(JournalPlace(tmp_path, "c", RUN), engine="engine-1.2")
     for number, version in enumerate((2, 3, 4)):
         journal.append(task(f"r/train/1/row/{number}"), "prompt", 0, turn(number, version))
     prune(tmp_path, useless=lambda version: version < 4)
@@ -123,7 +132,7 @@ class TestOfALostTrajectory:
     """What its next attempt goes on from, read while other engines write."""
 
     async def test_those_of_its_attempt_on_its_engine(self, tmp_path: Path) -> None:
-        kept, other = (KeptTurns(tmp_path, config_hash=config) for config in "cd")
+        kept, other = (KeptTurns(JournalPlace(tmp_path, config, RUN)) for config in "cd")
         write(tmp_path, turn(0), turn(1, version=4))
         write(tmp_path, turn(7), of=task("r/train/1/row/1"))
         write(tmp_path, turn(8), turn(9), engine="1.e0")
@@ -136,7 +145,7 @@ class TestOfALostTrajectory:
         assert await other.of(task(), "e0") is None
 
     async def test_a_second_loss_keeps_what_the_first_had_kept(self, tmp_path: Path) -> None:
-        kept = KeptTurns(tmp_path, config_hash="c")
+        kept = KeptTurns(JournalPlace(tmp_path, "c", RUN))
         write(tmp_path, turn(0), turn(1))
         again = replace(task(attempt=1), past=await kept.of(task(), "e0"))
         assert await kept.of(again, "e1") == again.past, "it was lost before it had finished anything"
@@ -146,7 +155,7 @@ class TestOfALostTrajectory:
         assert [int(t.ids[0]) for t in past.turns] == [0, 1, 2]
 
     async def test_one_that_began_afresh_has_only_what_came_after_that(self, tmp_path: Path) -> None:
-        kept = KeptTurns(tmp_path, config_hash="c")
+        kept = KeptTurns(JournalPlace(tmp_path, "c", RUN))
         write(tmp_path, turn(0), turn(1))
         again = replace(task(attempt=1), past=await kept.of(task(), "e0"))
         write(tmp_path, turn(20), engine="e1", of=again)
@@ -154,19 +163,17 @@ class TestOfALostTrajectory:
         assert past is not None
         assert [int(t.ids[0]) for t in past.turns] == [20]
 
-    async def test_any_name_and_no_file_of_an_older_process(self, tmp_path: Path) -> None:
+    async def test_any_name_and_no_file_of_another_run(self, tmp_path: Path) -> None:
         odd = task('r/train/1/"Zürich\\\ud800/0')
-        kept = KeptTurns(tmp_path, config_hash="c")
+        kept = KeptTurns(JournalPlace(tmp_path, "c", RUN))
         write(tmp_path, turn(0), of=odd)
         assert await kept.of(odd, "e0") is not None
-        (file,) = tmp_path.iterdir()
-        file.rename(tmp_path / "3.1700000000000.e0.jsonl")
-        assert await kept.of(odd, "e0") is None
+        assert await KeptTurns(JournalPlace(tmp_path, "c", RUN + 1)).of(odd, "e0") is None
 
     async def test_a_folder_that_cannot_be_read_costs_time_only(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        kept = KeptTurns(tmp_path, config_hash="c")
+        kept = KeptTurns(JournalPlace(tmp_path, "c", RUN))
         write(tmp_path, turn(0))
         (file,) = tmp_path.iterdir()
         file.unlink()
