@@ -219,11 +219,8 @@ class TestTemplateChecks:
             ChatRenderer.from_model_dir(model_dir(strict))
 
     def test_a_template_that_refuses_two_observations_in_a_row_gets_them_as_one(self, model_dir) -> None:
-        alternating = HYBRID.replace(
-            "message.role == 'tool' %}",
-            "message.role == 'tool' %}{% if loop.previtem.role == 'tool' %}{{ raise_exception('alternate') }}{% endif %}",
-            1,
-        )
+        refusal = "{% if loop.previtem.role == 'tool' %}{{ raise_exception('alternate') }}{% endif %}"
+        alternating = HYBRID.replace("message.role == 'tool' %}", "message.role == 'tool' %}" + refusal, 1)
         assert alternating != HYBRID
         renderer = ChatRenderer.from_model_dir(model_dir(alternating))
         assert renderer.observation_delta("a", "b").tolist() == renderer.observation_delta("a\nb").tolist()
