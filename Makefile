@@ -1,5 +1,6 @@
 # Aster's commands. `make help` prints this list; every target works from a clean clone.
-# Variables: EXTRA=cpu|gpu|sandbox (what `setup` installs), PYTHON=python3.12, SEED=0, CLUSTER=FILE, ARGS="..." (passed on).
+# Variables: EXTRA=cpu|gpu|sandbox and VENV=.venv (what is installed where: the same for every target, so export them),
+# PYTHON=python3.12, SEED=0, CLUSTER=FILE, ARGS="..." (passed on).
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -97,7 +98,7 @@ test-long: bootstrap qwen3-tokenizer  ## soak, chaos, seeds
 	$(PYTEST) tests -m "long and not gpu" $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(STAMP)  ## what needs a CUDA device (EXTRA=gpu make setup first)
+test-gpu: $(STAMP)  ## what needs a CUDA device (first: export EXTRA=gpu VENV=.venv-gpu)
 	$(PYTEST) tests -m gpu $(ARGS)
 
 .PHONY: test-sandbox-extra

@@ -176,14 +176,15 @@ class RolloutConfig(_Section):
 
 
 class AlgoConfig(_Section):
-    """GRPO as in spec 1.1. The defaults are the paper's."""
+    """GRPO as in the paper (arXiv 2602.01204), whose values are the defaults."""
 
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     dual_clip: float = Field(default=10.0, gt=1)
     objective: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """ppo = spec 1.1; gspo = one ratio per sequence (use `aggregation: seq-mean` and clips near 3e-4); cispo = capped
-    ratio as a weight on log pi (`clip_high` is its cap - 1; it has no lower clip)."""
+    """ppo = the clipped surrogate (`aster.algo.losses`), the paper's; gspo = one ratio per sequence (use `aggregation:
+    seq-mean` and clips near 3e-4); cispo = capped ratio as a weight on log pi (`clip_high` is its cap - 1; it has no
+    lower clip)."""
     tis_cap: float | None = Field(default=2.0, gt=0)
     """Upper bound of the importance weight exp(old - behaviour); null = no weight."""
     tis_floor: float = Field(default=0.0, ge=0)

@@ -174,7 +174,7 @@ def packages() -> Iterator[Finding]:
 def gpus() -> Iterator[Finding]:
     names = gpu_names()
     if not names:
-        yield Finding("GPUs", Level.NOTE, "none", "the cpu_* recipes need none; the paper's need eight")
+        yield Finding("GPUs", Level.NOTE, "none", "the cpu_* recipes need none; the paper's need eight, RL sixteen")
         return
     yield Finding("GPUs", Level.OK, ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
     answer = _output([sys.executable, "-c", _ASK_TORCH], timeout_s=3 * _PROBE_S)
@@ -183,9 +183,8 @@ def gpus() -> Iterator[Finding]:
         yield Finding("CUDA and NCCL", Level.OK, f"torch for CUDA {words[0]}, NCCL {words[2]}")
     else:
         found = answer or "torch is a CPU build, or does not see the GPUs"
-        yield Finding(
-            "CUDA and NCCL", Level.WARNING, found, "make clean, then make setup EXTRA=gpu; nvidia-smi must work"
-        )
+        cure = "export EXTRA=gpu VENV=.venv-gpu, then make setup; nvidia-smi must work"
+        yield Finding("CUDA and NCCL", Level.WARNING, found, cure)
 
 
 # the sandbox and the cluster -----------------------------------------------------------------------------------------

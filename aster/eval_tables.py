@@ -17,7 +17,7 @@ from aster.types import TrajectoryGroup
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluated setting: its recipe, its groups in the order of the data, and the metrics of spec 3.4."""
+    """One evaluated setting: its recipe, its groups in the order of the data, and its `metrics.validation_metrics`."""
 
     recipe: Recipe
     groups: tuple[TrajectoryGroup, ...]

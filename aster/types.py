@@ -23,7 +23,7 @@ import numpy as np
 
 
 class Cause(enum.StrEnum):
-    """Why a trajectory ended. Exactly one each; the last five are our failures, never the model's (spec 1.4)."""
+    """Why a trajectory ended. Exactly one each; the last five are our failures, never the model's."""
 
     ANSWERED = "answered"
     MAX_TOOL_CALLS = "max_tool_calls"
@@ -45,7 +45,7 @@ _OURS = frozenset({Cause.ENGINE_LOST, Cause.SANDBOX_LOST, Cause.REWARD_FAILED, C
 
 
 class ToolOutcome(enum.StrEnum):
-    """The `tool_execution_*` bucket of one call (spec 1.4)."""
+    """The `tool_execution_*` bucket of one call (`agent.observations`)."""
 
     SUCCESS = "success"
     TIMEOUT = "timeout"
@@ -56,7 +56,7 @@ class ToolOutcome(enum.StrEnum):
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a prompt parquet (spec 3.1). `ground_truth` stays with the driver; a session never sees it."""
+    """One row of a prompt parquet (README, "Data"). `ground_truth` stays with the driver; a session never sees it."""
 
     row_id: str
     messages: tuple[dict[str, str], ...]

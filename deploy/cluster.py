@@ -68,6 +68,10 @@ class Files:
         return self.directory / "ray.log"
 
     @property
+    def metrics_ports(self) -> Path:
+        return self.directory / "prometheus.json"
+
+    @property
     def environment(self) -> Path:
         return self.cache / "cluster.env"
 
@@ -239,6 +243,12 @@ def write_environment(files: Files, state: State) -> None:
     files.environment.write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def link_metrics_ports(files: Files, state: State) -> None:
+    """A fixed name, which deploy/prometheus/prometheus.yml has, for a file in this cluster's own directory."""
+    files.metrics_ports.unlink(missing_ok=True)
+    files.metrics_ports.symlink_to(Path(state.temp_dir, "prom_metrics_service_discovery.json"))
+
+
 @contextlib.contextmanager
 def undone_on_failure(files: Files) -> Iterator[None]:
     """A start that fails or is interrupted leaves no process behind; Ray's logs stay for the reader."""
@@ -289,6 +299,7 @@ def up(files: Files, args: argparse.Namespace) -> None:
             deploy_sandbox(state.dashboard, config, token=token)
             print(f"cluster: sandbox service is up, http://127.0.0.1:{state.serve_port}")
         write_environment(files, state)
+        link_metrics_ports(files, state)
     print(hints(files))
 
 
@@ -327,6 +338,7 @@ def down(files: Files) -> None:
     containers = remove_containers(state)
     shutil.rmtree(state.temp_dir, ignore_errors=True)
     files.environment.unlink(missing_ok=True)
+    files.metrics_ports.unlink(missing_ok=True)
     files.state.unlink()
     print(f"cluster: down; {processes} processes ended, {containers} containers removed")
 

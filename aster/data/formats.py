@@ -3,7 +3,7 @@
     raw        `messages`: an assistant's content is its raw turn, exactly what a sampler emits (`aster prepare`)
     openai     `messages` with `tool_calls` and `reasoning_content`
     sharegpt   `conversations` with role/content or from/value; a call is a message of its own, role `function` or
-               `function_call`, whose content is a thought and the call's JSON (the reference's SFT set, spec 3.2)
+               `function_call`, whose content is a thought and the call's JSON (the reference's SFT set)
 
 The last two become messages whose assistant turns carry `reasoning_content` (a string, maybe empty) and `tool_calls`
 (`[{"name", "arguments"}]`): how a turn is written is the business of the model's own template

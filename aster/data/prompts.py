@@ -31,7 +31,7 @@ _REQUIRED = ("prompt", "reward_model", "data_source")
 
 
 def user_message(problem: str) -> str:
-    """The user turn around a problem, exactly as in the paper's prompt files (spec 2)."""
+    """The user turn around a problem, exactly as in the paper's prompt files."""
     return f"\n{problem}{INSTRUCTION}"
 
 

@@ -1,4 +1,4 @@
-"""`aster plan` against the compute table of the specification (8, 64 and 1,024 GPUs), which was worked out by hand."""
+"""`aster plan` against a compute table for 8, 64 and 1,024 GPUs that was worked out by hand."""
 
 import json
 from dataclasses import replace

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from deploy_scripts import ROOT, load
 
 from aster import report
@@ -126,6 +127,21 @@ def test_tokens_are_readable_by_their_owner_only_and_stay(tmp_path: Path) -> Non
     assert cluster.token_in(tmp_path / "token") == token
 
 
+def test_prometheus_reads_the_ports_of_the_newest_cluster_by_a_link(tmp_path: Path) -> None:
+    files = cluster.Files(tmp_path / ".cache")
+    files.directory.mkdir(parents=True)
+    for name in ("older", "newer"):
+        temp_dir = tmp_path / name
+        temp_dir.mkdir()
+        (temp_dir / "prom_metrics_service_discovery.json").write_text(name)
+        cluster.link_metrics_ports(files, cluster.State("c", 1, 0, 1, 1, 1, str(temp_dir)))
+    assert files.metrics_ports.read_text() == "newer"
+    folder = ROOT / "deploy" / "prometheus"
+    (job,) = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
+    read = {os.path.normpath(folder / name) for name in job["file_sd_configs"][0]["files"]}
+    assert str(cluster.Files(ROOT / ".cache").metrics_ports) in read
+
+
 def test_down_without_a_cluster_says_so_and_is_no_error(tmp_path: Path) -> None:
     assert cluster.main(["down", "--cache", str(tmp_path)]) == 0
 
@@ -205,3 +221,4 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
     assert not Path(state.temp_dir).exists()
     assert not files.state.exists()
     assert not files.environment.exists()
+    assert not files.metrics_ports.is_symlink()

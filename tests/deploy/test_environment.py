@@ -143,5 +143,5 @@ def test_a_python_without_venv_gets_the_debian_cure(tmp_path: Path, monkeypatch:
 
 def test_cpu_and_gpu_builds_are_not_mixed_in_one_environment(tmp_path: Path) -> None:
     (tmp_path / ".setup-cpu").touch()
-    with pytest.raises(environment.SetupError, match="make setup EXTRA=gpu VENV="):
+    with pytest.raises(environment.SetupError, match="export EXTRA=gpu VENV="):
         environment.install(extra="gpu", venv=tmp_path)

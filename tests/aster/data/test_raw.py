@@ -325,7 +325,7 @@ def qwen3():
 @needs_real_data
 @pytest.mark.parametrize(
     ("name", "summary"),
-    [  # spec 3.1, measured with another program
+    [  # measured with another program
         ("aime25", {"mean": 347, "p50": 279, "p90": 663, "p99": 929, "max": 1002}),
         ("hmmt25", {"mean": 280, "p50": 261, "p90": 306, "p99": 669, "max": 797}),
         ("dapo_filter_all_correct", {"mean": 283, "p50": 269, "p90": 349, "p99": 541, "max": 1660}),
