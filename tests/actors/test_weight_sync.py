@@ -11,12 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from gang import run_gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,6 +251,48 @@ def test_a_rank_above_zero_takes_part_in_the_gathering_and_sends_nothing() -> No
     assert other.send(bucket_bytes=500) == []
     assert seen == list(SHAPES)
     other.close()
+
+
+class BrokenWire(WeightSender):
+    """An engine dies at the second bucket."""
+
+    def _post(self, bucket: Any, buffer: torch.Tensor) -> Any:
+        if bucket.index == 1:
+            raise RuntimeError("connection closed by peer")
+        return super()._post(bucket, buffer)
+
+
+def _send_over_a_broken_wire(rank: int, world_size: int, port: int, store: str) -> tuple[list[str], str, float, bool]:
+    """(what this rank gathered, its exception, the sum of both ranks' ones after it, group left before the last)."""
+    dist.init_process_group("cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    gathered, error, left = [], "", False
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal left
+        for name, tensor in weights().items():
+            dist.all_reduce(tensor)
+            gathered.append(name)
+            left = sending._group is None
+            yield name, tensor
+
+    sending = BrokenWire(tensors=tensors, metadata=metas(), rank=rank, device="cpu")
+    if rank == 0:
+        host, port = sending.address()
+        sending.open(backend="gloo", host=host, port=port, world_size=1, timeout_s=20)
+    try:
+        sending.send(bucket_bytes=500)
+    except RuntimeError as failure:
+        error = str(failure)
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    dist.destroy_process_group()
+    return gathered, error, float(one), left
+
+
+def test_a_send_that_fails_midway_gathers_to_the_end_so_that_the_other_ranks_do_not_hang(tmp_path: Path) -> None:
+    first, other = run_gang(2, _send_over_a_broken_wire, str(tmp_path / "store"), folder=tmp_path, timeout_s=60)
+    assert first == (list(SHAPES), "connection closed by peer", 2.0, True)
+    assert other[:3] == (list(SHAPES), "", 2.0)
 
 
 @pytest.mark.parametrize(
