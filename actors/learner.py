@@ -191,6 +191,7 @@ class Learner:
         self._saver.settle()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
         persist.check_adapters(path, self._lora())
+        persist.check_none_left(path, self.model.trained())
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]

@@ -68,6 +68,18 @@ def check_adapters(path: str, facts: Mapping[str, Any]) -> None:
             )
 
 
+def check_none_left(path: str, names: Iterable[str]) -> None:
+    """Raises `DataError` when checkpoint `path` holds weights of other `names` too: they would be lost without a word,
+    which the model would show only in what it says."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    left = sorted({name for name in stored if name.startswith(_MODEL)} - {_MODEL + name for name in names})
+    if left:
+        raise DataError(
+            f"checkpoint {path} has {len(left)} tensors that this model has not ({', '.join(left[:3])}): resume with "
+            "the model.path and the lora section that it was saved with, or start a new run directory"
+        )
+
+
 def load(path: str, *, tensors: dict[str, torch.Tensor], rank: int) -> dict[str, int]:
     """A collective: fill `tensors` in place, restore this rank's random state if it was saved, return the counters."""
     counters = read_counters(path)
