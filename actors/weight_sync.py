@@ -5,8 +5,9 @@
     begin                    gate shut, pause(keep), reload started
     transfer                 receive, check, load each bucket    <---  pack, seal, broadcast; ranks > 0 gather along
     commit                   reload finished, version set              canary, while the engines still load
-    verify                   resumed behind the gate: canary
-    accept                   gate open                                 what was sent is kept       or reject: gate shut
+    verify                   resumed behind the gate: canary                                    or reject: gate shut
+    keep                                                               what was sent is kept
+    accept                   gate open
 
 Invariant: no token leaves an engine that was sampled by weights whose bytes and whose canary did not agree with the
 learner's. A publication that fails is rolled back: learner rank 0 sends what it published last once more (checksums
@@ -273,12 +274,10 @@ class WeightSync:
                 if self._handover is not None:
                     await self._timed("after_weights", self._handover.after_weights())
                 worst = await self._verify(engines, ours, version)
-                accepting = [self._one(engine, "weight_accept") for engine in engines]
                 if recorded is None and self._rollback:
-                    await _together([source.keep(), *accepting])
+                    await source.keep()  # before a gate opens: if one is late, the copy and its label are of one version
                     self._good = _Good(version, ours, source)
-                else:
-                    await _together(accepting)
+                await _together([self._one(engine, "weight_accept") for engine in engines])
                 return len(engines), worst
             except EngineLost as error:
                 await self._leave(source, engines)

@@ -564,6 +564,26 @@ async def test_a_failure_sends_the_kept_copy_under_its_old_version_and_canary(ev
     assert (await sync.publish(source, 2)).version == 2
 
 
+async def test_an_engine_that_accepts_late_is_rolled_back_to_the_version_that_the_kept_copy_has(
+    events: list[str],
+) -> None:
+    """All of them verified version 2 and it was kept: it is what goes out again, under its own number and canary."""
+    engines, source = engines_of(events, 1, 1), source_of(events)
+    sync = WeightSync(engines, timeout_s=5)
+    await sync.publish(source, 1)
+    for member in (*source.ranks, *engines):
+        vars(member)["logprob" if isinstance(member, NotingRank) else "canary"] = -3.0
+    engines[1].fail["weight_accept"] = EngineLost("did not answer")
+    before = len(events)
+    with pytest.raises(WeightSyncError, match="did not answer; the engines serve version 2 again") as error:
+        await sync.publish(source, 2)
+    assert error.value.restored == 2
+    after = events[before:]
+    assert after.index("rank0 weight_keep") < after.index("e0 weight_accept")
+    assert "rank0 weight_resend" in after
+    assert [engine.versions for engine in engines] == [[1, 2, 2]] * 2
+
+
 async def test_a_roll_back_that_fails_too_leaves_the_engines_shut_and_says_both(events: list[str]) -> None:
     engines, source = engines_of(events, 1), source_of(events)
     sync = WeightSync(engines, timeout_s=5)
