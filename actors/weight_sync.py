@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class RayWeightSource:
 
     ranks: Sequence[Any]  # actor handles of `Learner`, rank by rank
     timeout_s: float = 600.0
+    died: Callable[[GangFailure], None] | None = None  # ends the other ranks, which wait for the dead one in a collective
     _tensors: list[TensorMeta] = field(default_factory=list, repr=False)
 
     def metadata(self) -> Sequence[TensorMeta]:
@@ -113,7 +114,10 @@ class RayWeightSource:
         except TimeoutError:
             raise WeightSyncError(f"learner rank {rank}: {method} did not return within {self.timeout_s:g} s") from None
         except RayActorError as error:
-            raise GangFailure(rank, str(error)) from error
+            failure = GangFailure(rank, str(error))
+            if self.died is not None:
+                self.died(failure)
+            raise failure from error
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, WeightSyncError):

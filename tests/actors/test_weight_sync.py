@@ -22,8 +22,9 @@ import torch.distributed as dist
 from gang import run_gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
-from actors import weight_sync
+from actors import group, weight_sync
 from actors.near import Memory, NearReceiver
 from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
 from actors.wire import Bucket, WireGroup, damaged, fingerprint, join_store, plan_buckets, seal, view
@@ -702,6 +703,46 @@ async def test_an_engine_that_is_late_but_alive_fails_the_publication(events: li
     engines[0].fail["weight_commit"] = EngineLost("did not answer")
     with pytest.raises(WeightSyncError, match="version 4 was not published: did not answer"):
         await WeightSync(engines, timeout_s=5).publish(source_of(events), 4)
+
+
+async def test_a_rank_that_dies_in_a_publication_ends_the_gang_at_once(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 hangs in the gathering and the engine waits for its next bucket, until rank 0 is killed."""
+    killed = asyncio.Event()
+
+    class Dying(NotingRank):
+        def __getattr__(self, method: str) -> Any:
+            plain = super().__getattr__(method)
+
+            async def send(**_: Any) -> list[str]:
+                if self.rank == 0:
+                    await killed.wait()
+                raise RayActorError(error_msg=f"rank {self.rank} died")
+
+            return SimpleNamespace(remote=send) if method == "weight_send" else plain
+
+    def kill(actor: NotingRank, *, no_restart: bool) -> None:
+        events.append(f"kill {actor.rank}")
+        killed.set()
+
+    monkeypatch.setattr(group.ray, "kill", kill)
+    (engine,) = engines_of(events, 1)
+    call = engine.call
+
+    async def until_the_sender_is_gone(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "weight_receive":
+            await killed.wait()
+            raise WeightSyncError("connection closed by peer")
+        return await call(method, *args, **kwargs)
+
+    engine.call = until_the_sender_is_gone
+    gang = group.RayLearnerGroup([Dying(events, rank) for rank in range(2)], placement=None, timeout_s=60)
+    with pytest.raises(GangFailure, match="rank 1 died"):
+        await asyncio.wait_for(WeightSync([engine], timeout_s=60).publish(gang.weight_source(), 1), 10)
+    assert [event for event in events if event.startswith("kill")] == ["kill 0", "kill 1"]
+    with pytest.raises(GangFailure, match="rank 1 died"):
+        await gang.optim_step()
 
 
 async def test_the_failure_that_explains_the_others_is_the_one_that_is_raised() -> None:
