@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from actors import lora
 from actors.adamw import MOMENTS
-from aster.checkpoints import copy_model_files
+from aster.checkpoints import copy_model_files, sync, sync_tree
 from aster.config import LoraConfig
 from aster.errors import DataError
 from aster.types import TensorMeta
@@ -170,12 +170,14 @@ def write_hf(
 
 
 def replace_directory(partial: Path, final: Path) -> None:
-    """Give `partial` its final name; a directory that had it before makes room only at the last moment."""
+    """Give `partial` its final name once all in it is on disk; a directory that had it before makes room only then."""
+    sync_tree(partial)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

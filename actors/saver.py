@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from actors import persist
+from aster.checkpoints import sync
 from aster.errors import AsterError
 
 
@@ -94,6 +95,11 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "rng").mkdir(parents=True)
 
+        def save_rng() -> None:
+            file = partial / "rng" / f"{rank}.pt"
+            torch.save(rng, file)
+            sync(file)  # by whoever wrote it: rank 0 may be on another machine
+
         def finish() -> None:
             if rank == 0:
                 (partial / persist.COUNTERS).write_text(json.dumps(counters), "utf-8")
@@ -101,7 +107,7 @@ class Saver:
 
         self._together(prepare)
         dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)  # agrees on errors by itself
-        self._together(lambda: torch.save(rng, partial / "rng" / f"{rank}.pt"))
+        self._together(save_rng)
         self._together(finish)
 
     def _together(self, action: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from dataclasses import replace
@@ -158,6 +159,19 @@ def test_a_save_holds_what_was_when_it_was_asked_for_while_training_goes_on(mode
         assert not all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
         assert learner.load(str(path)) == 1
         assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values(), strict=True))
+
+
+def test_counters_and_random_states_are_on_disk_before_a_checkpoint_has_its_name(model_dir, tmp_path, monkeypatch):
+    synced, at_rename = [], []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *names: at_rename.append(set(synced)) or replace(*names))
+    with learner_on(model_dir, recipe()) as learner:
+        learner.save(str(tmp_path / "ck"))
+        learner.saved()
+    partial = tmp_path / "ck.tmp"
+    assert {str(partial / name) for name in ("", "learner.json", "rng", "rng/0.pt", ".metadata")} <= at_rename[-1]
+    assert synced[-1] == str(tmp_path)
 
 
 def _save_twice_and_hang(_rank: int, _world_size: int, model: str, root: str) -> None:
