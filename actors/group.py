@@ -198,8 +198,8 @@ class RayLearnerGroup:
         await self._all("saved")  # raises what the writing failed with, on every rank alike
 
     async def load(self, path: str) -> int:
-        versions: list[int] = await self._all("load", _absolute(path))
-        return versions[0]
+        steps: list[int] = await self._all("load", _absolute(path))
+        return steps[0]
 
     async def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """Write a Hugging Face model directory; `dtype` None = the compute dtype."""

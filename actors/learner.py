@@ -85,7 +85,7 @@ class Learner:
             self.context.check_heads(self.model.hf_config.num_attention_heads)
         self.reference = self._reference() if self._needs_reference() else None
         self.optimizer = self._adamw()
-        self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
+        self.steps = 0  # optimizer steps tried: what the schedule counts
         self.applied = 0  # those that changed the weights: what Adam's bias correction counts
         self.skipped_in_a_row = 0
         self._saver = Saver(timeout_s=timeout_s)
@@ -187,7 +187,7 @@ class Learner:
         return self._saver.done()
 
     def load(self, path: str) -> int:
-        """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
+        """Continue from `save`, at any world size; returns `steps`. Raises `DataError` if it cannot be."""
         self._saver.settle()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
         persist.check_adapters(path, self._lora())
