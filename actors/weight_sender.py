@@ -217,8 +217,8 @@ class WeightSender:
         return self._group.send(buffer)
 
     def checked(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of the pass under way, each compared with what was announced: a disagreement would cut the stream differently on the
-        other side and load garbage."""
+        """The tensors of the pass under way, each compared with what was announced: a disagreement would cut the stream
+        differently on the other side and load garbage."""
         metas = iter(self.metadata)
         for name, tensor in self._gathering:
             meta = next(metas, None)

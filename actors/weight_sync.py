@@ -57,7 +57,7 @@ class RayWeightSource:
 
     ranks: Sequence[Any]  # actor handles of `Learner`, rank by rank
     timeout_s: float = 600.0
-    died: Callable[[GangFailure], None] | None = None  # ends the other ranks, which wait for the dead one in a collective
+    died: Callable[[GangFailure], None] | None = None  # ends the others, which wait for the dead one in a collective
     _tensors: list[TensorMeta] = field(default_factory=list, repr=False)
 
     def metadata(self) -> Sequence[TensorMeta]:
@@ -279,7 +279,8 @@ class WeightSync:
                     await self._timed("after_weights", self._handover.after_weights())
                 worst = await self._verify(engines, ours, version)
                 if recorded is None and self._rollback:
-                    await source.keep()  # before a gate opens: if one is late, the copy and its label are of one version
+                    # before a gate opens: where one is late, the copy and its label are of one version all the same
+                    await source.keep()
                     self._good = _Good(version, ours, source)
                 await _together([self._one(engine, "weight_accept") for engine in engines])
                 return len(engines), worst

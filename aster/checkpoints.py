@@ -6,8 +6,9 @@
     checkpoints/latest_checkpointed_iteration.txt
 
 A directory carries its final name only when everything in it is on disk, so a run that is killed while saving, or whose
-machine loses power, resumes from the checkpoint before. The learners write behind the training; a task of this class waits for them, gives the
-directory its name and prunes. `finish` waits for that task, and so do the next save and a restore.
+machine loses power, resumes from the checkpoint before. The learners write behind the training; a task of this class
+waits for them, gives the directory its name and prunes. `finish` waits for that task, and so do the next save and a
+restore.
 What else belongs to the step (its metrics, its rollouts) has to be on disk before that: `after`.
 """
 
@@ -213,7 +214,9 @@ def read_state(path: str | Path) -> dict[str, object]:
     try:
         state: dict[str, object] = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not a complete checkpoint: {file} is no JSON ({error}): take an earlier one") from error
+        raise DataError(
+            f"{path} is not a complete checkpoint: {file} is no JSON ({error}): take an earlier one"
+        ) from error
     return state
 
 

@@ -95,7 +95,9 @@ def test_flash_is_called_with_the_whole_rows_boundaries(monkeypatch):
     assert seen == {"longest": (200, 200), "window": (49, 0)}
 
 
-@pytest.mark.parametrize(("asked", "words"), [({"softcap": 50.0}, r"softcap=50\.0"), ({"s_aux": torch.zeros(4)}, "s_aux")])
+@pytest.mark.parametrize(
+    ("asked", "words"), [({"softcap": 50.0}, r"softcap=50\.0"), ({"s_aux": torch.zeros(4)}, "s_aux")]
+)
 def test_capped_scores_and_sinks_are_refused(asked, words):
     q, k, v = (x.transpose(0, 1)[None] for x in _heads(8))
     with pytest.raises(ConfigError, match=f"Linear wants {words}.*Qwen's and Llama's"):

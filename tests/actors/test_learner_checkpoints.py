@@ -226,5 +226,8 @@ def test_what_is_no_checkpoint_or_another_models_is_named(model_dir, tmp_path):
         with pytest.raises(DataError, match=r"lacks \d+ tensors.*layers\.2"):
             learner.load(str(tmp_path / "ck"))
         learner.save(str(tmp_path / "deeper"))
-    with learner_on(model_dir, recipe()) as learner, pytest.raises(DataError, match=r"has 11 tensors that this .*layers\.2"):
+    with (
+        learner_on(model_dir, recipe()) as learner,
+        pytest.raises(DataError, match=r"has 11 tensors that this .*layers\.2"),
+    ):
         learner.load(str(tmp_path / "deeper"))

@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused(model_dir, tmp_path):
         learner.load(str(tmp_path / "ck"))
     with learner_on(base, recipe()) as learner, pytest.raises(DataError, match=r"with lora rank=4, this run has 0"):
         learner.load(str(tmp_path / "ck"))
-    fewer, words = recipe(lora={**LORA, "targets": ["q_proj"]}), r"has 24 tensors that this model has not \(model\..*lora"
+    fewer, words = recipe(lora={**LORA, "targets": ["q_proj"]}), r"has 24 tensors that this model has not .*the lora"
     with learner_on(base, fewer) as learner, pytest.raises(DataError, match=words):
         learner.load(str(tmp_path / "ck"))
     assert json.loads((tmp_path / "ck" / "learner.json").read_text())["lora"]["base"] == str(base.resolve())
