@@ -86,12 +86,20 @@ def packed_attention(
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, Q, r, D], key and value [1, K, r, D] -> [1, r, Q, D], r this rank's tokens of the row.
 
-    The signature is transformers'. A mask is refused: the segments are the mask.
+    The signature is transformers'. A mask is refused: the segments are the mask. So are capped scores and attention
+    sinks, which no kernel here has.
     """
+    if softcap is not None or s_aux is not None:
+        raise ConfigError(
+            f"{type(module).__name__} wants {f'softcap={softcap}' if softcap is not None else 's_aux (sinks)'}, which "
+            "packed attention does not compute: dense decoders like Qwen's and Llama's are supported"
+        )
     assert attention_mask is None, "packed rows carry no mask; the segments are the mask"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if packing.context is not None:

@@ -110,7 +110,6 @@ class RolloutEngine:
         self._model_path = model_path
         self._episodes: set[asyncio.Task[Any]] = set()
         self._gate = _Gate()
-        self._session_open = False
         self._canaries = itertools.count()
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -280,44 +279,34 @@ class RolloutEngine:
 
     async def weight_open(self, init_info: dict[str, Any], *, timeout_s: float) -> None:
         """Join the transfer group; blocks until all its ranks are there."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._step(timeout_s, self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+        await self._on_workers(timeout_s, "init_weight_transfer_engine", init_info)
 
     async def weight_close(self, *, timeout_s: float) -> None:
         """Leave the group, so that peers waiting for us fail now. Also ends an unfinished session."""
         await self._end_session(timeout_s)
-        await self._step(timeout_s, self._engine.shutdown_weight_transfer_engine())
+        await self._on_workers(timeout_s, "shutdown_weight_transfer_engine")
 
     async def weight_begin(self, *, timeout_s: float) -> None:
         """Close the gate, freeze what is in flight, drop every cached key and value, and start a reload."""
         await self._gate.set(open=False)
-        await self._end_session(timeout_s)
         # keep + clear_cache: a frozen request is prefilled again under the new weights. With its old keys and values it
         # would sample from a mixture that is no model's distribution.
         await self._step(timeout_s, self._engine.pause_generation(mode="keep", clear_cache=True))
-        await self._step(timeout_s, self._engine.start_weight_update())
-        self._session_open = True
+        await self._end_session(timeout_s)
+        await self._on_workers(timeout_s, "start_weight_update")
 
     async def weight_receive(self, tensors: list[TensorMeta], *, timeout_s: float) -> None:
         """Receive and load; runs while the learner sends."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         info = {
             "names": [m.name for m in tensors],
             "dtype_names": [m.dtype for m in tensors],
             "shapes": [list(m.shape) for m in tensors],
         }
-        try:
-            await self._step(timeout_s, self._engine.update_weights(WeightTransferUpdateRequest(info)))
-        except BaseException:
-            self._session_open = False  # vLLM closes the session itself when an update fails
-            raise
+        await self._on_workers(timeout_s, "update_weights", info)
 
     async def weight_commit(self, version: int, *, timeout_s: float) -> None:
         """Finish the reload and label what is sampled from here on. The engine stays paused."""
-        self._session_open = False
-        await self._step(timeout_s, self._engine.finish_weight_update())
+        await self._on_workers(timeout_s, "finish_weight_update")
         await self._step(timeout_s, self._engine.update_weight_version(str(version)))
 
     async def weight_verify(self, ids: np.ndarray, prompt_len: int, *, timeout_s: float) -> np.ndarray:
@@ -343,19 +332,25 @@ class RolloutEngine:
         await self._gate.set(open=False, rejected=True)
         await self._step(timeout_s, self._engine.pause_generation(mode="abort", clear_cache=True))
 
-    async def _step(self, timeout_s: float, call: Coroutine[Any, Any, None]) -> None:
-        """One step of a publication. What the worker raised arrives from vLLM as text: `WeightSyncError` with it."""
+    async def _on_workers(self, timeout_s: float, method: str, *args: Any) -> None:
+        """vLLM's `method` in every worker; `WeightSyncError` with the words of the first that failed."""
+        call = self._engine.collective_rpc("aster_attempt", args=(method, *args))
+        for problem in await self._step(timeout_s, call):
+            if problem:
+                raise WeightSyncError(f"{self.name}: {problem}")
+
+    async def _step(self, timeout_s: float, call: Coroutine[Any, Any, T]) -> T:
+        """One step of a publication. What the engine core raised arrives as text: `WeightSyncError` with it."""
         try:
-            await self._within(timeout_s, call)
+            return await self._within(timeout_s, call)
         except EngineLost:
             raise
         except Exception as error:  # whatever it was, the policy is the same: the publication failed
             raise WeightSyncError(f"{self.name}: {error}") from error
 
     async def _end_session(self, timeout_s: float) -> None:
-        if self._session_open:
-            self._session_open = False
-            await self._step(timeout_s, self._engine.finish_weight_update())
+        """Each worker ends its own: one may have failed in an update that the others are still in."""
+        await self._step(timeout_s, self._engine.collective_rpc("aster_end_session"))
 
     async def alive(self) -> bool:
         """Whether the core answers."""

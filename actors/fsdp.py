@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from actors.attention import PACKED, Packing, choose
 from actors.liger import apply_liger
@@ -40,6 +40,13 @@ from aster.errors import ConfigError
 from aster.types import TensorMeta
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PLAIN: dict[str, tuple[float | None, ...]] = {  # config field -> the values with which it changes nothing
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logits_scaling": (None, 1.0),
+    "logit_scale": (None, 1.0),
+    "lm_head_multiplier": (None, 1.0),
+}
 
 
 # process group ------------------------------------------------------------------------------------------------------
@@ -234,11 +241,34 @@ class ShardedPolicy:
 def _skeleton(path: Path) -> PreTrainedModel:
     """The model with parameters on meta and real buffers, no dropout."""
     config = AutoConfig.from_pretrained(path)
+    _check_architecture(config, path)
     for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(config, key, 0):
             setattr(config, key, 0.0)  # pi_old and pi must be the same function
     with _parameters_on_meta():
         return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
+
+
+def _check_architecture(config: PreTrainedConfig, path: Path) -> None:
+    """Raises `ConfigError` for what the model's own forward does to attention or logits and ours would leave out.
+
+    Ours takes the head's product as logits and calls attention with segments, causal, with or without a window.
+    """
+    text = config.get_text_config()
+    for key, plain in _PLAIN.items():
+        value = getattr(text, key, None)
+        if value not in plain:
+            raise _unlike(path, key, value)
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise _unlike(path, "layer_types", kind)
+
+
+def _unlike(path: Path, key: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"model.path={str(path)!r}: its config.json has {key}={value}, which the learner does not compute: dense "
+        "decoders like Qwen's and Llama's are supported"
+    )
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class RayLearnerGroup:
         return stats[0]
 
     def weight_source(self) -> RayWeightSource:
-        return RayWeightSource(self._ranks, timeout_s=self._timeout_s)
+        return RayWeightSource(self._ranks, timeout_s=self._timeout_s, died=self._fail)
 
     async def save(self, path: str) -> None:
         """Returns when every rank has its copy in host memory. See `saved`."""
@@ -198,8 +198,8 @@ class RayLearnerGroup:
         await self._all("saved")  # raises what the writing failed with, on every rank alike
 
     async def load(self, path: str) -> int:
-        versions: list[int] = await self._all("load", _absolute(path))
-        return versions[0]
+        steps: list[int] = await self._all("load", _absolute(path))
+        return steps[0]
 
     async def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """Write a Hugging Face model directory; `dtype` None = the compute dtype."""
@@ -289,11 +289,15 @@ class RayLearnerGroup:
                 task.cancel()
         if errors and not late and len(errors) == len(refs) and all(_agreed(e) for e in errors.values()):
             raise _own(next(iter(errors.values())))
-        if self._failure is None:  # else another call saw it first; what this one saw is the killing
-            self._failure = _blame(errors, late, method=method, timeout_s=timeout_s)
-            log.error("killing the learner gang: %s", self._failure)
-            self.kill()
+        self._fail(_blame(errors, late, method=method, timeout_s=timeout_s))
+        assert self._failure is not None
         raise self._failure
+
+    def _fail(self, failure: GangFailure) -> None:
+        if self._failure is None:  # else another call saw it first; what this one saw is the killing
+            self._failure = failure
+            log.error("killing the learner gang: %s", failure)
+            self.kill()
 
 
 def _absolute(path: str) -> str:

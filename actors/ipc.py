@@ -7,6 +7,7 @@ forget the bucket. NCCL could not do this: it refuses two ranks on one device.
 
     sender     send(buffer): store["3/GPU-a"] = handle     wait(): until store["3/GPU-a/0"] .. are set
     receiver   receive(size): makes room                   wait(): open store["3/GPU-a"], copy, set ".../0"
+               close(): store["gone/GPU-a/0"] = 1, so that no sender waits for it
 
 Handles of CUDA memory are CUDA IPC's and have not been run on a GPU; those of host memory (POSIX shared memory) serve
 the tests of this file.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing import shared_memory
@@ -25,6 +27,8 @@ import torch
 import torch.distributed as dist
 
 from actors.wire import Pending
+
+_LOOK_S = 1.0  # how often a sender that waits looks whether who it waits for has gone
 
 
 class Lender(Protocol):
@@ -156,7 +160,7 @@ class IpcGroup:
         assert self._store is not None
         key = self._key(ticket)
         if self._sends:
-            self._store.wait([f"{key}/{seat}" for seat in range(self._borrowers)], self._timeout)
+            self._wait_for_borrowers(key)
             buffer: torch.Tensor = self._lent.pop(ticket)[0]
             return buffer
         self._store.wait([key], self._timeout)
@@ -166,15 +170,39 @@ class IpcGroup:
         self._store.set(f"{key}/{self._seat}", "1")
         return buffer
 
+    def _wait_for_borrowers(self, key: str) -> None:
+        """One that has gone is noticed within `_LOOK_S`; what it copied before counts."""
+        assert self._store is not None
+        copied = [f"{key}/{seat}" for seat in range(self._borrowers)]
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return self._store.wait(copied, timedelta(seconds=max(min(_LOOK_S, left), 0.01)))
+            except dist.DistStoreError:
+                if left <= _LOOK_S:
+                    raise
+            for seat, done in enumerate(copied):
+                gone = self._store.check([self._gone(seat)])  # first, since it copies first and goes then
+                if gone and not self._store.check([done]):
+                    raise RuntimeError(f"engine worker {seat} on device {self._lender.place} left before it had copied")
+
     def empty(self, size: int) -> torch.Tensor:
         """uint8 [size] on the device, contents undefined."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:
-        """Idempotent. Without the store a peer that waits fails when rank 0's process, which serves it, lets go."""
+        """Idempotent. A sender that waits for us is told; a receiver fails when rank 0's process, which serves the
+        store, lets go of it."""
+        if self._store is not None and not self._sends:
+            with contextlib.suppress(RuntimeError):  # it is gone already, and who served it
+                self._store.set(self._gone(self._seat), "1")
         self._lent.clear()
         self._empty.clear()
         self._store = None
+
+    def _gone(self, seat: int) -> str:
+        return f"gone/{self._lender.place}/{seat}"
 
     def _key(self, ticket: int) -> str:
         return f"{ticket}/{self._lender.place}"

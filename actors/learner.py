@@ -85,7 +85,7 @@ class Learner:
             self.context.check_heads(self.model.hf_config.num_attention_heads)
         self.reference = self._reference() if self._needs_reference() else None
         self.optimizer = self._adamw()
-        self.steps = 0  # optimizer steps tried: the policy version, and what the schedule counts
+        self.steps = 0  # optimizer steps tried: what the schedule counts
         self.applied = 0  # those that changed the weights: what Adam's bias correction counts
         self.skipped_in_a_row = 0
         self._saver = Saver(timeout_s=timeout_s)
@@ -187,10 +187,11 @@ class Learner:
         return self._saver.done()
 
     def load(self, path: str) -> int:
-        """Continue from `save`, at any world size; returns the policy version. Raises `DataError` if it cannot be."""
-        self._saver.wait()
+        """Continue from `save`, at any world size; returns `steps`. Raises `DataError` if it cannot be."""
+        self._saver.settle()
         self.model.reshard()  # a forward without backward may have left gathered copies of the old weights
         persist.check_adapters(path, self._lora())
+        persist.check_none_left(path, self.model.trained())
         counters = persist.load(path, tensors=self._tensors(), rank=self.rank)
         self.steps, self.applied = counters["steps"], counters["applied"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -201,7 +202,7 @@ class Learner:
 
     def save_hf(self, path: str, *, dtype: str | None = None) -> None:
         """A Hugging Face directory: safetensors in `dtype` (None = the compute dtype), config, tokenizer, template."""
-        self._saver.wait()
+        self._saver.settle()
         dtype = dtype or self.recipe.model.compute_dtype
         tensors = ((name, tensor.cpu()) for name, tensor in self.model.named_full_tensors(dtype))
         if self.rank == 0:
@@ -241,10 +242,10 @@ class Learner:
     def rest(self, *, optimizer_only: bool = False) -> None:
         """Move the optimizer's state, and with it the parameters, to host memory; give the device's memory back.
 
-        `learner.offload_optimizer` keeps both there anyway: then there is only memory to give back.
+        A save under way writes a copy, so it is not waited for. `learner.offload_optimizer` keeps both there anyway:
+        then there is only memory to give back.
         """
         if not self.recipe.learner.offload_optimizer:
-            self._saver.wait()  # it may be reading them
             self._move_optimizer(torch.device("cpu"))
             if not optimizer_only:
                 self.model.move(torch.device("cpu"))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from actors import lora
 from actors.adamw import MOMENTS
-from aster.checkpoints import copy_model_files
+from aster.checkpoints import copy_model_files, sync, sync_tree
 from aster.config import LoraConfig
 from aster.errors import DataError
 from aster.types import TensorMeta
@@ -66,6 +66,18 @@ def check_adapters(path: str, facts: Mapping[str, Any]) -> None:
                 f"checkpoint {path} was saved with lora {key}={saved.get(key)}, this run has {value}: resume with "
                 "the lora section that the run began with, or start a new run directory"
             )
+
+
+def check_none_left(path: str, names: Iterable[str]) -> None:
+    """Raises `DataError` when checkpoint `path` holds weights of other `names` too: they would be lost without a word,
+    which the model would show only in what it says."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    left = sorted({name for name in stored if name.startswith(_MODEL)} - {_MODEL + name for name in names})
+    if left:
+        raise DataError(
+            f"checkpoint {path} has {len(left)} tensors that this model has not ({', '.join(left[:3])}): resume with "
+            "the model.path and the lora section that it was saved with, or start a new run directory"
+        )
 
 
 def load(path: str, *, tensors: dict[str, torch.Tensor], rank: int) -> dict[str, int]:
@@ -158,12 +170,14 @@ def write_hf(
 
 
 def replace_directory(partial: Path, final: Path) -> None:
-    """Give `partial` its final name; a directory that had it before makes room only at the last moment."""
+    """Give `partial` its final name once all in it is on disk; a directory that had it before makes room only then."""
+    sync_tree(partial)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@
 
 One save at a time. The writing thread has a gloo group of its own, so its collectives never meet the training's. What
 goes wrong there goes wrong on every rank alike, and is raised by the next call that waits: the next save, a load, an
-export, the end. What is written is said in `persist.py`.
+export, the end; and by every `wait` until a next save begins. What is written is said in `persist.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from actors import persist
+from aster.checkpoints import sync
 from aster.errors import AsterError
 
 
@@ -37,6 +38,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._path = ""
         self._writing: Future[None] | None = None
+        self._failure: BaseException | None = None  # what `wait` found, and says until the next `start`
 
     def start(
         self, path: str, *, tensors: dict[str, torch.Tensor], counters: Mapping[str, Any], copied: bool = False
@@ -44,9 +46,10 @@ class Saver:
         """Copy `tensors` and the random state, and begin to write `path`, which appears when all ranks are done.
 
         `copied`: the tensors are on the CPU and nobody else's, no further copy is needed. Raises what the save
-        before failed with; nothing is begun then.
+        before failed with, unless it was told; nothing is begun then.
         """
-        self.wait()
+        self.settle()
+        self._failure = None
         staged = tensors if copied else _copy(tensors)
         self._path = path
         self._writing = self._thread.submit(self._write, path, staged, persist.rng_state(), dict(counters))
@@ -56,20 +59,27 @@ class Saver:
         return self._writing is None or self._writing.done()
 
     def wait(self) -> None:
-        """Until the save under way is on disk. Raises `AsterError` with its path when it failed, once."""
+        """Until the save that began last is on disk. Raises `AsterError` with its path when it failed, every time: a
+        caller that was not the first to ask must not take it for complete."""
         writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result(self._timeout_s)
-        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-            cause = str(error) or type(error).__name__
-            raise AsterError(f"checkpoint {self._path} was not written: {cause}") from error
+        if writing is not None:
+            try:
+                writing.result(self._timeout_s)
+            except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+                self._failure = error
+        if self._failure is not None:
+            cause = str(self._failure) or type(self._failure).__name__
+            raise AsterError(f"checkpoint {self._path} was not written: {cause}") from self._failure
+
+    def settle(self) -> None:
+        """`wait`, for a caller that does not need that save: a failure that was told is not told again."""
+        if self._failure is None:
+            self.wait()
 
     def close(self) -> None:
-        """Wait as `wait` does, and end the thread in any case."""
+        """Settle, and end the thread in any case."""
         try:
-            self.wait()
+            self.settle()
         finally:
             self._thread.shutdown(wait=False)
 
@@ -85,6 +95,11 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "rng").mkdir(parents=True)
 
+        def save_rng() -> None:
+            file = partial / "rng" / f"{rank}.pt"
+            torch.save(rng, file)
+            sync(file)  # by whoever wrote it: rank 0 may be on another machine
+
         def finish() -> None:
             if rank == 0:
                 (partial / persist.COUNTERS).write_text(json.dumps(counters), "utf-8")
@@ -92,7 +107,7 @@ class Saver:
 
         self._together(prepare)
         dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)  # agrees on errors by itself
-        self._together(lambda: torch.save(rng, partial / "rng" / f"{rank}.pt"))
+        self._together(save_rng)
         self._together(finish)
 
     def _together(self, action: Callable[[], None]) -> None:

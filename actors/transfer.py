@@ -187,7 +187,27 @@ def _refresh_packed_head(model: torch.nn.Module, device: torch.device) -> None:
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker; exists so that vLLM imports this module in every worker process."""
+    """Mixed into vLLM's worker, which also makes vLLM import this module in every worker process.
+
+    Neither method raises. Where one of several workers does, vLLM leaves the answers of those behind it unread and
+    takes them for answers to the next call; and no caller learns which workers have a session open.
+    """
+
+    def aster_attempt(self: Any, method: str, *args: Any) -> str:
+        """What the worker's `method(*args)` raised, in words; "" = nothing."""
+        try:
+            getattr(self, method)(*args)
+        except WeightSyncError as error:
+            return str(error)
+        except Exception as error:  # told to the engine, which raises it
+            log.exception("%s failed", method)
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def aster_end_session(self: Any) -> None:
+        """End the weight update that this worker has under way, if it has one: no two need be in the same state."""
+        if self._weight_update_active and self.aster_attempt("finish_weight_update"):
+            self._weight_update_active = False  # a layer that was not finished is filled by the next update
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

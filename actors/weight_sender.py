@@ -64,6 +64,7 @@ class WeightSender:
         tensors under their Hugging Face names, in any dtype and on any device (the wire's dtype is `metadata`'s)."""
         self.metadata = metadata
         self._tensors = tensors
+        self._gathering: Iterator[tuple[str, torch.Tensor]] = iter(())  # the pass under way
         self._rank = rank
         self._device = torch.device(device)
         self._store: dist.TCPStore | None = None
@@ -115,22 +116,32 @@ class WeightSender:
     def send(self, *, bucket_bytes: int, hold: bool = False) -> list[str]:
         """One pass over the weights. Rank 0 returns a fingerprint of every bucket (none with `vllm_nccl`), others [].
 
-        `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped, so that the
-        receivers fail now rather than at their timeout.
+        `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped first, so that the
+        receivers fail now rather than at their timeout; then the gathering goes on to its end, for the other ranks.
         """
         self._free()
+        self._gathering = self._tensors()
         if self._rank != 0 and self._group is None:
-            for _ in self._tensors():
-                pass
+            self._gather_the_rest()
             return []
-        if self._stock is not None:
-            with self._closing():
-                self._stock.send_weights()
-            return []
-        copy = _Copy(bucket_bytes, []) if hold else None
-        digests = self._broadcast(self._packed(bucket_bytes), copy)
+        try:
+            if self._stock is not None:
+                with self._closing():
+                    self._stock.send_weights()
+                return []
+            copy = _Copy(bucket_bytes, []) if hold else None
+            digests = self._broadcast(self._packed(bucket_bytes), copy)
+        except Exception:
+            with contextlib.suppress(Exception):  # a peer died too: what failed first says more
+                self._gather_the_rest()
+            raise
         self._sent = copy
         return digests
+
+    def _gather_the_rest(self) -> None:
+        """Each tensor is a collective: a rank that stopped here would leave the others in it until their timeout."""
+        for _ in self._gathering:
+            pass
 
     def keep(self) -> None:
         """What was sent last verified: from here on `resend` sends it, and the copy before it is dropped."""
@@ -206,10 +217,10 @@ class WeightSender:
         return self._group.send(buffer)
 
     def checked(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, each compared with what was announced: a disagreement would cut the stream differently on the
-        other side and load garbage."""
+        """The tensors of the pass under way, each compared with what was announced: a disagreement would cut the stream
+        differently on the other side and load garbage."""
         metas = iter(self.metadata)
-        for name, tensor in self._tensors():
+        for name, tensor in self._gathering:
             meta = next(metas, None)
             if meta is not None and (name, tuple(tensor.shape)) != (meta.name, tuple(meta.shape)):
                 raise WeightSyncError(

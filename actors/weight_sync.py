@@ -5,8 +5,9 @@
     begin                    gate shut, pause(keep), reload started
     transfer                 receive, check, load each bucket    <---  pack, seal, broadcast; ranks > 0 gather along
     commit                   reload finished, version set              canary, while the engines still load
-    verify                   resumed behind the gate: canary
-    accept                   gate open                                 what was sent is kept       or reject: gate shut
+    verify                   resumed behind the gate: canary                                    or reject: gate shut
+    keep                                                               what was sent is kept
+    accept                   gate open
 
 Invariant: no token leaves an engine that was sampled by weights whose bytes and whose canary did not agree with the
 learner's. A publication that fails is rolled back: learner rank 0 sends what it published last once more (checksums
@@ -21,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class RayWeightSource:
 
     ranks: Sequence[Any]  # actor handles of `Learner`, rank by rank
     timeout_s: float = 600.0
+    died: Callable[[GangFailure], None] | None = None  # ends the others, which wait for the dead one in a collective
     _tensors: list[TensorMeta] = field(default_factory=list, repr=False)
 
     def metadata(self) -> Sequence[TensorMeta]:
@@ -112,7 +114,10 @@ class RayWeightSource:
         except TimeoutError:
             raise WeightSyncError(f"learner rank {rank}: {method} did not return within {self.timeout_s:g} s") from None
         except RayActorError as error:
-            raise GangFailure(rank, str(error)) from error
+            failure = GangFailure(rank, str(error))
+            if self.died is not None:
+                self.died(failure)
+            raise failure from error
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, WeightSyncError):
@@ -273,12 +278,11 @@ class WeightSync:
                 if self._handover is not None:
                     await self._timed("after_weights", self._handover.after_weights())
                 worst = await self._verify(engines, ours, version)
-                accepting = [self._one(engine, "weight_accept") for engine in engines]
                 if recorded is None and self._rollback:
-                    await _together([source.keep(), *accepting])
+                    # before a gate opens: where one is late, the copy and its label are of one version all the same
+                    await source.keep()
                     self._good = _Good(version, ours, source)
-                else:
-                    await _together(accepting)
+                await _together([self._one(engine, "weight_accept") for engine in engines])
                 return len(engines), worst
             except EngineLost as error:
                 await self._leave(source, engines)

@@ -135,8 +135,9 @@ def _checksums(buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
 def _digest(payload: torch.Tensor) -> torch.Tensor:
     """Sum over words w at position p of w * (2p + 1), modulo 2^64.
 
-    The weights are odd, hence invertible: no change of a single word can go unseen, nor can a swap of two different
-    words less than 2^62 words apart. Guards against transport and packing faults, not against an adversary; one pass of
+    The weights are odd, hence invertible: no change of a single word can go unseen. A swap of two different words is
+    seen unless their difference times their distance is a multiple of 2^63, as it is when only their top bits differ.
+    Guards against transport and packing faults, not against an adversary; one pass of
     plain tensor arithmetic, so that it runs where the bytes are, CPU or GPU.
     """
     total = torch.zeros((), dtype=torch.int64, device=payload.device)

@@ -67,8 +67,9 @@ class ZeroLearner(Learner):
         self._saver.start(path, tensors=self.model.whole_tensors(), counters=self._counters(), copied=True)
 
     def load(self, path: str) -> int:
-        self._saver.wait()
+        self._saver.settle()
         counters = persist.read_counters(path)
+        persist.check_none_left(path, self.model.shapes)
         for name, shape in self.model.shapes.items():  # one parameter at a time: whole tensors are large
             keys = (f"model.{name}", *(f"optim.{name}.{moment}" for moment in MOMENTS))
             tensors = {key: torch.empty(shape) for key in keys}

@@ -5,9 +5,10 @@
     checkpoints/global_step_10/driver.json   step, data position, config hash
     checkpoints/latest_checkpointed_iteration.txt
 
-A directory carries its final name only when everything in it is on disk, so a run that is killed while saving resumes
-from the checkpoint before. The learners write behind the training; a task of this class waits for them, gives the
-directory its name and prunes. `finish` waits for that task, and so do the next save and a restore.
+A directory carries its final name only when everything in it is on disk, so a run that is killed while saving, or whose
+machine loses power, resumes from the checkpoint before. The learners write behind the training; a task of this class
+waits for them, gives the directory its name and prunes. `finish` waits for that task, and so do the next save and a
+restore.
 What else belongs to the step (its metrics, its rollouts) has to be on disk before that: `after`.
 """
 
@@ -61,7 +62,7 @@ class DirectoryCheckpointer:
         await learners.save(str((partial / "actor").resolve()))
         copy_model_files(self.model_path, partial / "huggingface")
         state = {"step": step, "config_hash": self.config_hash, **driver_state}
-        (partial / "driver.json").write_text(json.dumps(state, indent=1), "utf-8")
+        (partial / "driver.json").write_text(json.dumps(state, indent=1), "utf-8")  # on disk by `_appear`, as all of it
         self._saving = asyncio.create_task(self._appear(step, learners, after, then))
         return str(self.directory / f"global_step_{step}")
 
@@ -77,17 +78,19 @@ class DirectoryCheckpointer:
         after: Callable[[], Awaitable[None]] | None,
         then: Callable[[], None] | None,
     ) -> None:
-        final = self.directory / f"global_step_{step}"
+        final, partial = self.directory / f"global_step_{step}", self.directory / f"global_step_{step}.tmp"
         try:
             await learners.saved()
             if after is not None:
                 await after()
+            await asyncio.to_thread(sync_tree, partial)
         except Exception as error:  # raised again by whoever waits, which may be many steps from now
             log.error("%s will not appear: %s", final, error)
             raise
         if final.exists():
             shutil.rmtree(final)
-        os.replace(self.directory / f"global_step_{step}.tmp", final)
+        os.replace(partial, final)
+        sync(self.directory)
         _write_atomically(self.directory / LATEST, f"{step}\n")
         self._prune()
         if then is not None:
@@ -167,7 +170,16 @@ def _complete(directory: Path) -> dict[int, Path]:
     if not directory.is_dir():
         return {}
     found = ((_NAME.search(p.name), p) for p in directory.iterdir())
-    return {int(m.group(1)): p for m, p in found if m and (p / "driver.json").is_file()}
+    return {int(m.group(1)): p for m, p in found if m and _parses(p / "driver.json")}
+
+
+def _parses(file: Path) -> bool:
+    """An empty file, say, is what a power loss leaves on a file system that renames before it writes."""
+    try:
+        json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def checkpoints_of(paths: Sequence[Path]) -> dict[int, Path]:
@@ -204,11 +216,34 @@ def read_state(path: str | Path) -> dict[str, object]:
     file = Path(path) / "driver.json"
     if not file.is_file():
         raise DataError(f"{path} is not a checkpoint: {file} is missing (a directory global_step_N of a run is one)")
-    state: dict[str, object] = json.loads(file.read_text("utf-8"))
+    try:
+        state: dict[str, object] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not a complete checkpoint: {file} is no JSON ({error}): take an earlier one"
+        ) from error
     return state
+
+
+def sync(path: Path) -> None:
+    """Return when this file, or this directory's list of names, would survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """`sync` for all that is in it, and itself last. Costs next to nothing for what is on disk already."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)
 
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, "utf-8")
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)

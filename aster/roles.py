@@ -118,7 +118,7 @@ class LearnerGroup(Protocol):
         ...
 
     async def load(self, path: str) -> int:
-        """Returns the policy version (optimizer steps) of the checkpoint; works at another world size."""
+        """Returns the number of optimizer steps of the checkpoint; works at another world size."""
         ...
 
 

@@ -95,6 +95,15 @@ def test_flash_is_called_with_the_whole_rows_boundaries(monkeypatch):
     assert seen == {"longest": (200, 200), "window": (49, 0)}
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"), [({"softcap": 50.0}, r"softcap=50\.0"), ({"s_aux": torch.zeros(4)}, "s_aux")]
+)
+def test_capped_scores_and_sinks_are_refused(asked, words):
+    q, k, v = (x.transpose(0, 1)[None] for x in _heads(8))
+    with pytest.raises(ConfigError, match=f"Linear wants {words}.*Qwen's and Llama's"):
+        packed_attention(torch.nn.Linear(1, 1), q, k, v, None, packing=_packing([8], "sdpa"), **asked)
+
+
 def test_a_sample_longer_than_a_sliding_window_is_refused_with_both_numbers():
     heads = torch.zeros(1, 2, 9, 4)
     with pytest.raises(ConfigError, match=r"sample of 6 tokens .* window of 5"):

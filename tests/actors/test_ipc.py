@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing import get_context
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from actors import ipc
 from actors.ipc import HostLender, IpcGroup
 from actors.wire import Bucket, damaged, fingerprint, join_store, plan_buckets, seal, serve_store
 from aster.types import TensorMeta
@@ -86,6 +88,36 @@ def test_an_engine_on_a_device_without_a_learner_is_told_so() -> None:
         with pytest.raises(RuntimeError, match="no learner rank runs on device gpu-5"):
             group(join_store("127.0.0.1", store.port, timeout_s=20), 1, place="gpu-5")
         sender.result(20)
+
+
+def test_a_worker_that_leaves_is_not_waited_for_but_what_it_copied_before_counts(monkeypatch) -> None:
+    """Two workers on one device: the one leaves after the first bucket, the other reads both."""
+    monkeypatch.setattr(ipc, "_LOOK_S", 0.1)
+    store = serve_store(timeout_s=20)
+    both = threading.Barrier(2)
+
+    def borrow(rank: int, buckets: list[Bucket]) -> None:
+        mine = group(join_store("127.0.0.1", store.port, timeout_s=20), rank, world_size=3)
+        for number, bucket in enumerate(buckets):
+            if number == 0 and len(buckets) == 2:
+                both.wait(20)  # the other has gone by now, having copied its own
+            mine.receive(bucket.size).wait()
+        mine.close()
+        if len(buckets) == 1:
+            both.wait(20)
+
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(borrow, 1, BUCKETS[:1]), threads.submit(borrow, 2, BUCKETS[:2])]
+        mine = group(store, 0, world_size=3)
+        lent = [mine.send(filled(number, bucket)) for number, bucket in enumerate(BUCKETS[:2])]
+        lent[0].wait()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"engine worker \d on device host left before it had copied"):
+            lent[1].wait()
+        assert time.monotonic() - began < 10, "the sender sat out its timeout of 20 s"
+        for job in jobs:
+            job.result(20)
+    mine.close()
 
 
 def test_nobody_waits_longer_than_the_timeout_for_a_peer_that_never_copies() -> None:

@@ -19,9 +19,22 @@ from learners import (
     write_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 from actors import persist
+from actors.fsdp import _check_architecture
 from actors.persist import merge_checkpoint
 from aster.errors import ConfigError
 from aster.types import Sample
@@ -101,6 +114,37 @@ def test_a_directory_without_weights_is_refused(model_dir, tmp_path):
         learner_on(tmp_path, recipe()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Gemma2Config(), r"attn_logit_softcapping=50\.0"),
+        (Gemma2Config(attn_logit_softcapping=None), r"final_logit_softcapping=30\.0"),
+        (GraniteConfig(logits_scaling=8.0), r"logits_scaling=8\.0"),
+        (CohereConfig(), r"logit_scale=0\.0625"),
+        (Qwen3NextConfig(), "layer_types=linear_attention"),
+    ],
+)
+def test_an_architecture_whose_logits_or_attention_we_do_not_compute_is_refused(config, words):
+    with pytest.raises(ConfigError, match=rf"model\.path='m'.* has {words}, .*Qwen's and Llama's are supported"):
+        _check_architecture(config, Path("m"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(),
+        Qwen3Config(use_sliding_window=True, sliding_window=64, max_window_layers=2),  # the kernels know windows
+        Qwen2Config(),
+        LlamaConfig(),  # SmolLM2's too
+        MistralConfig(),  # with a window of 4096
+        GraniteConfig(logits_scaling=1.0),
+        GptOssConfig(),  # its sinks are seen when attention is called
+    ],
+)
+def test_dense_decoders_with_or_without_a_window_pass(config: PreTrainedConfig):
+    _check_architecture(config, Path("m"))
 
 
 def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path):

@@ -247,6 +247,9 @@ def test_what_does_not_fit_is_refused(model_dir, tmp_path):
         learner.load(str(tmp_path / "ck"))
     with learner_on(base, recipe()) as learner, pytest.raises(DataError, match=r"with lora rank=4, this run has 0"):
         learner.load(str(tmp_path / "ck"))
+    fewer, words = recipe(lora={**LORA, "targets": ["q_proj"]}), r"has 24 tensors that this model has not .*the lora"
+    with learner_on(base, fewer) as learner, pytest.raises(DataError, match=words):
+        learner.load(str(tmp_path / "ck"))
     assert json.loads((tmp_path / "ck" / "learner.json").read_text())["lora"]["base"] == str(base.resolve())
     (base / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"their base model cannot be read: .*holds no model\.safetensors"):

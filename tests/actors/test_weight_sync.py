@@ -11,16 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from gang import run_gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
-from actors import weight_sync
+from actors import group, weight_sync
 from actors.near import Memory, NearReceiver
 from actors.weight_sync import RayWeightSource, WeightSender, WeightSync
 from actors.wire import Bucket, WireGroup, damaged, fingerprint, join_store, plan_buckets, seal, view
@@ -248,6 +252,48 @@ def test_a_rank_above_zero_takes_part_in_the_gathering_and_sends_nothing() -> No
     assert other.send(bucket_bytes=500) == []
     assert seen == list(SHAPES)
     other.close()
+
+
+class BrokenWire(WeightSender):
+    """An engine dies at the second bucket."""
+
+    def _post(self, bucket: Any, buffer: torch.Tensor) -> Any:
+        if bucket.index == 1:
+            raise RuntimeError("connection closed by peer")
+        return super()._post(bucket, buffer)
+
+
+def _send_over_a_broken_wire(rank: int, world_size: int, port: int, store: str) -> tuple[list[str], str, float, bool]:
+    """(what this rank gathered, its exception, the sum of both ranks' ones after it, group left before the last)."""
+    dist.init_process_group("cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    gathered, error, left = [], "", False
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal left
+        for name, tensor in weights().items():
+            dist.all_reduce(tensor)
+            gathered.append(name)
+            left = sending._group is None
+            yield name, tensor
+
+    sending = BrokenWire(tensors=tensors, metadata=metas(), rank=rank, device="cpu")
+    if rank == 0:
+        host, port = sending.address()
+        sending.open(backend="gloo", host=host, port=port, world_size=1, timeout_s=20)
+    try:
+        sending.send(bucket_bytes=500)
+    except RuntimeError as failure:
+        error = str(failure)
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    dist.destroy_process_group()
+    return gathered, error, float(one), left
+
+
+def test_a_send_that_fails_midway_gathers_to_the_end_so_that_the_other_ranks_do_not_hang(tmp_path: Path) -> None:
+    first, other = run_gang(2, _send_over_a_broken_wire, str(tmp_path / "store"), folder=tmp_path, timeout_s=60)
+    assert first == (list(SHAPES), "connection closed by peer", 2.0, True)
+    assert other[:3] == (list(SHAPES), "", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -519,6 +565,26 @@ async def test_a_failure_sends_the_kept_copy_under_its_old_version_and_canary(ev
     assert (await sync.publish(source, 2)).version == 2
 
 
+async def test_an_engine_that_accepts_late_is_rolled_back_to_the_version_that_the_kept_copy_has(
+    events: list[str],
+) -> None:
+    """All of them verified version 2 and it was kept: it is what goes out again, under its own number and canary."""
+    engines, source = engines_of(events, 1, 1), source_of(events)
+    sync = WeightSync(engines, timeout_s=5)
+    await sync.publish(source, 1)
+    for member in (*source.ranks, *engines):
+        vars(member)["logprob" if isinstance(member, NotingRank) else "canary"] = -3.0
+    engines[1].fail["weight_accept"] = EngineLost("did not answer")
+    before = len(events)
+    with pytest.raises(WeightSyncError, match="did not answer; the engines serve version 2 again") as error:
+        await sync.publish(source, 2)
+    assert error.value.restored == 2
+    after = events[before:]
+    assert after.index("rank0 weight_keep") < after.index("e0 weight_accept")
+    assert "rank0 weight_resend" in after
+    assert [engine.versions for engine in engines] == [[1, 2, 2]] * 2
+
+
 async def test_a_roll_back_that_fails_too_leaves_the_engines_shut_and_says_both(events: list[str]) -> None:
     engines, source = engines_of(events, 1), source_of(events)
     sync = WeightSync(engines, timeout_s=5)
@@ -637,6 +703,46 @@ async def test_an_engine_that_is_late_but_alive_fails_the_publication(events: li
     engines[0].fail["weight_commit"] = EngineLost("did not answer")
     with pytest.raises(WeightSyncError, match="version 4 was not published: did not answer"):
         await WeightSync(engines, timeout_s=5).publish(source_of(events), 4)
+
+
+async def test_a_rank_that_dies_in_a_publication_ends_the_gang_at_once(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 hangs in the gathering and the engine waits for its next bucket, until rank 0 is killed."""
+    killed = asyncio.Event()
+
+    class Dying(NotingRank):
+        def __getattr__(self, method: str) -> Any:
+            plain = super().__getattr__(method)
+
+            async def send(**_: Any) -> list[str]:
+                if self.rank == 0:
+                    await killed.wait()
+                raise RayActorError(error_msg=f"rank {self.rank} died")
+
+            return SimpleNamespace(remote=send) if method == "weight_send" else plain
+
+    def kill(actor: NotingRank, *, no_restart: bool) -> None:
+        events.append(f"kill {actor.rank}")
+        killed.set()
+
+    monkeypatch.setattr(group.ray, "kill", kill)
+    (engine,) = engines_of(events, 1)
+    call = engine.call
+
+    async def until_the_sender_is_gone(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "weight_receive":
+            await killed.wait()
+            raise WeightSyncError("connection closed by peer")
+        return await call(method, *args, **kwargs)
+
+    engine.call = until_the_sender_is_gone
+    gang = group.RayLearnerGroup([Dying(events, rank) for rank in range(2)], placement=None, timeout_s=60)
+    with pytest.raises(GangFailure, match="rank 1 died"):
+        await asyncio.wait_for(WeightSync([engine], timeout_s=60).publish(gang.weight_source(), 1), 10)
+    assert [event for event in events if event.startswith("kill")] == ["kill 0", "kill 1"]
+    with pytest.raises(GangFailure, match="rank 1 died"):
+        await gang.optim_step()
 
 
 async def test_the_failure_that_explains_the_others_is_the_one_that_is_raised() -> None:

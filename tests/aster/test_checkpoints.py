@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,47 @@ def test_an_incomplete_directory_is_not_resumed_from(tmp_path, model):
     (tmp_path / "checkpoints" / "global_step_4.tmp").mkdir()
     (tmp_path / "checkpoints" / "global_step_4.tmp" / "driver.json").write_text(json.dumps({"step": 4}))
     assert checkpointer(tmp_path, model).latest() is None
+
+
+async def test_an_empty_driver_json_is_what_a_power_loss_left_and_the_checkpoint_before_it_is_taken(tmp_path, model):
+    points = checkpointer(tmp_path, model)
+    for step in (1, 2):
+        await points.save(step, FileLearners(step), {})
+    await points.finish()
+    torn = points.directory / "global_step_2" / "driver.json"
+    torn.write_text("")
+    assert points.latest().endswith("global_step_1")
+    with pytest.raises(DataError, match=r"global_step_2 is not a complete checkpoint: .*driver\.json is no JSON"):
+        read_state(torn.parent)
+
+
+async def test_all_of_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, model, monkeypatch):
+    events: list[tuple[str, Path]] = []
+    replace, fsync = os.replace, os.fsync
+
+    def noting_replace(source, target):
+        events.append(("replace", Path(target)))
+        replace(source, target)
+
+    def noting_fsync(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", noting_replace)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    points = checkpointer(tmp_path, model)
+    path = Path(await points.save(1, FileLearners(1), {}))
+    await points.finish()
+    named = events.index(("replace", path))
+    partial = path.with_name("global_step_1.tmp")
+    inside = {partial / file.relative_to(path) for file in path.rglob("*")}
+    assert {p for what, p in events[:named] if what == "sync"} == {partial, *inside}
+    assert events[named + 1 :] == [
+        ("sync", path.parent),
+        ("sync", path.with_name(f"{LATEST}.tmp")),
+        ("replace", path.with_name(LATEST)),
+        ("sync", path.parent),
+    ]
 
 
 async def test_checkpoints_set_aside_are_neither_lost_nor_resumed_from(tmp_path, model):
