@@ -163,10 +163,10 @@ class KeptTurns:
 
     def _read(self, task: Task, engine: str) -> Past | None:
         lines = []
+        about = json.dumps(task.uid).encode()
         for _, run, path in _files(self._place.folder):
-            if run == self._place.run and path.name.split(".", 2)[2] == f"{engine}.jsonl":
+            if run == self._place.run and path.name.endswith(f".{run}.{engine}.jsonl"):
                 with contextlib.suppress(FileNotFoundError):  # pruned in this moment
-                    about = json.dumps(task.uid).encode()
                     found = list(_lines(path, config_hash=self._place.config_hash, about=about))
                     lines += [line for line in found if (line["uid"], line["attempt"]) == (task.uid, task.attempt)]
         return _gone_on(task.past, lines)
