@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ from aster.errors import ConfigError, DataError
 from aster.eval_tables import EvalResult, comparison_table, curve_of, print_rescored, scores_of, summary_table
 from aster.rescore import rescore
 from aster.roles import SandboxFactory
-from aster.tracking import Tracker
+from aster.tracking import Progress, Tracker
 from aster.types import PromptRow, TrajectoryGroup
 from aster.validation import Inbox, evaluate
 
@@ -180,9 +180,10 @@ async def run(
                 results.append(EvalResult(recipe, tuple(groups), values))
                 continue
             parts = Parts(path / "parts" / str(step), rows, made_of=made_of, resume=recipe.run.resume)
-            with Tracker.open(recipe, total_steps=1) as tracker:
+            seen = SamplesDone(len(rows) * recipe.eval.samples, stage=recipe.run.name)
+            with Tracker.open(recipe, total_steps=None, extra=[seen]) as tracker:
                 began = time.monotonic()
-                groups = await _sample(recipe, rows, parts, sampler, step=step, rival=rival)
+                groups = await _sample(recipe, rows, parts, sampler, seen, step=step, rival=rival)
                 n = max(len(g.trajectories) for g in groups)
                 values = metrics.validation_metrics(groups, n=n, decode=decode, markers=markers)
                 values["timing_s/testing"] = time.monotonic() - began
@@ -203,38 +204,63 @@ class _Sampler:
         self._running: tuple[launch.Rollouts, Inbox] | None = None
 
     async def sample(
-        self, recipe: Recipe, rows: Sequence[PromptRow], parts: Parts, *, step: int, round_: int
+        self,
+        recipe: Recipe,
+        rows: Sequence[PromptRow],
+        *,
+        step: int,
+        done: Callable[[TrajectoryGroup], None],
     ) -> dict[str, TrajectoryGroup]:
-        """By row id. Every problem is kept in `parts` as soon as it is done."""
+        """By row id. `done` hears of every problem as soon as it is."""
         if self._running is None:
             rollouts = await self._stack.enter_async_context(launch.rollouts(self._recipe, sandboxes=self._sandboxes))
             self._running = rollouts, Inbox(rollouts.pool.groups())
         rollouts, inbox = self._running
-        keeping = KeepingInbox(inbox.stream, inbox.waiting, parts=parts, round_=round_)
-        return {g.row.row_id: g for g in await evaluate(recipe, rollouts.pool, keeping, rows, step=step)}
+        groups = await evaluate(recipe, rollouts.pool, inbox, rows, step=step, done=done)
+        return {g.row.row_id: g for g in groups}
 
 
-class KeepingInbox(Inbox):
-    """An inbox that keeps every group it hands out in `parts`."""
+class SamplesDone(Progress):
+    """The progress of an evaluation, which may take hours: samples judged and how many of them are right so far.
 
-    def __init__(self, *inbox: object, parts: Parts, round_: int) -> None:
-        super().__init__(*inbox)  # type: ignore[arg-type]  # the fields of the inbox it stands in for
-        self._parts, self._round = parts, round_
+    The quick ones come first, so the share moves until the end; the line with the interval is the result.
+    """
 
-    async def next(self, kind: str) -> TrajectoryGroup:
-        group = await super().next(kind)
-        self._parts.add(group, round_=self._round)
-        return group
+    def __init__(self, total: int, *, stage: str, console: Console | None = None) -> None:
+        super().__init__(total, stage=stage, unit="samples", every_s=10.0, console=console)
+        self._done = self._judged = self._right = 0
+
+    def add(self, groups: Sequence[TrajectoryGroup]) -> None:
+        self._done += sum(len(g.trajectories) for g in groups)
+        verdicts = [metrics.is_right(t) for g in groups for t in g.scored]
+        self._judged += len(verdicts)
+        self._right += sum(verdicts)
+        if self._judged and self._done < self._total:
+            self.show(self._done, f"right so far {self._right / self._judged:.3f}")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        super().write(self._done, values)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        super().event(self._done, kind, message)
 
 
 async def _sample(
-    recipe: Recipe, rows: Sequence[PromptRow], parts: Parts, sampler: _Sampler, *, step: int, rival: Rival | None
+    recipe: Recipe,
+    rows: Sequence[PromptRow],
+    parts: Parts,
+    sampler: _Sampler,
+    seen: SamplesDone,
+    *,
+    step: int,
+    rival: Rival | None,
 ) -> list[TrajectoryGroup]:
     """All samples of all rows, those of `parts` first; in one round, or in several with a look after each."""
     planned = recipe.eval.samples
     rounds: list[dict[str, TrajectoryGroup]] = []
     for round_, size in enumerate(round_sizes(planned, looking=rival is not None and rival.until_decided)):
         done = parts.read(round_=round_, step=step)
+        seen.add(list(done.values()))
         todo = [row for row in rows if row.row_id not in done]
         if todo:
             part = recipe.model_copy(
@@ -243,7 +269,12 @@ async def _sample(
                     "run": recipe.run.model_copy(update={"seed": recipe.run.seed + 1_000_003 * round_}),
                 }
             )
-            done |= await sampler.sample(part, todo, parts, step=step, round_=round_)
+
+            def keep(group: TrajectoryGroup, round_: int = round_) -> None:
+                parts.add(group, round_=round_)
+                seen.add([group])
+
+            done |= await sampler.sample(part, todo, step=step, done=keep)
         rounds.append(done)
         if rival is not None and rival.is_decided(joined(rounds, rows), planned=planned):
             break

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"# ---- {recipe.run.name}")
             print_resolved(recipe)
         return 0
-    claims = run(plan, Console())
+    claims = run(plan, Console(soft_wrap=True))
     return 0 if all(c.holds for c in claims) else 1
 
 

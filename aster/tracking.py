@@ -57,10 +57,10 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, recipe: Recipe, *, total_steps: int, console: Console | None = None, extra: Sequence[Sink] = ()
+        cls, recipe: Recipe, *, total_steps: int | None, console: Console | None = None, extra: Sequence[Sink] = ()
     ) -> Tracker:
         """The sinks that the recipe names and `extra` ones, in its run directory, which also gets the resolved
-        `config.yaml`.
+        `config.yaml`. Without `total_steps` the terminal gets no `Progress` but one that `extra` brings.
 
         A resumed run goes on in the same metrics.jsonl under the same run id, and the collapse alarm remembers where
         calls began. With `run.resume=false` an older metrics.jsonl is kept aside as `metrics.RUN_ID.jsonl`.
@@ -71,10 +71,9 @@ class Tracker:
         run_id, watch = _continue_run(path, _alarm_of(recipe), resume=recipe.run.resume)
         run_id = run_id or f"{recipe.run.name}-{secrets.token_hex(4)}"
         (run_dir / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        sinks: list[Sink] = [
-            JsonlSink(path, run_id=run_id, config_hash=recipe.config_hash),
-            Progress(total_steps, stage=recipe.run.name, console=console),
-        ]
+        sinks: list[Sink] = [JsonlSink(path, run_id=run_id, config_hash=recipe.config_hash)]
+        if total_steps is not None:
+            sinks.append(Progress(total_steps, stage=recipe.run.name, console=console))
         if recipe.run.tensorboard:
             sinks.append(TensorBoardSink(run_dir / "tensorboard"))
         if recipe.run.wandb_project:
@@ -266,17 +265,27 @@ class WandbSink:
 
 
 class Progress:
-    """What a person sees: a live line on a terminal; in a log file a plain line per step, two seconds apart at least.
+    """What a person sees: a live line on a terminal; in a log file a plain line per step, `every_s` apart at least.
 
-    Validations and the last step are always written.
+    Validations and the last step are always written. `unit` is what is counted, where it is not steps.
     """
 
     name = "console"
 
-    def __init__(self, total: int, *, stage: str, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        *,
+        stage: str,
+        unit: str = "",
+        every_s: float = _LOG_LINE_EVERY_S,
+        console: Console | None = None,
+    ) -> None:
         self._console = console or Console(stderr=True)
         self._stage = stage
         self._total = total
+        self._unit = f" {unit}" if unit else ""
+        self._every_s = every_s
         self._began: tuple[int, float] | None = None  # first step seen, and when
         self._next_line = 0.0  # in time.monotonic() seconds
         self._live: RichProgress | None = None
@@ -294,27 +303,28 @@ class Progress:
             self._live.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        summary = summary_line(values)
-        if not summary:  # a checkpoint's timing, say
-            return
+        if summary := summary_line(values):  # empty for a checkpoint's timing, say
+            validation = any(key.startswith(("val-core/", "val/")) for key in values)
+            self.show(step, summary, always=validation)
+
+    def show(self, done: int, summary: str, *, always: bool = False) -> None:
+        """`done` of the total are done; `always` also where the last line is not `every_s` old."""
         if self._live is not None:
-            self._live.update(self._task, completed=step, summary=summary)
+            self._live.update(self._task, completed=done, summary=summary)
             return
         now = time.monotonic()
-        self._began = self._began or (step, now)
-        validation = any(key.startswith(("val-core/", "val/")) for key in values)
-        if now < self._next_line and step < self._total and not validation:
+        self._began = self._began or (done, now)
+        if now < self._next_line and done < self._total and not always:
             return
-        self._next_line = now + _LOG_LINE_EVERY_S
-        self._console.print(
-            f"{self._stage} {step}/{self._total}  {summary}{self._eta(step)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._next_line = now + self._every_s
+        self._line(done, f"{summary}{self._eta(done)}")
 
     def event(self, step: int, kind: str, message: str) -> None:
-        self._console.print(f"{self._stage} {step}/{self._total}  {kind}: {message}", style="yellow", markup=False)
+        self._line(step, f"{kind}: {message}", style="yellow")
+
+    def _line(self, done: int, text: str, *, style: str | None = None) -> None:
+        line = f"{self._stage} {done}/{self._total}{self._unit}  {text}"
+        self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:

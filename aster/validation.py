@@ -56,10 +56,11 @@ async def evaluate(
     *,
     step: int,
     leftovers: Leftovers | None = None,
+    done: Callable[[TrajectoryGroup], None] | None = None,
 ) -> list[TrajectoryGroup]:
     """Sample `rows` under the evaluation budget; groups in order of `rows`. Shared by training and `aster eval`.
 
-    Trajectories that a killed run left behind go on from their `leftovers`.
+    Trajectories that a killed run left behind go on from their `leftovers`. `done` hears of each group as it ends.
     """
     n = recipe.eval.samples
     for row in rows:
@@ -76,7 +77,11 @@ async def evaluate(
                 past=leftovers.past_of(row, step=step, kind="val", samples=n) if leftovers else {},
             )
         )
-    groups = [await inbox.next("val") for _ in rows]
+    groups = []
+    for _ in rows:
+        groups.append(await inbox.next("val"))
+        if done is not None:
+            done(groups[-1])
     order = {row.row_id: index for index, row in enumerate(rows)}
     return sorted(groups, key=lambda g: order[g.row.row_id])
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,8 @@ def pinned(lock: Path, package: str) -> str:
     return found[1]
 
 
-def run(command: Sequence[str], *, cure: str) -> None:
-    result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
+def run(command: Sequence[str], *, cure: str, env: Mapping[str, str] | None = None) -> None:
+    result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, env=env, check=False)
     if result.returncode:
         raise SetupError(f"`{' '.join(command)}` ended with status {result.returncode}: {cure}")
 
@@ -75,9 +75,8 @@ def pip_config(python: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
 
 
-def index_arguments(python: Path, extra: str, lock: Path) -> list[str]:
+def index_arguments(config: str, extra: str, lock: Path) -> list[str]:
     """What uv has to be told of pip's configuration: a mirror of the index, and where CPU torch comes from."""
-    config = pip_config(python)
     arguments = []
     mirror = pip_setting(config, "index-url")
     if mirror and not any(os.environ.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL")):
@@ -87,6 +86,12 @@ def index_arguments(python: Path, extra: str, lock: Path) -> list[str]:
         directory = cpu_torch_directory(pip_setting(config, "find-links"), version=version, python=sys.version_info[:2])
         arguments += ["--find-links", directory] if directory else ["--torch-backend=cpu"]
     return arguments
+
+
+def trust(config: str) -> dict[str, str]:
+    """The environment for uv: behind a proxy that re-signs, pip's `cert` is often the only place that names its key."""
+    certificates = pip_setting(config, "cert")
+    return {**({"SSL_CERT_FILE": certificates[-1]} if certificates else {}), **os.environ}
 
 
 def make_venv(venv: Path, *, uv_version: str) -> list[str]:
@@ -140,8 +145,10 @@ def install(*, extra: str, venv: Path) -> None:
     into = ["--python", str(python), "--no-deps", "--compile-bytecode"]
     # The lock is complete, so nothing is resolved again: --no-deps is what keeps the packages left out of it out.
     cure = "is the package index reachable, and is there a wheel for this interpreter?"
-    run([*uv, "install", *into, *index_arguments(python, extra, lock), "-r", str(lock)], cure=cure)
-    run([*uv, "install", "--quiet", *into, "--editable", str(ROOT)], cure="see the error above")
+    config = pip_config(python)
+    command, env = [*uv, "install", *into], trust(config)
+    run([*command, *index_arguments(config, extra, lock), "-r", str(lock)], cure=cure, env=env)
+    run([*command, "--quiet", "--editable", str(ROOT)], cure="see the error above", env=env)
 
 
 def lock(extras: Iterable[str]) -> None:
@@ -156,7 +163,8 @@ def lock(extras: Iterable[str]) -> None:
         text = re.sub(r"aster-rl @ (\S+?)(\[[\w,]+\])", r"aster-rl\2 @ \1", text)
         # What the old lock pins is kept, but for torch: `2.13.0` would be taken literally, which is the CUDA build.
         previous = re.sub(r"(?m)^torch==.*\n", "", target.read_text("utf-8")) if target.exists() else ""
-        arguments = index_arguments(Path(sys.executable), extra, target) if extra == "cpu" else []
+        config = pip_config(Path(sys.executable))
+        arguments = index_arguments(config, extra, target) if extra == "cpu" else []
         working = REQUIREMENTS / f".{extra}.working.txt"
         spec = REQUIREMENTS / f".{extra}.working.in"
         try:
@@ -165,7 +173,7 @@ def lock(extras: Iterable[str]) -> None:
             command = [*uv, str(spec), "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11"]
             command += ["--python-platform", LOCK_PLATFORM, "--output-file", str(working), *arguments]
             command += ["--overrides", str(overrides)] if overrides.exists() else []
-            run(command, cure="the error above names the packages that do not fit together")
+            run(command, cure="the error above names the packages that do not fit together", env=trust(config))
             target.write_text(lock_text(working.read_text("utf-8"), extra=extra), "utf-8")
         finally:
             working.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def test_an_evaluation_writes_scores_hashes_and_token_exact_trajectories(bench: 
     assert not (bench.root / "e/parts/0").exists()
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_evaluation_goes_on_where_it_was_and_says_so(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = bench.recipe("e", "eval.samples=2")
     seen: list[PromptRow] = []
     answer = bench.reward
@@ -99,8 +99,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(bench: Bench, monkeypatch: pyt
     assert kept == 3
     bench.reward = answer
     before = bench.sampled
+    capsys.readouterr()
     result = bench.run(recipe)
     assert bench.sampled - before == 2 * (len(ROWS) - kept), "finished problems are not sampled again"
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "e 6/12 samples  right so far 0.500"
+    assert last.startswith("e 12/12 samples  ")
+    assert "aime mean@2 0.500 [" in last
     assert [g.row.row_id for g in result.groups] == [r.row_id for r in ROWS]
     assert result.values["val-core/aime/acc/mean@2"] == 0.5
 

@@ -117,13 +117,21 @@ def test_a_directory_counts_only_with_a_cpu_wheel_of_that_version_for_this_inter
 
 
 def test_without_such_a_directory_uv_is_asked_for_its_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "pip_config", lambda python: "global.index-url='https://mirror/simple'")
+    config = "global.index-url='https://mirror/simple'"
     monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
     monkeypatch.delenv("UV_INDEX_URL", raising=False)
     lock = REQUIREMENTS / "cpu.lock.txt"
-    arguments = environment.index_arguments(Path(sys.executable), "cpu", lock)
+    arguments = environment.index_arguments(config, "cpu", lock)
     assert arguments == ["--default-index", "https://mirror/simple", "--torch-backend=cpu"]
-    assert environment.index_arguments(Path(sys.executable), "sandbox", lock) == arguments[:2]
+    assert environment.index_arguments(config, "sandbox", lock) == arguments[:2]
+
+
+def test_the_certificates_that_pip_trusts_are_those_that_uv_trusts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    assert "SSL_CERT_FILE" not in environment.trust("")
+    assert environment.trust("global.cert='/proxy.pem'")["SSL_CERT_FILE"] == "/proxy.pem"
+    monkeypatch.setenv("SSL_CERT_FILE", "/chosen.pem")
+    assert environment.trust("global.cert='/proxy.pem'")["SSL_CERT_FILE"] == "/chosen.pem"
 
 
 def test_a_lock_loses_local_versions_and_the_checkout_itself() -> None:
