@@ -3,7 +3,8 @@
 Every method is a collective: all ranks call it, in the same order, each with its own micro-batch. `Learner(recipe,
 model_path=...)` alone is a gang of one, on CPU or CUDA, and what the tests build.
 
-Stage `rl` takes the policy loss of `aster.algo.losses`, stage `sft` the negative log-likelihood; both read a `MicroBatch`.
+Stage `rl` takes the policy loss of `aster.algo.losses`, stage `sft` the negative log-likelihood; both read a
+`MicroBatch`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ SUMS = 6  # beside loss and entropy: the five of `TokenSums` and the KL estimate
 def token_losses(
     recipe: Recipe, logprobs_N: torch.Tensor, microbatch: MicroBatch
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Losses [N] and `SUMS` scalars without gradient. Stage `rl`: the clipped policy loss and the KL penalty; `sft`: -log pi.
+    """Losses [N] and `SUMS` scalars without gradient.
+
+    Stage `rl`: the clipped policy loss and the KL penalty; `sft`: -log pi.
 
     Raises `ValueError` when a log-prob that the algorithm needs was not recorded or not recomputed.
     """
