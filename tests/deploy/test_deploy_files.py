@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ def test_the_dockerfile_copies_only_what_is_there() -> None:
     sources = [s for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for s in line.split()[:-1]]
     assert sources
     assert [s for s in sources if not (ROOT / s).exists()] == []
+
+
+def test_the_dockerfile_installs_where_every_package_is_to_be_found() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    wanted = {f"{pattern.removesuffix('*')}/__init__.py" for pattern in packages["find"]["include"]}
+    before, install, _ = (DEPLOY / "docker" / "Dockerfile").read_text("utf-8").partition("RUN python deploy/")
+    assert install
+    assert wanted <= set(re.findall(r"^COPY (\S+) \1$", before, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", [*sorted(DEPLOY.glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name)
