@@ -41,6 +41,14 @@ def test_the_cloud_cluster_has_a_head_gpu_nodes_and_sandbox_nodes_without_gpu() 
     assert "sandbox" not in types["gpu"]["resources"]
 
 
+def test_ray_installs_what_its_autoscaler_needs_on_the_head_in_the_cloud() -> None:
+    """By its own defaults for AWS, as long as our file sets no commands in their place; the image has no boto3."""
+    from ray.autoscaler._private.util import prepare_config
+
+    config = prepare_config(_yaml(DEPLOY / "ray-cluster.yaml"))
+    assert [command for command in config["head_setup_commands"] if "boto3" in command]
+
+
 def test_only_sandbox_nodes_get_the_docker_socket() -> None:
     config = _yaml(DEPLOY / "ray-cluster.yaml")
     assert not [option for option in config["docker"]["run_options"] if "docker.sock" in option]
