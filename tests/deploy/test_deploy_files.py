@@ -49,6 +49,12 @@ def test_ray_installs_what_its_autoscaler_needs_on_the_head_in_the_cloud() -> No
     assert [command for command in config["head_setup_commands"] if "boto3" in command]
 
 
+def test_machines_reached_by_ssh_start_ray_from_the_gpu_build_where_there_is_one() -> None:
+    config = _yaml(DEPLOY / "ray-cluster-ssh.yaml")
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert "PATH=$PWD/.venv-gpu/bin:$PWD/.venv/bin:$PATH " in command
+
+
 def test_only_sandbox_nodes_get_the_docker_socket() -> None:
     config = _yaml(DEPLOY / "ray-cluster.yaml")
     assert not [option for option in config["docker"]["run_options"] if "docker.sock" in option]
