@@ -149,3 +149,12 @@ def test_the_dockerfile_installs_where_every_package_is_to_be_found() -> None:
 def test_a_script_parses_and_is_executable(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, check=False).stderr == b""
     assert path.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DEPLOY / "README.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_words_beside_a_make_target_are_a_comment(path: Path) -> None:
+    """So that the line can be pasted: make would take every word for a target."""
+    blocks = re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("make ")]
+    assert lines
+    assert [line for line in lines if not re.fullmatch(r"make [\w-]+( [A-Z]+=\S+)*( +# .*)?", line)] == []
