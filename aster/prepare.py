@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of recipe cpu_quickstart, e.g. sandbox.backend=bwrap"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.card:
         print(card(Path(args.card), prompt_tokens=_token_counter(args.tokenizer)).markdown(title=args.card), end="")
         return 0

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", default=None, help="where everything is written (runs/quickstart-SEED)")
     parser.add_argument("--dry-run", action="store_true", help="print the stages with their resolved recipes and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="applied to every stage")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     plan = Plan(Path(args.dir or f"runs/quickstart-{args.seed}"), args.seed, tuple(args.overrides))
     if args.dry_run:
         for recipe in (plan.base(), plan.sft(), plan.stage1(), plan.stage2(), *plan.evals("stage2")):
