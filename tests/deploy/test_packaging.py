@@ -79,3 +79,9 @@ def test_what_the_readme_leaves_to_the_config_is_explained_there() -> None:
     for section, field in re.findall(r"`(\w+)\.(\w+)", sentence[1]):
         section_type = type(Recipe.model_fields[section].default)
         assert section_type.model_fields[field].description, f"{section}.{field} has no word on it in aster/config.py"
+
+
+def test_no_message_tells_to_install_this_project_from_an_index() -> None:
+    """It is on none: a cure names the package that is missing."""
+    named = [p for p in _files(*PACKAGES) if p.suffix == ".py" and "aster-rl[" in p.read_text("utf-8")]
+    assert [str(p.relative_to(ROOT)) for p in named] == []
