@@ -137,5 +137,7 @@ qwen3-tokenizer:  ## fetch the real Qwen3 tokenizer for the tests that compare w
 
 .PHONY: clean
 clean:  ## caches and the virtual environment; runs/ and models/ stay
-	@if [ -f .cache/cluster/state.json ]; then echo "clean: a cluster is up; run make cluster-down first" >&2; exit 1; fi
+	@for state in $$(find .cache/ -path '*/cluster/state.json' 2>/dev/null); do \
+	    echo "clean: a cluster is up; end it first: make cluster-down ARGS=\"--cache $${state%/cluster/state.json}\"" >&2; exit 1; \
+	done
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -100,11 +100,15 @@ def test_a_quickstart_that_failed_says_what_the_machine_lacks_and_one_with_a_bro
     assert ("THE TABLE" in done.stderr) is doctor
 
 
-def test_clean_refuses_while_a_cluster_is_up(checkout: Path) -> None:
-    state = checkout / ".cache" / "cluster" / "state.json"
+@pytest.mark.parametrize("cache", [".cache", ".cache/second"])
+def test_clean_refuses_while_a_cluster_is_up(checkout: Path, cache: str) -> None:
+    state = checkout / cache / "cluster" / "state.json"
     state.parent.mkdir(parents=True)
     state.touch()
     done = _make("clean", directory=checkout)
     assert done.returncode != 0
-    assert "make cluster-down first" in done.stderr
+    assert f'make cluster-down ARGS="--cache {cache}"' in done.stderr
     assert (checkout / ".venv").exists()
+    state.unlink()
+    assert _make("clean", "VENV=.venv", directory=checkout).returncode == 0
+    assert not (checkout / ".venv").exists()
