@@ -57,7 +57,7 @@ lock: $(STAMP)  ## resolve deploy/requirements/*.lock.txt again after a change o
 .PHONY: quickstart
 quickstart: bootstrap  ## everything on this machine: SFT, RL, filter, RL, merge, eval, report.html (SEED=0)
 	@$(BIN)/aster quickstart --seed $(SEED) sandbox.backend=$$(cat .cache/sandbox_backend) $(ARGS) \
-		|| { status=$$?; $(BIN)/aster doctor >&2; exit $$status; }
+		|| { status=$$?; [ $$status = 3 ] || $(BIN)/aster doctor >&2; exit $$status; }  # 3: it ran, a claim is broken
 
 .PHONY: doctor
 doctor: $(STAMP)  ## what this machine has and lacks, each with its cure
@@ -137,5 +137,7 @@ qwen3-tokenizer:  ## fetch the real Qwen3 tokenizer for the tests that compare w
 
 .PHONY: clean
 clean:  ## caches and the virtual environment; runs/ and models/ stay
-	@if [ -f .cache/cluster/state.json ]; then echo "clean: a cluster is up; run make cluster-down first" >&2; exit 1; fi
+	@for state in $$(find .cache/ -path '*/cluster/state.json' 2>/dev/null); do \
+	    echo "clean: a cluster is up; end it first: make cluster-down ARGS=\"--cache $${state%/cluster/state.json}\"" >&2; exit 1; \
+	done
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

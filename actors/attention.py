@@ -68,8 +68,8 @@ def choose(attention: str, *, device: torch.device, dtype: torch.dtype) -> str:
             )
         if attention == "flash" and not _has_flash():
             raise ConfigError(
-                "model.attention=flash needs the flash-attn package (pip install 'aster-rl[flash]' "
-                "--no-build-isolation): use varlen, torch's own, or auto"
+                "model.attention=flash needs the flash-attn package (uv pip install --no-build-isolation "
+                "flash-attn): use varlen, torch's own, or auto"
             )
     if attention == "flex" and device.type != "cuda":
         raise ConfigError("model.attention=flex needs CUDA, since it has no backward pass on a CPU: use auto or sdpa")

@@ -23,8 +23,7 @@ def apply_liger(hf: Any, *, device: torch.device) -> None:
         raise ConfigError("model.liger=true needs CUDA, since its kernels are Triton's: set model.liger=false")
     if find_spec("liger_kernel") is None:
         raise ConfigError(
-            "model.liger=true needs the liger-kernel package: pip install liger-kernel (part of 'aster-rl[gpu]'), or "
-            "set model.liger=false"
+            "model.liger=true needs the liger-kernel package: make setup EXTRA=gpu installs it, or set it to false"
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as PATCHES
 

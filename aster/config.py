@@ -210,6 +210,8 @@ class AlgoConfig(_Section):
     drop_zero_variance: bool = False
     """True: groups without a learning signal leave the denominator too."""
     reward: Literal["strict", "math_verify"] = "strict"
+    """strict: 1 when the last \\boxed{} of the final turn equals the ground truth character by character, else 0.
+    math_verify: when it means the same (`aster.agent.rewards`). Both verdicts are recorded, whichever trains."""
     mini_batch_prompts: int = Field(default=64, ge=1)
     """Prompts per optimizer step."""
     proximal_pass: bool = True
@@ -322,6 +324,8 @@ class SandboxConfig(_Section):
     """Cells that run at once per node; null = twice the cores."""
     memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
     runtime: Literal["runc", "runsc"] = "runc"
+    """Docker's runtime for a cell. runsc is gVisor's, a kernel in user space between the model's code and ours; the
+    node's Docker daemon must have it. Docker cells only; not run here."""
     http_port: int = Field(default=8000, ge=0, le=65535)
     num_cpus: float = Field(default=0.0, ge=0)
     url: str | None = None

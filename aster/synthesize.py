@@ -49,7 +49,7 @@ from aster.types import PromptRow, Trajectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     wanted = _wanted(args)
     recipe = _teaching(args)
     require_writable("--out", args.out, directory=True)

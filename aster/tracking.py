@@ -210,7 +210,7 @@ class TensorBoardSink:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError:
             raise ConfigError(
-                "run.tensorboard=true needs the package tensorboard: install aster-rl[train] "
+                "run.tensorboard=true needs the package tensorboard: make setup installs it (EXTRA=cpu or gpu), "
                 "or set run.tensorboard=false"
             ) from None
         self._event, self._summary = Event, Summary
@@ -238,8 +238,8 @@ class WandbSink:
             import wandb
         except ImportError:
             raise ConfigError(
-                f"run.wandb_project={recipe.run.wandb_project!r} needs the package wandb: install aster-rl[wandb], "
-                "or leave run.wandb_project empty"
+                f"run.wandb_project={recipe.run.wandb_project!r} needs the package wandb, which no lock has: "
+                "uv pip install wandb, or leave run.wandb_project empty"
             ) from None
         self._run = wandb.init(
             project=recipe.run.wandb_project,

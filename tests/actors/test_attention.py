@@ -142,7 +142,7 @@ def test_auto_takes_the_fastest_kernel_that_can_run(asked, device, dtype, instal
         ("flash", CPU, torch.bfloat16, "flash needs CUDA and .* here they are cpu and bfloat16: use auto or sdpa"),
         ("varlen", CUDA, torch.float32, "varlen needs CUDA and .* here they are cuda and float32"),
         ("flex", CPU, torch.float32, "flex needs CUDA, since it has no backward"),
-        ("flash", CUDA, torch.bfloat16, r"needs the flash-attn package \(pip install"),
+        ("flash", CUDA, torch.bfloat16, r"package \(uv pip install --no-build-isolation flash-attn\)"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_the_cure(asked, device, dtype, words, monkeypatch):

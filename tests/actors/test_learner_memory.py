@@ -95,7 +95,7 @@ def test_liger_where_it_cannot_run_is_refused_with_the_cure(model_dir):
         learner_on(model_dir, recipe(model={"liger": True})),
     ):
         pass
-    with pytest.raises(ConfigError, match=r"needs the liger-kernel package: pip install liger-kernel"):
+    with pytest.raises(ConfigError, match=r"needs the liger-kernel package: make setup EXTRA=gpu installs it"):
         apply_liger(SimpleNamespace(), device=torch.device("cuda"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 from vllm.v1.worker import gpu_worker
 

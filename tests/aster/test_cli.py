@@ -67,3 +67,24 @@ def test_overrides_may_stand_on_either_side_of_an_option(argv, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "run.seed = 3" in printed
     assert "run.name = late" in printed
+
+
+def test_the_quickstart_takes_overrides_on_either_side_of_an_option_too(tmp_path, capsys):
+    argv = ["quickstart", "--seed", "3", "sandbox.backend=bwrap", "--dir", str(tmp_path / "q"), "optim.beta2=0.9"]
+    assert main([*argv, "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    stages = sum(line.startswith("# ----") for line in printed)
+    assert stages > 1
+    assert printed.count("sandbox.backend = bwrap") == printed.count("optim.beta2 = 0.9") == stages
+
+
+def test_so_does_prepare(tmp_path, capsys):
+    argv = ["prepare", "--task", "quickstart", "sandbox.backend=bwrap", "--out", str(tmp_path / "d"), "run.seed=3"]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "overrides = ['sandbox.backend=bwrap', 'run.seed=3']" in capsys.readouterr().out.splitlines()
+
+
+def test_so_does_synthesize(tmp_path, capsys):
+    argv = ["synthesize", "--from", "r", "--dataset", "d", "--model", "m", "run.seed=3", "--out", str(tmp_path / "o")]
+    assert main([*argv, "optim.lr=1e-4"]) == 1
+    assert "run.seed=3: a recipe's values count with --endpoint only" in capsys.readouterr().err.replace("\n", " ")

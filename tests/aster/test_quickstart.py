@@ -2,9 +2,10 @@
 
 import pytest
 
+from aster import quickstart
 from aster.cli import main
 from aster.errors import ConfigError
-from aster.quickstart import MARKER, Plan, _clear
+from aster.quickstart import MARKER, Claim, Plan, _clear
 
 
 def test_each_stage_starts_from_what_the_stage_before_wrote(tmp_path):
@@ -49,3 +50,14 @@ def test_the_dry_run_lists_every_stage(capsys, tmp_path):
     for stage in ("base", "sft", "rl_stage1", "rl_stage2", "eval_stage2_T1", "eval_stage2_notool"):
         assert f"# ---- {stage}" in out
     assert not (tmp_path / "q").exists()
+
+
+def test_a_broken_claim_has_a_status_of_its_own(monkeypatch, tmp_path):
+    claims = [Claim("shown", True)]
+    monkeypatch.setattr(quickstart, "run", lambda plan, console: claims)
+    assert main(["quickstart", "--dir", str(tmp_path)]) == 0
+    claims.append(Claim("not shown", False))
+    assert main(["quickstart", "--dir", str(tmp_path)]) == 3
+    monkeypatch.undo()
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(["quickstart", "--dir", str(tmp_path)]) == 1

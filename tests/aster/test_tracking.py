@@ -205,7 +205,7 @@ def test_wandb_counts_our_steps_and_takes_one_that_comes_again(tmp_path: Path, m
 
 def test_wandb_that_is_asked_for_but_missing_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"run\.wandb_project='p' needs the package wandb"):
+    with pytest.raises(ConfigError, match=r"run\.wandb_project='p' needs the package wandb.*uv pip install wandb"):
         Tracker.open(recipe(tmp_path, "run.wandb_project=p"), total_steps=1, console=plain())
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from faults import ROWS, assert_whole, kill_cells, taught_model, verifiers
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 import psutil  # vllm's
 import ray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def test_the_cloud_cluster_has_a_head_gpu_nodes_and_sandbox_nodes_without_gpu() 
     assert types["sandbox"]["resources"]["sandbox"] > 0
     assert "GPU" not in types["sandbox"]["resources"]
     assert "sandbox" not in types["gpu"]["resources"]
+
+
+def test_ray_installs_what_its_autoscaler_needs_on_the_head_in_the_cloud() -> None:
+    """By its own defaults for AWS, as long as our file sets no commands in their place; the image has no boto3."""
+    from ray.autoscaler._private.util import prepare_config
+
+    config = prepare_config(_yaml(DEPLOY / "ray-cluster.yaml"))
+    assert [command for command in config["head_setup_commands"] if "boto3" in command]
+
+
+def test_machines_reached_by_ssh_start_ray_from_the_gpu_build_where_there_is_one() -> None:
+    config = _yaml(DEPLOY / "ray-cluster-ssh.yaml")
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert "PATH=$PWD/.venv-gpu/bin:$PWD/.venv/bin:$PATH " in command
 
 
 def test_only_sandbox_nodes_get_the_docker_socket() -> None:
@@ -122,7 +137,24 @@ def test_the_dockerfile_copies_only_what_is_there() -> None:
     assert [s for s in sources if not (ROOT / s).exists()] == []
 
 
+def test_the_dockerfile_installs_where_every_package_is_to_be_found() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    wanted = {f"{pattern.removesuffix('*')}/__init__.py" for pattern in packages["find"]["include"]}
+    before, install, _ = (DEPLOY / "docker" / "Dockerfile").read_text("utf-8").partition("RUN python deploy/")
+    assert install
+    assert wanted <= set(re.findall(r"^COPY (\S+) \1$", before, re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", [*sorted(DEPLOY.glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name)
 def test_a_script_parses_and_is_executable(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, check=False).stderr == b""
     assert path.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DEPLOY / "README.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_words_beside_a_make_target_are_a_comment(path: Path) -> None:
+    """So that the line can be pasted: make would take every word for a target."""
+    blocks = re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("make ")]
+    assert lines
+    assert [line for line in lines if not re.fullmatch(r"make [\w-]+( [A-Z]+=\S+)*( +# .*)?", line)] == []

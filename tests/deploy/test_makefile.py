@@ -84,11 +84,31 @@ def test_a_machine_without_a_supported_python_is_told_which_one_it_needs(checkou
     assert "no Python 3.11, 3.12 or 3.13 found" in done.stderr
 
 
-def test_clean_refuses_while_a_cluster_is_up(checkout: Path) -> None:
-    state = checkout / ".cache" / "cluster" / "state.json"
+@pytest.mark.parametrize(("status", "doctor"), [(0, False), (1, True), (2, True), (3, False)])
+def test_a_quickstart_that_failed_says_what_the_machine_lacks_and_one_with_a_broken_claim_does_not(
+    checkout: Path, status: int, doctor: bool
+) -> None:
+    for path, script in (
+        ("deploy/bootstrap.sh", "mkdir -p .cache; echo process > .cache/sandbox_backend"),
+        (".venv/bin/aster", '[ "$1" = doctor ] && echo THE TABLE; exit ${5:-0}'),  # --seed 0 sandbox.backend=... ARGS
+    ):
+        (checkout / path).parent.mkdir(exist_ok=True)
+        (checkout / path).write_text(f"#!/bin/sh\n{script}\n")
+        (checkout / path).chmod(0o755)
+    done = _make("quickstart", f"ARGS={status}", directory=checkout)
+    assert (done.returncode != 0) is (status != 0), done.stderr
+    assert ("THE TABLE" in done.stderr) is doctor
+
+
+@pytest.mark.parametrize("cache", [".cache", ".cache/second"])
+def test_clean_refuses_while_a_cluster_is_up(checkout: Path, cache: str) -> None:
+    state = checkout / cache / "cluster" / "state.json"
     state.parent.mkdir(parents=True)
     state.touch()
     done = _make("clean", directory=checkout)
     assert done.returncode != 0
-    assert "make cluster-down first" in done.stderr
+    assert f'make cluster-down ARGS="--cache {cache}"' in done.stderr
     assert (checkout / ".venv").exists()
+    state.unlink()
+    assert _make("clean", "VENV=.venv", directory=checkout).returncode == 0
+    assert not (checkout / ".venv").exists()

@@ -69,3 +69,19 @@ def test_the_readme_names_the_verbs_that_there_are() -> None:
 
     named = set(re.findall(r"^\| `aster (\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
     assert named == set(VERBS)
+
+
+def test_what_the_readme_leaves_to_the_config_is_explained_there() -> None:
+    from aster.config import Recipe
+
+    sentence = re.search(r"Explained only there are (.*?)\.\n", (ROOT / "README.md").read_text("utf-8"))
+    assert sentence is not None
+    for section, field in re.findall(r"`(\w+)\.(\w+)", sentence[1]):
+        section_type = type(Recipe.model_fields[section].default)
+        assert section_type.model_fields[field].description, f"{section}.{field} has no word on it in aster/config.py"
+
+
+def test_no_message_tells_to_install_this_project_from_an_index() -> None:
+    """It is on none: a cure names the package that is missing."""
+    named = [p for p in _files(*PACKAGES) if p.suffix == ".py" and "aster-rl[" in p.read_text("utf-8")]
+    assert [str(p.relative_to(ROOT)) for p in named] == []

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 from aster import filter as filtering
 from aster import launch, merge, sft, train

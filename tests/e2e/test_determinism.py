@@ -22,7 +22,7 @@ import torch
 from learners import read_checkpoint
 from taught import teach
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 import psutil  # vllm's
 

@@ -26,7 +26,7 @@ from faults import FIRST, ROWS, SECOND, assert_whole, kill_cells, taught_model, 
 from learners import hf_log_probs
 from transformers import Qwen3ForCausalLM
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 import psutil  # vllm's
 import ray

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 import ray
 from fakes import MemoryLog

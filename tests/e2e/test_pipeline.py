@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed: pip install aster-rl[cpu]")
+pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 from aster import eval as evaluation
 from aster import filter as filtering
