@@ -172,7 +172,10 @@ async def run(
     async with contextlib.AsyncExitStack() as stack:
         sampler = _Sampler(first, sandboxes, stack)
         for recipe, rows in zip(recipes, rows_of, strict=True):
-            made_of = fingerprint(recipe, weights=weights)
+            looking = rival is not None and rival.until_decided
+            rounds = round_sizes(recipe.eval.samples, looking=looking)
+            decided_against = rival.scores if rival is not None and looking else None
+            made_of = fingerprint(recipe, weights=weights, rounds=rounds, decided_against=decided_against)
             path = recipe.run.path
             if reuse and (groups := finished(path, rows, step=step, made_of=made_of)):
                 n = max(len(g.trajectories) for g in groups)
@@ -183,7 +186,7 @@ async def run(
             seen = SamplesDone(len(rows) * recipe.eval.samples, stage=recipe.run.name)
             with Tracker.open(recipe, total_steps=None, extra=[seen]) as tracker:
                 began = time.monotonic()
-                groups = await _sample(recipe, rows, parts, sampler, seen, step=step, rival=rival)
+                groups = await _sample(recipe, rows, parts, sampler, seen, rounds=rounds, step=step, rival=rival)
                 n = max(len(g.trajectories) for g in groups)
                 values = metrics.validation_metrics(groups, n=n, decode=decode, markers=markers)
                 values["timing_s/testing"] = time.monotonic() - began
@@ -252,13 +255,13 @@ async def _sample(
     sampler: _Sampler,
     seen: SamplesDone,
     *,
+    rounds: Sequence[int],
     step: int,
     rival: Rival | None,
 ) -> list[TrajectoryGroup]:
-    """All samples of all rows, those of `parts` first; in one round, or in several with a look after each."""
-    planned = recipe.eval.samples
-    rounds: list[dict[str, TrajectoryGroup]] = []
-    for round_, size in enumerate(round_sizes(planned, looking=rival is not None and rival.until_decided)):
+    """All samples of all rows, those of `parts` first; `rounds` of so many of a problem, with a look after each."""
+    sampled: list[dict[str, TrajectoryGroup]] = []
+    for round_, size in enumerate(rounds):
         done = parts.read(round_=round_, step=step)
         seen.add(list(done.values()))
         todo = [row for row in rows if row.row_id not in done]
@@ -275,10 +278,10 @@ async def _sample(
                 seen.add([group])
 
             done |= await sampler.sample(part, todo, step=step, done=keep)
-        rounds.append(done)
-        if rival is not None and rival.is_decided(joined(rounds, rows), planned=planned):
+        sampled.append(done)
+        if rival is not None and rival.is_decided(joined(sampled, rows), planned=sum(rounds)):
             break
-    return joined(rounds, rows)
+    return joined(sampled, rows)
 
 
 def round_sizes(samples: int, *, looking: bool) -> list[int]:

@@ -74,7 +74,7 @@ def test_an_evaluation_writes_scores_hashes_and_token_exact_trajectories(bench: 
     assert result.values["val-core/aime/acc/mean@4"] == 0.5
     written = json.loads((bench.root / "e/eval.json").read_text())
     assert written["val-core/hmmt/acc/mean@4/ci_low"] < 0.5
-    assert set(written["hashes"]) == {"weights", "data", "settings"}
+    assert set(written["hashes"]) == {"weights", "data", "settings", "rounds"}
     assert (written["samples"], written["step"], written["verdicts_that_differ"]) == (4, 0, 0)
     assert len(list(read_trajectories(bench.root / "e/trajectories/0.parquet"))) == 24
     assert (bench.root / "e/disagreements/0.jsonl").read_text() == ""
@@ -137,6 +137,41 @@ def test_sampling_stops_when_the_difference_is_decided_and_not_before(bench: Ben
     bench.reward = lambda of, sample: 0.0
     same = bench.run(bench.recipe("same", "eval.samples=16"), rival=rival)
     assert len(same.groups[0].trajectories) == 16
+
+
+def test_samples_drawn_until_decided_and_all_at_once_are_never_mixed(bench: Bench) -> None:
+    bench.reward = lambda of, sample: 0.0
+    bench.run(bench.recipe("worse", "eval.samples=4"))
+    rival = Rival(bench.root / "worse", read_scores(bench.root / "worse"), until_decided=True)
+    for name, killed, restarted in (("a", rival, None), ("b", None, rival)):
+        answers = [1.0] * 9
+        bench.reward = lambda of, sample, answers=answers: answers.pop()
+        with pytest.raises(IndexError):
+            bench.run(bench.recipe(name, "eval.samples=4"), rival=killed)
+        bench.reward = lambda of, sample: 1.0
+        with pytest.raises(ConfigError, match="other rounds"):
+            bench.run(bench.recipe(name, "eval.samples=4"), rival=restarted)
+        bench.run(bench.recipe(name, "eval.samples=4"), rival=killed)
+
+
+def test_a_step_of_the_curve_that_was_decided_early_is_no_full_one(bench: Bench) -> None:
+    bench.reward = lambda of, sample: 0.0
+    bench.run(bench.recipe("worse", "eval.samples=16"))
+    rival = Rival(bench.root / "worse", read_scores(bench.root / "worse"), until_decided=True)
+    bench.reward = lambda of, sample: 1.0
+    recipe = bench.recipe("curve", "eval.samples=16")
+
+    def samples(rival: Rival | None) -> int:
+        return len(bench.run(recipe, step=10, reuse=True, rival=rival).groups[0].trajectories)
+
+    few = samples(rival)
+    assert few < 16
+    assert samples(None) == 16
+    assert samples(rival) == few
+    as_good = Rival(
+        rival.path, {s: dict.fromkeys(of, [1.0] * 16) for s, of in rival.scores.items()}, until_decided=True
+    )
+    assert samples(as_good) == 16, "decided against one rival is not decided against another"
 
 
 def test_every_round_samples_with_seeds_of_its_own(bench: Bench) -> None:
