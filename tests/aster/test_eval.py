@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from aster import eval as evaluation
 from aster.checkpoints import checkpoints_of
@@ -213,6 +214,48 @@ def test_a_finished_step_is_read_again_only_for_the_same_weights_data_and_settin
     (bench.root / "model/config.json").write_text('{"another": "model"}')
     bench.run(recipe, step=10, reuse=True)
     assert bench.sampled == 3 * before
+
+
+@pytest.mark.parametrize(("own", "named"), [("", "huggingface"), ("model", "model")])
+def test_all_checkpoints_are_in_one_metrics_file_under_the_recipe_that_was_asked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: str, named: str
+) -> None:
+    steps = [bench.root / f"rl/checkpoints/global_step_{n}" for n in (3, 20)]
+    for path in steps:
+        path.mkdir(parents=True)
+        (path / "driver.json").write_text(json.dumps({"step": path.name}))
+
+    def merged(source: Path, target: Path, *, dtype: str) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+
+    served: list[str] = []
+    rollouts = bench.rollouts
+
+    def noting(recipe: Recipe, *, sandboxes: object) -> contextlib.AbstractAsyncContextManager[Rollouts]:
+        served.append(recipe.model.path)
+        return rollouts(recipe, sandboxes=sandboxes)
+
+    monkeypatch.setattr("aster.merge.merge", merged)
+    monkeypatch.setattr("aster.launch.rollouts", noting)
+    monkeypatch.setattr("aster.launch.cluster", lambda recipe: contextlib.nullcontext())
+    monkeypatch.setattr("aster.launch.sandboxes", lambda recipe: contextlib.nullcontext())
+    run = bench.root / "curve"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"run_id": "older", "step": 99, "time": 0.0}) + "\n")
+    model = bench.root / own if own else "''"
+    command = ["eval", "--recipe", "cpu_eval", "--checkpoint", str(bench.root / "rl"), f"run.dir={bench.root}"]
+    command += ["run.name=curve", "run.resume=false", "run.tensorboard=false", "eval.samples=1", f"model.path={model}"]
+    assert main([*command, f"data.val_files=[{bench.root / 'bench.parquet'}]"]) == 0
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 20]
+    assert len({line["config_hash"] for line in lines}) == len({line["run_id"] for line in lines}) == 1
+    assert (run / "metrics.older.jsonl").is_file()
+    assert [Path(path).parent.name.startswith("merged-") for path in served] == [True, True]
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["model"]["path"] == str(bench.root / own if own else steps[0] / "huggingface")
+    assert Path(written["model"]["path"]).name == named
 
 
 def test_a_rival_of_other_data_is_refused_before_anything_is_sampled(bench: Bench) -> None:
