@@ -21,7 +21,8 @@ the same behind `val-aux/SRC/`. What has no data has no key.
     turn_tokens                  model tokens of one turn
     stop/{cause}                 why trajectories ended; stop/max_tokens is the clip ratio of responses
     acc_at_calls/{0,1-4,5-9,10+} what calls pay
-    advantage_weighted_calls     above 0: this step pushes calls up
+    advantage_weighted_calls     mean over trajectories of the sum of their calls' advantages; above 0: this step pushes
+                                 calls up
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +46,8 @@ _LONGEST_CODE = 20_000  # characters; a longer cell is not parsed, its calls cou
 _BUILTIN_NAMES = frozenset(dir(builtins))
 
 Decode = Callable[[np.ndarray], str]
+Advantage = float | np.ndarray
+"""Of all tokens of a trajectory alike, or [S], aligned with prompt and response, as in `Sample`."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +113,23 @@ def collapse_metrics(
     *,
     decode: Decode | None = None,
     markers: Markers | None = None,
-    advantages: Callable[[np.ndarray], np.ndarray] | None = None,
+    advantages: Mapping[str, Advantage] | None = None,
     prefix: str = "collapse",
 ) -> dict[str, float]:
     """The names above. `decode` sharpens post_hoc_ratio, `markers` split the surprisal by region.
 
-    `advantages` ([G] rewards -> [G]) weighs the calls; its sign then says whether this step pushes calls up or down.
-    Trajectories that our infrastructure lost are not looked at. No trajectory, no keys.
+    `advantages` (by uid, of the trajectories that are trained on) weigh the calls; the sign then says whether this step
+    pushes calls up or down. Trajectories that our infrastructure lost are not looked at. No trajectory, no keys.
     """
     uses: list[ToolUse] = []
     correct: list[bool] = []
     sources: list[str] = []
-    weights: list[float] = []
+    pushes: list[float] = []
     for group in groups:
         scored = group.scored
         rewards_G = np.array([t.reward for t in scored], dtype=np.float64)
-        weights += [] if advantages is None or not scored else advantages(rewards_G).tolist()
+        if advantages is not None:
+            pushes += [_push_on_calls(t, advantages.get(t.uid, 0.0)) for t in scored]
         uses += [tool_use(t, decode=decode, markers=markers) for t in scored]
         correct += (rewards_G > 0.5).tolist()
         sources += [group.row.data_source] * len(scored)
@@ -137,11 +141,17 @@ def collapse_metrics(
         if not part:
             continue
         values = _summary(part) | _accuracy_at_calls(part, np.array(correct)[chosen])
-        if weights:
-            calls = np.array([use.calls for use in part])
-            values["advantage_weighted_calls"] = float(np.mean(np.array(weights)[chosen] * calls))
+        if pushes:
+            values["advantage_weighted_calls"] = float(np.array(pushes)[chosen].mean())
         out |= {f"{prefix}/{name}{key}": value for key, value in values.items()}
     return out
+
+
+def _push_on_calls(trajectory: Trajectory, advantage: Advantage) -> float:
+    """Sum over its calls of the advantage at the end of the turn that made each."""
+    advantage_S = np.broadcast_to(advantage, trajectory.num_tokens)[len(trajectory.prompt_ids) :]
+    calling = [turn for turn in trajectory.turns if turn.call is not None]
+    return sum(float(advantage_S[turn.stop - 1]) * (1 + len(turn.further_calls)) for turn in calling)
 
 
 class EntropyTally:

@@ -146,7 +146,9 @@ def test_metrics_by_hand_over_four_trajectories() -> None:
     one = trajectory((50, call("1")), (50, None), reward=0.0)
     three = trajectory((10, call("x=1")), (10, call("x")), (10, call("x")), (70, None), reward=1.0)
     lost = trajectory((10, call("1")), reward=None, cause=Cause.SANDBOX_LOST)
-    values = collapse_metrics([group(none, one, three, lost)], advantages=group_advantages)
+    of_none, of_one, of_three = group_advantages(np.array([0.0, 0.0, 1.0])).tolist()
+    named = [replace(t, uid=str(n)) for n, t in enumerate((none, one, three, lost))]
+    values = collapse_metrics([group(*named)], advantages={"0": of_none, "1": of_one, "2": of_three})
     assert values["collapse/calls_mean"] == pytest.approx(4 / 3)
     assert values["collapse/ratio"] == pytest.approx(2 / 3)
     assert values["collapse/tool_use_ratio"] == pytest.approx(2 / 3)
@@ -187,7 +189,8 @@ def test_every_name_is_split_by_right_and_wrong_and_by_source() -> None:
     bad = ToolOutcome.TIMEOUT
     right = trajectory((10, call("x=1")), (10, call("x", bad)), (20, None), reward=1.0)
     wrong = trajectory((30, None), reward=0.0)
-    values = collapse_metrics([group(right, source="a"), group(wrong, source="b")], advantages=lambda r: r - 0.5)
+    groups = [group(replace(right, uid="right"), source="a"), group(replace(wrong, uid="wrong"), source="b")]
+    values = collapse_metrics(groups, advantages={"right": 0.5, "wrong": -0.5})
     assert values["collapse/correct/calls_hist/2-4"] == 1.0
     assert values["collapse/wrong/calls_hist/0"] == 1.0
     assert values["collapse/calls_hist/2-4"] == 0.5
