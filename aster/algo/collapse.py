@@ -13,8 +13,8 @@ the same behind `val-aux/SRC/`. What has no data has no key.
     ratio                        share of trajectories with at most one call: the collapse ratio
     first_call_position last_call_position tokens_before_first_call calls_per_1k_tokens
     post_hoc_ratio               of the trajectories that call: only after the answer stood there, or near the end
-    state_reuse_ratio            of the calls after a first one: those that read a name of an earlier cell
-    repeated_code_ratio          of all calls: those whose code had run before
+    state_reuse_ratio            of the calls that ran after a first one: those that read a name of an earlier cell
+    repeated_code_ratio          of the same calls: those whose code had run before
     outcome/{success,...}_ratio error_ratio recovery_rate malformed_end_ratio
     surprisal surprisal/{think,code,call_start}   -log p as sampled: one-sample estimates of the entropy
     entropy/{all,think,code,call_start}           the learner's exact entropies, where it makes a proximal pass
@@ -61,8 +61,9 @@ class ToolUse:
     first_call_position: float | None
     last_call_position: float | None
     post_hoc: bool
-    reusing_calls: int  # calls after the first that read a name an earlier call defined
-    repeated_calls: int  # calls whose code the trajectory had run before, to the letter
+    later_calls: int  # that ran, after the first that did; one that could not be read did not run
+    reusing_calls: int  # of these, the ones that read a name an earlier call defined
+    repeated_calls: int  # of these, the ones whose code the trajectory had run before, to the letter
     outcomes: tuple[ToolOutcome, ...]  # of each call
     errors: int  # calls that did not succeed
     recovered: int  # of those, the ones whose next call did
@@ -84,7 +85,7 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None, markers: M
     before_first = int(model_before[calling[0].stop]) if calling else None
     first = before_first / max(total, 1) if before_first is not None else None
     failed = [call.outcome is not ToolOutcome.SUCCESS for call in calls]
-    codes = [call.code.strip() for call in calls]
+    ran = [call for call in calls if call.outcome is not ToolOutcome.FORMAT_ERROR]
     return ToolUse(
         calls=len(calls),
         turns=len(trajectory.turns),
@@ -94,8 +95,9 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None, markers: M
         last_call_position=int(model_before[calling[-1].stop]) / max(total, 1) if calling else None,
         post_hoc=first is not None
         and (first > POST_HOC_AFTER or (decode is not None and _answered_before_calling(trajectory, decode))),
-        reusing_calls=_count_reuse(calls),
-        repeated_calls=len(codes) - len(set(codes)),
+        later_calls=max(len(ran) - 1, 0),
+        reusing_calls=_count_reuse(ran),
+        repeated_calls=len(ran) - len({call.code.strip() for call in ran}),
         outcomes=tuple(call.outcome for call in calls),
         errors=sum(failed),
         recovered=sum(now and not after for now, after in pairwise(failed)),
@@ -213,7 +215,7 @@ def _accuracy_at_calls(uses: Sequence[ToolUse], is_correct: np.ndarray) -> dict[
 def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
     calls = np.array([use.calls for use in uses], dtype=np.float64)
     total_calls = int(calls.sum())
-    later_calls = int(np.maximum(calls - 1, 0).sum())
+    later_calls = sum(use.later_calls for use in uses)
     model_tokens = sum(use.model_tokens for use in uses)
     errors = sum(use.errors for use in uses)
     out = {
@@ -241,13 +243,13 @@ def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
         out["last_call_position"] = float(np.mean([use.last_call_position for use in callers]))
         out["tokens_before_first_call"] = float(np.mean([use.tokens_before_first_call for use in callers]))
         out["post_hoc_ratio"] = float(np.mean([use.post_hoc for use in callers]))
-        out["repeated_code_ratio"] = sum(use.repeated_calls for use in uses) / total_calls
         out["error_ratio"] = errors / total_calls
         for outcome in ToolOutcome:
             count = sum(o is outcome for use in uses for o in use.outcomes)
             out[f"outcome/{outcome.value}_ratio"] = count / total_calls
     if later_calls:
         out["state_reuse_ratio"] = sum(use.reusing_calls for use in uses) / later_calls
+        out["repeated_code_ratio"] = sum(use.repeated_calls for use in uses) / later_calls
     if errors:
         out["recovery_rate"] = sum(use.recovered for use in uses) / errors
     return out

@@ -105,6 +105,27 @@ def test_repeats_errors_and_recoveries_are_counted() -> None:
     assert (use.errors, use.recovered) == (3, 1)
 
 
+def test_a_call_that_could_not_be_read_neither_repeats_nor_builds_on_anything() -> None:
+    refused = ToolOutcome.FORMAT_ERROR
+    t = trajectory(
+        (5, call("", refused)),
+        (5, call("y = 1", refused)),
+        (5, call("x = 1")),
+        (5, call("", refused)),
+        (5, call("y")),  # what would have defined it did not run
+        (5, call("x")),
+        (5, call("x", refused)),
+        (5, call("x", ToolOutcome.TIMEOUT)),
+    )
+    use = tool_use(t)
+    assert (use.calls, use.later_calls, use.reusing_calls, use.repeated_calls) == (8, 3, 2, 1)
+    values = collapse_metrics([group(t)])
+    assert values["collapse/state_reuse_ratio"] == pytest.approx(2 / 3)
+    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 3)
+    only_one_ran = trajectory((5, call("x = 1")), (5, call("x", refused)))
+    assert "collapse/state_reuse_ratio" not in collapse_metrics([group(only_one_ran)])
+
+
 @pytest.mark.parametrize(
     ("code", "reads", "writes"),
     [
@@ -156,7 +177,7 @@ def test_metrics_by_hand_over_four_trajectories() -> None:
     assert values["collapse/first_call_position"] == pytest.approx((0.5 + 0.1) / 2)
     assert values["collapse/last_call_position"] == pytest.approx((0.5 + 0.3) / 2)
     assert values["collapse/tokens_before_first_call"] == pytest.approx(30)
-    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 4)
+    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 2)
     assert values["collapse/state_reuse_ratio"] == pytest.approx(1.0)  # both later calls of `three` read x
     assert "collapse/recovery_rate" not in values, "no error, no rate"
     assert [values[f"collapse/calls_hist/{b}"] for b in ("0", "1", "2-4", "5-9")] == pytest.approx(
