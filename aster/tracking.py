@@ -368,7 +368,8 @@ def summary_line(values: Mapping[str, float]) -> str:
         if key.startswith("val-core/") and "/acc/mean@" in key and not key.endswith(("/ci_low", "/ci_high")):
             interval = [values.get(f"{key}/{end}") for end in ("ci_low", "ci_high")]
             spread = "" if None in interval else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-            parts.append(f"{key.split('/')[1]} {key.split('/')[-1]} {value:.3f}{spread}")
+            source, _, mean = key.removeprefix("val-core/").rpartition("/acc/")
+            parts.append(f"{source} {mean} {value:.3f}{spread}")
     return "  ".join(parts)
 
 

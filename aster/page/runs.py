@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from aster.page.steps import PHASES
 from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
 
 _ROLLOUTS = ("rollout_data", "val_rollout_data")
+_MEAN_ACCURACY = re.compile(r"(val-core/(.+)/acc)/mean@(\d+)")  # a data source may have slashes of its own
 _UNREAD = (
     "timing_per_token_ms/",
     "/tool_use_info/",
@@ -213,16 +215,15 @@ def accuracies(run: Run) -> list[Accuracy]:
     """The first and the last validation of a run, per source."""
     out = []
     for name in run.names:
-        parts = name.split("/")
-        if len(parts) == 4 and parts[0] == "val-core" and parts[2] == "acc" and parts[3].startswith("mean@"):
+        if found := _MEAN_ACCURACY.fullmatch(name):
+            core, source, n = found.groups()
             points = run.series(name)
             for step, mean in dict.fromkeys([points[0], points[-1]]):
                 values = run.metrics[step]
                 low, high = values.get(f"{name}/ci_low"), values.get(f"{name}/ci_high")
-                verdicts = _verdicts(run.path, step, parts[1])
-                core, n = "/".join(parts[:3]), parts[3].removeprefix("mean@")
+                verdicts = _verdicts(run.path, step, source)
                 best, majority = (values.get(f"{core}/{kind}@{n}/mean") for kind in ("best", "maj"))
-                out.append(Accuracy(run.name, step, parts[1], parts[3], mean, low, high, verdicts, best, majority))
+                out.append(Accuracy(run.name, step, source, f"mean@{n}", mean, low, high, verdicts, best, majority))
     return out
 
 

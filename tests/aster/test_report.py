@@ -143,6 +143,14 @@ def test_accuracies_are_compared_on_the_same_problems(page: Page) -> None:
     )
 
 
+def test_a_data_source_may_have_a_slash_in_its_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "hub", source="openai/gsm8k", steps=1)
+    assert main([str(run)]) == 0
+    [row] = Page(run / "report.html").data["accuracy"]
+    assert (row["source"], row["metric"], row["problems"]) == ("openai/gsm8k", "mean@2", 9)
+    assert row["mean"] == pytest.approx(1 / 3)
+
+
 def test_a_limit_takes_the_same_number_from_every_step(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.html"
     assert main([str(root / "stage1"), "--output", str(out), "--max-trajectories", "10", "--max-chars", "100"]) == 0
