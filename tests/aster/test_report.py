@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from report_runs import HOSTILE, make_run
 
 from aster.errors import ConfigError, DataError
+from aster.page import trajectories
 from aster.page.trajectories import Collector, Source
 from aster.report import follow, main
 
@@ -329,6 +332,58 @@ def test_a_collector_that_read_before_says_the_same_as_a_fresh_one(tmp_path: Pat
     fresh = Collector(limit=10_000, max_chars=20_000).collect([Source(run, "no tokenizer")])
     assert len(fresh.rows) == 12 + 18 * 2 + 1
     assert again == fresh
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each rollout file was read for its rows, and each file of arrays for its clocks."""
+    seen: Counter[str] = Counter()
+    for name in ("read_rows", "read_clocks"):
+        read = getattr(trajectories, name)
+
+        def counted(path: Path, read: Callable[..., Any] = read, **options: Any) -> Any:
+            seen[path.name] += 1
+            return read(path, **options)
+
+        monkeypatch.setattr(trajectories, name, counted)
+    return seen
+
+
+def grown(root: Path, *, steps: int) -> Iterator[Path]:
+    """A training run of so many steps, six trajectories each, one step more every time."""
+    run = make_run(root, "growing", steps=steps)
+    shutil.rmtree(run / "val_rollout_data")
+    (run / "later").mkdir()
+    for step in range(1, steps + 1):
+        (run / f"rollout_data/{step}.jsonl").rename(run / f"later/{step}.jsonl")
+    for step in range(1, steps + 1):
+        (run / f"later/{step}.jsonl").rename(run / f"rollout_data/{step}.jsonl")
+        yield run
+
+
+def test_a_step_that_was_read_is_not_read_again(tmp_path: Path, reads: Counter[str]) -> None:
+    collector = Collector(limit=10_000, max_chars=20_000)
+    for number, run in enumerate(grown(tmp_path, steps=4), 1):
+        reads.clear()
+        assert len(collector.collect([Source(run, "no tokenizer")]).rows) >= 6 * number
+        assert reads == {f"{number}.jsonl": 1, f"{number}.parquet": 1}
+
+
+def test_past_the_limits_a_step_is_read_again_only_when_they_leap(
+    tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "PAGE_CHARS", 120_000)
+    monkeypatch.setattr(trajectories, "STEP_VIEWS", 3)
+    collector = Collector(limit=100, max_chars=20_000)
+    for number, run in enumerate(grown(tmp_path, steps=32), 1):
+        if number == 24:
+            reads.clear()
+        collector.collect([Source(run, "no tokenizer")])
+    assert reads["1.jsonl"] == 1, "4 of each for 25 steps, then 3"
+    clocks = sum(count for name, count in reads.items() if name.endswith(".parquet"))
+    assert clocks == 9 + 2, "of the newest step each time, and with the leap of the two others that are timed"
+    fresh = Collector(limit=100, max_chars=20_000).collect([Source(run, "no tokenizer")])
+    assert collector.collect([Source(run, "no tokenizer")]) == fresh
 
 
 def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_not(
