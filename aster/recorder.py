@@ -172,11 +172,13 @@ class RunRecord:
 
     def _timing(self, groups: Sequence[TrajectoryGroup], seconds: Mapping[str, float]) -> dict[str, float]:
         rollout, trajectories = self._recipe.rollout, [t for g in groups for t in g.trajectories]
+        shared = self._recipe.cluster.placement == "colocated"  # engines then run on the learners' devices
+        engines = 0 if shared else rollout.engines * rollout.tensor_parallel
         return metrics.timing_metrics(
             seconds,
             total_tokens=sum(t.num_tokens for t in trajectories),
             response_tokens=sum(len(t.ids) for t in trajectories),
-            devices=self._recipe.learner.world_size + rollout.engines * rollout.tensor_parallel,
+            devices=self._recipe.learner.world_size + engines,
         )
 
     def _watch(self, step: int, values: dict[str, float]) -> None:
