@@ -35,12 +35,13 @@ _IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.follow:
+    if args.follow and not args.dry_run:
         return follow(args)
     paths = find_runs(args.runs)
     output = args.output or default_output(args.runs, paths)
     if args.dry_run:
-        print("\n".join([*(f"would read {path}" for path in paths), f"would write {output}"]))
+        again = f", again every {args.every:g} s" if args.follow else ""
+        print("\n".join([*(f"would read {path}" for path in paths), f"would write {output}{again}"]))
         return 0
     write_report(paths, output, limit=args.max_trajectories, max_chars=args.max_chars, tokenizer=args.tokenizer)
     print(f"{output}  ({output.stat().st_size / 1e6:.1f} MB, {len(paths)} run{'s' * (len(paths) > 1)})")

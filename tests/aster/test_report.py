@@ -233,6 +233,14 @@ def test_dry_run_names_what_it_would_read_and_writes_nothing(root: Path, capsys:
 # tokens, clocks, what was lost ----------------------------------------------------------------------------------------
 
 
+def test_dry_run_of_a_followed_run_stops_too(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aster.report.follow", lambda args: pytest.fail("it follows"))
+    assert main(["--follow", str(root / "stage1"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("report.html, again every 30 s")
+
+
 def test_the_tokens_of_a_trajectory_spell_its_text_and_carry_mask_probability_and_version(page: Page) -> None:
     row = next(r for r in page.unpack("rows") if r["run"] == 1 and r["kind"] == "train" and r["step"] == 2)
     tokens = page.details(row)["tk"]
