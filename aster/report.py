@@ -12,7 +12,6 @@ turns and tokens. A run that is half-written is reported as far as it goes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from aster.command import run_verb
 from aster.errors import ConfigError, DataError
 from aster.page.runs import Run, accuracies, comparison, find_runs, load_run, page_data
 from aster.page.tokens import NATS_PER_UNIT, texts_for
-from aster.page.trajectories import Collector, Source, Trajectories, pack
+from aster.page.trajectories import Collector, Source, Trajectories, pack, page_json
 
 SCRIPTS = ("base.js", "overview.js", "charts.js", "curves.js", "step.js", "table.js", "viewer.js", "start.js")
 _IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
@@ -136,7 +135,7 @@ def render(runs: Sequence[Run], trajectories: Trajectories, *, title: str, every
     parts = {
         "TITLE": _escape(f"{title} · Aster"),
         "STYLE": _asset("style.css"),
-        "DATA": _in_script(json.dumps(data, ensure_ascii=False, separators=(",", ":"))),
+        "DATA": _in_script(page_json(data)),
         "BLOCKS": "\n".join(blocks),
         "SCRIPT": "\n".join(_asset(name) for name in SCRIPTS),
     }

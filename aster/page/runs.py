@@ -176,10 +176,9 @@ def _planned(run: Run) -> int | None:
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
-def _rounded(value: float) -> float | str:
-    """Seven digits are more than a pixel; NaN and infinities travel as text, JSON has none."""
-    number = float(f"{value:.7g}")
-    return number if abs(number) < float("inf") else str(number)
+def _rounded(value: float) -> float:
+    """Seven digits are more than a pixel."""
+    return float(f"{value:.7g}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@ import argparse
 import base64
 import gzip
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -130,6 +131,28 @@ def test_series_and_config_of_each_run_are_complete(page: Page) -> None:
     assert first["series"]["critic/score/mean"][1] == [0.5] * 3
     assert first["config"]["optim.lr"] == 1e-6
     assert second["config"]["optim.lr"] == 2e-6
+
+
+def test_numbers_that_json_has_not_are_text_in_the_page(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "infinite"
+    shutil.copytree(root / "stage1", run)
+    config = (run / "config.yaml").read_text().replace("mismatch_alarm_k3: 0.01", "mismatch_alarm_k3: .inf")
+    (run / "config.yaml").write_text(config)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "time": 9e9, "actor/grad_norm": "inf"}\n')
+    rows = [json.loads(line) | {"mean_logprob": math.nan} for line in (run / "rollout_data/1.jsonl").open()]
+    (run / "rollout_data/1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+
+    def strictly(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    [shown] = strictly(page.scripts["data"])["runs"]
+    assert shown["config"]["rollout.mismatch_alarm_k3"] == "inf"
+    assert shown["series"]["actor/grad_norm"] == [[3], ["inf"]]
+    chunk = strictly(gzip.decompress(base64.b64decode(page.scripts["chunk-0"])).decode())
+    assert chunk[0]["mean_logprob"] == "nan"
 
 
 def test_accuracies_are_compared_on_the_same_problems(page: Page) -> None:
