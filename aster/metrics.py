@@ -431,9 +431,10 @@ def validation_metrics(
                 )
                 for index, g in enumerate(alive)
             ]
-            out |= _with_interval(f"{home}/acc/best@{k}/mean", _at_most(pass_at_k, correct, samples, k))
+            drawn = np.minimum(k, samples)  # a problem with fewer samples left is judged on all it has
+            out |= _with_interval(f"{home}/acc/best@{k}/mean", pass_at_k(correct, samples, k=drawn).tolist())
             out |= _with_interval(f"{home}/acc/maj@{k}/mean", majorities)
-            out |= _with_interval(f"{aux}/acc/worst@{k}/mean", _at_most(all_at_k, correct, samples, k))
+            out |= _with_interval(f"{aux}/acc/worst@{k}/mean", all_at_k(correct, samples, k=drawn).tolist())
         out |= _validation_details(alive, n=n, prefix=aux, decode=decode, markers=markers)
     return out
 
@@ -472,11 +473,3 @@ def _subset_sizes(n: int) -> list[int]:
 def _with_interval(name: str, values_P: Sequence[float]) -> dict[str, float]:
     interval = mean_interval(values_P)
     return {name: interval.mean, f"{name}/ci_low": interval.low, f"{name}/ci_high": interval.high}
-
-
-def _at_most(estimator: Callable[..., np.ndarray], correct: np.ndarray, samples: np.ndarray, k: int) -> list[float]:
-    """[P]; a problem with fewer than k samples left is judged on all it has."""
-    return [
-        float(estimator(correct[i : i + 1], samples[i : i + 1], k=min(k, int(samples[i])))[0])
-        for i in range(len(samples))
-    ]
