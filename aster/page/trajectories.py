@@ -302,42 +302,39 @@ def _lost(path: Path, *, step: int, texts: TokenTexts | str, most: int) -> Itera
     names += ["prompt_ids"]
     table = pq.read_table(path, columns=names, filters=[("lost", "=", True)]).slice(0, most)
     for row in table.to_pylist():
-        calls = sum(turn["call"] is not None for turn in row["turns"])
-        readable = isinstance(texts, TokenTexts)
-        output, spans, at = "", [], 0
-        for turn in row["turns"]:
-            if isinstance(texts, TokenTexts):
-                output += texts.text(row["ids"][at : turn["start"]])
-                begin = len(output)
-                output += texts.text(row["ids"][turn["start"] : turn["stop"]])
-                spans.append((begin, len(output)))
-                at = turn["stop"]
         timing = row["timing"]
         yield {
             **{name: row[name] for name in ("uid", "row_id", "sample", "data_source", "error", "engine")},
-            "input": texts.text(row["prompt_ids"]) if isinstance(texts, TokenTexts) else "",
-            "output": output,
             "acc": None,
             "replaced": True,
             "stop_reason": row["cause"],
-            "tool_calls": calls,
+            "tool_calls": sum(turn["call"] is not None for turn in row["turns"]),
             "response_tokens": len(row["ids"]),
             "began_unix": timing["began_unix"],
             "seconds": timing["total_s"],
             **{name: timing[name] for name in ("generate_s", "tool_s", "queue_s")},
-            "turns": [
-                {
-                    "text": span,
-                    "tokens": turn["stop"] - turn["start"],
-                    "finish_reason": turn["finish_reason"],
-                    "seconds": round(turn["ended_s"] - turn["began_s"], 4),
-                    "call": turn["call"],
-                }
-                for turn, span in zip(row["turns"], spans, strict=True)
-            ]
-            if readable
-            else [],
+            **(_spelt(row, texts) if isinstance(texts, TokenTexts) else {"input": "", "output": "", "turns": []}),
         }
+
+
+def _spelt(row: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
+    """What a row of the arrays says in words: `input`, `output`, and the turns with where each stands in the output."""
+    output, turns, at = "", [], 0
+    for turn in row["turns"]:
+        output += texts.text(row["ids"][at : turn["start"]])
+        begin = len(output)
+        output += texts.text(row["ids"][turn["start"] : turn["stop"]])
+        turns.append(
+            {
+                "text": (begin, len(output)),
+                "tokens": turn["stop"] - turn["start"],
+                "finish_reason": turn["finish_reason"],
+                "seconds": round(turn["ended_s"] - turn["began_s"], 4),
+                "call": turn["call"],
+            }
+        )
+        at = turn["stop"]
+    return {"input": texts.text(row["prompt_ids"]), "output": output, "turns": turns}
 
 
 def _row(row: dict[str, Any], step: _Step) -> dict[str, Any]:
