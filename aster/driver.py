@@ -89,6 +89,7 @@ class GrpoLoop:
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
+        self._advantages_taken: Mapping[str, float | np.ndarray] = {}  # by uid, of what this step trains on
         self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
         self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
@@ -194,6 +195,7 @@ class GrpoLoop:
                 f"step {self.step}: no trajectory of {len(groups)} prompts carries a training signal "
                 "(all were lost to infrastructure failures, or all groups had zero variance and were dropped)"
             )
+        self._advantages_taken = {s.trajectory.uid: s.advantage for s in samples}
         values: dict[str, float] = {}
         if algo.proximal_pass:
             entropies = EntropyTally(self.markers)
@@ -307,6 +309,7 @@ class GrpoLoop:
             "training/stale_groups": float(self.stale_groups),
         }
         write = partial(self._record.step, self.step, groups, {**values, **about}, seconds=seconds)
+        write = partial(write, advantages=self._advantages_taken)
         await self._recorder.put(partial(write, replaced=self._replaced, stale=self._stale, gaps=self._gaps))
 
     async def validate(self) -> None:

@@ -97,15 +97,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = checkpoints_of(args.checkpoint) if args.checkpoint else {0: Path(recipe.model.path)}
     if not args.checkpoint:
         launch.require_model(recipe)
-    results = {}
+    recipe = _naming_a_model(recipe, list(models.values()))
+    results: dict[int, EvalResult] = {}
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
         for step, path in models.items():
             with _as_model_directory(path, recipe) as model:
-                one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(model)})})
-                weights = files_hash([path])
-                reuse = len(models) > 1 and recipe.run.resume
                 (results[step],) = asyncio.run(
-                    run([one], sandboxes, step=step, weights=weights, rival=rival, reuse=reuse)
+                    run(
+                        [recipe],
+                        sandboxes,
+                        step=step,
+                        model=model,
+                        weights=files_hash([path]),
+                        rival=rival,
+                        reuse=len(models) > 1 and recipe.run.resume,
+                        goes_on=bool(results),
+                    )
                 )
     if len(results) > 1:
         curve = curve_of(results)
@@ -141,15 +148,18 @@ async def run(
     sandboxes: SandboxFactory | None,
     *,
     step: int = 0,
+    model: Path | None = None,
     weights: str | None = None,
     rival: Rival | None = None,
     reuse: bool = False,
+    goes_on: bool = False,
 ) -> list[EvalResult]:
     """Evaluate one model under one or several settings (sampling, tool on or off), on engines that start once.
 
-    All recipes must agree on `model`, `rollout` and `budget`: these shape the engine. `step` names the files, `weights`
-    is the hash of the model where it was taken of other files than `model.path`. `reuse`: a step that is finished, of
-    the same weights, data and settings, is read and not sampled again.
+    All recipes must agree on `model`, `rollout` and `budget`: these shape the engine. `step` names the files. `model`
+    is sampled in place of `model.path`, which is what the run's config and its hash name all the same; `weights` is its
+    hash where that was taken of other files. `reuse`: a step that is finished, of the same weights, data and settings,
+    is read and not sampled again. `goes_on`: as in `Tracker.open`.
     """
     first = recipes[0]
     for other in recipes[1:]:
@@ -164,15 +174,19 @@ async def run(
         theirs = {row_id for problems in rival.scores.values() for row_id in problems}
         if not any(row.row_id in theirs for rows in rows_of for row in rows):
             raise DataError(f"--against {rival.path} shares no problem with data.val_files: it is of other data")
-    launch.require_model(first)
-    weights = weights or files_hash([first.model.path])
-    renderer = ChatRenderer.from_model_dir(first.model.path)
+    served = first if model is None else _with_model(first, model)
+    launch.require_model(served)
+    weights = weights or files_hash([served.model.path])
+    renderer = ChatRenderer.from_model_dir(served.model.path)
     decode, markers = renderer.decode, renderer.markers
     results = []
     async with contextlib.AsyncExitStack() as stack:
-        sampler = _Sampler(first, sandboxes, stack)
+        sampler = _Sampler(served, sandboxes, stack)
         for recipe, rows in zip(recipes, rows_of, strict=True):
-            made_of = fingerprint(recipe, weights=weights)
+            looking = rival is not None and rival.until_decided
+            rounds = round_sizes(recipe.eval.samples, looking=looking)
+            decided_against = rival.scores if rival is not None and looking else None
+            made_of = fingerprint(recipe, weights=weights, rounds=rounds, decided_against=decided_against)
             path = recipe.run.path
             if reuse and (groups := finished(path, rows, step=step, made_of=made_of)):
                 n = max(len(g.trajectories) for g in groups)
@@ -181,9 +195,9 @@ async def run(
                 continue
             parts = Parts(path / "parts" / str(step), rows, made_of=made_of, resume=recipe.run.resume)
             seen = SamplesDone(len(rows) * recipe.eval.samples, stage=recipe.run.name)
-            with Tracker.open(recipe, total_steps=None, extra=[seen]) as tracker:
+            with Tracker.open(recipe, total_steps=None, extra=[seen], goes_on=goes_on) as tracker:
                 began = time.monotonic()
-                groups = await _sample(recipe, rows, parts, sampler, seen, step=step, rival=rival)
+                groups = await _sample(recipe, rows, parts, sampler, seen, rounds=rounds, step=step, rival=rival)
                 n = max(len(g.trajectories) for g in groups)
                 values = metrics.validation_metrics(groups, n=n, decode=decode, markers=markers)
                 values["timing_s/testing"] = time.monotonic() - began
@@ -252,13 +266,13 @@ async def _sample(
     sampler: _Sampler,
     seen: SamplesDone,
     *,
+    rounds: Sequence[int],
     step: int,
     rival: Rival | None,
 ) -> list[TrajectoryGroup]:
-    """All samples of all rows, those of `parts` first; in one round, or in several with a look after each."""
-    planned = recipe.eval.samples
-    rounds: list[dict[str, TrajectoryGroup]] = []
-    for round_, size in enumerate(round_sizes(planned, looking=rival is not None and rival.until_decided)):
+    """All samples of all rows, those of `parts` first; `rounds` of so many of a problem, with a look after each."""
+    sampled: list[dict[str, TrajectoryGroup]] = []
+    for round_, size in enumerate(rounds):
         done = parts.read(round_=round_, step=step)
         seen.add(list(done.values()))
         todo = [row for row in rows if row.row_id not in done]
@@ -275,10 +289,10 @@ async def _sample(
                 seen.add([group])
 
             done |= await sampler.sample(part, todo, step=step, done=keep)
-        rounds.append(done)
-        if rival is not None and rival.is_decided(joined(rounds, rows), planned=planned):
+        sampled.append(done)
+        if rival is not None and rival.is_decided(joined(sampled, rows), planned=sum(rounds)):
             break
-    return joined(rounds, rows)
+    return joined(sampled, rows)
 
 
 def round_sizes(samples: int, *, looking: bool) -> list[int]:
@@ -289,6 +303,19 @@ def round_sizes(samples: int, *, looking: bool) -> list[int]:
     """
     rounds = max(1, min(ROUNDS, samples // 2)) if looking else 1
     return [samples // rounds + (i < samples % rounds) for i in range(rounds)]
+
+
+def _naming_a_model(recipe: Recipe, models: Sequence[Path]) -> Recipe:
+    """With the first of `models` where `model.path` is empty: readers of the run look there for its tokenizer. A
+    learner's checkpoint has one in huggingface/."""
+    if recipe.model.path:
+        return recipe
+    first = models[0]
+    return _with_model(recipe, first if (first / "config.json").is_file() else first / "huggingface")
+
+
+def _with_model(recipe: Recipe, path: Path) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(path)})})
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from aster.algo.advantages import group_advantages
-from aster.algo.collapse import collapse_metrics
+from aster.algo.collapse import Advantage, collapse_metrics
 from aster.algo.intervals import all_at_k, majority_at_k, mean_interval, pass_at_k
 from aster.algo.regions import Markers
 from aster.types import Cause, OptimStats, StepStats, ToolOutcome, Trajectory, TrajectoryGroup
@@ -33,35 +32,42 @@ def rollout_metrics(
     groups: Sequence[TrajectoryGroup],
     *,
     others: Sequence[TrajectoryGroup] = (),
-    scale_by_std: bool = True,
+    advantages: Mapping[str, Advantage] | None = None,
+    reward: Callable[[Trajectory], float] | None = None,
     decode: Decode | None = None,
     markers: Markers | None = None,
 ) -> dict[str, float]:
     """Everything that follows from the trajectories of one training step, the collapse monitor included.
 
-    `others` came home in this step and were not learnt from: only their causes count. `scale_by_std` as in `algo`, for
-    critic/advantages. `decode` and `markers` sharpen the collapse monitor (see there).
+    `others` came home in this step and were not learnt from: only their causes count. `advantages` by uid as the loss
+    takes them; a trajectory without one is not trained on. `reward` is what they were taken of, the score unless it was
+    shaped; what is right and wrong follows from the score all the same. `decode` and `markers` sharpen the collapse
+    monitor (see there).
     """
     out = cause_metrics([*groups, *others])
     scored = [t for g in groups for t in g.scored]
     if not scored:
         return out
 
-    def advantages(rewards_G: np.ndarray) -> np.ndarray:
-        return group_advantages(rewards_G, scale_by_std=scale_by_std)
+    def score(t: Trajectory) -> float:
+        assert t.reward is not None
+        return t.reward
 
-    rewards = np.array([t.reward for t in scored], dtype=np.float64)
-    out |= _spread("critic/score", rewards)
-    out |= _spread("critic/rewards", rewards)  # no KL in the reward, no shaping: the same number as the score
-    out |= _advantage_metrics(groups, advantages)
+    scores_PG = [np.array([score(t) for t in g.scored]) for g in groups if g.scored]
+    rewards_PG = [np.array([(reward or score)(t) for t in g.scored]) for g in groups if g.scored]
+    scores = np.concatenate(scores_PG)
+    out |= _spread("critic/score", scores)
+    out |= _spread("critic/rewards", np.concatenate(rewards_PG))  # shaped; no KL in the reward
+    out |= _signal_metrics(scores_PG, rewards_PG)
+    out |= _advantage_metrics(scored, advantages or {})
     out |= _length_metrics(scored)
     out |= _spread("num_turns", np.array([_num_turns(t) for t in scored]))
     out |= tool_metrics(scored, prefix="tool_use_info")
     out |= _agent_loop_times(scored)
     out |= _version_metrics(scored)
     out |= collapse_metrics(groups, decode=decode, markers=markers, advantages=advantages)
-    out["training/acc"] = float((rewards > 0.5).mean())
-    out["training/score"] = out["training/final_reward"] = float(rewards.mean())
+    out["training/acc"] = float((scores > 0.5).mean())
+    out["training/score"] = out["training/final_reward"] = float(scores.mean())
     checked = [t.verdicts.math_verify for t in scored if t.verdicts.math_verify is not None]
     if checked:
         out["training/acc_math_verify"] = float(np.mean(checked))
@@ -147,33 +153,33 @@ def tool_metrics(trajectories: Sequence[Trajectory], *, prefix: str) -> dict[str
     return {f"{prefix}/{name}": value for name, value in out.items()}
 
 
-def _advantage_metrics(
-    groups: Sequence[TrajectoryGroup], advantages: Callable[[np.ndarray], np.ndarray]
-) -> dict[str, float]:
-    """critic/advantages over model tokens (as the loss sees them), and how many groups carry a signal."""
-    values: list[float] = []
-    tokens: list[int] = []
-    solved: list[float] = []
-    for group in groups:
-        if group.scored:
-            rewards_G = np.array([t.reward for t in group.scored], dtype=np.float64)
-            values += advantages(rewards_G).tolist()
-            tokens += [t.model_tokens for t in group.scored]
-            solved.append(float(rewards_G.mean()) if np.ptp(rewards_G) == 0 else np.nan)
-    flat = np.array([s for s in solved if not np.isnan(s)])
-    out = {
-        "training/zero_variance_groups_ratio": len(flat) / len(solved),
-        "training/all_correct_groups_ratio": float((flat > 0.5).sum()) / len(solved),
-        "training/all_wrong_groups_ratio": float((flat <= 0.5).sum()) / len(solved),
+def _signal_metrics(scores_PG: Sequence[np.ndarray], rewards_PG: Sequence[np.ndarray]) -> dict[str, float]:
+    """How many groups carry no signal, and how many are solved by every sample or by none."""
+    solved = np.array([scores_G.mean() if np.ptp(scores_G) == 0 else np.nan for scores_G in scores_PG])
+    return {
+        "training/zero_variance_groups_ratio": float(np.mean([np.ptp(rewards_G) == 0 for rewards_G in rewards_PG])),
+        "training/all_correct_groups_ratio": float((solved > 0.5).mean()),
+        "training/all_wrong_groups_ratio": float((solved <= 0.5).mean()),
     }
-    if sum(tokens):
-        has, weight = np.array(values)[np.array(tokens) > 0], np.array(tokens)[np.array(tokens) > 0]
-        spread = {"mean": float(np.average(has, weights=weight)), "max": float(has.max()), "min": float(has.min())}
-        out |= {f"critic/advantages/{name}": value for name, value in spread.items()}
-        out |= {
-            f"critic/returns/{name}": value for name, value in spread.items()
-        }  # gamma = lambda = 1 and no critic: the return is the advantage
-    return out
+
+
+def _advantage_metrics(scored: Sequence[Trajectory], advantages: Mapping[str, Advantage]) -> dict[str, float]:
+    """critic/advantages over the model tokens that the loss is taken on."""
+    of_tokens = [
+        np.broadcast_to(advantages[t.uid], t.num_tokens)[len(t.prompt_ids) :][t.mask]
+        for t in scored
+        if t.uid in advantages and t.mask.any()
+    ]
+    if not of_tokens:
+        return {}
+    total, count = sum(float(a.sum(dtype=np.float64)) for a in of_tokens), sum(map(len, of_tokens))
+    spread = {
+        "mean": total / count,
+        "max": float(max(a.max() for a in of_tokens)),
+        "min": float(min(a.min() for a in of_tokens)),
+    }
+    # gamma = lambda = 1 and no critic: the return is the advantage
+    return {f"critic/{name}/{key}": value for name in ("advantages", "returns") for key, value in spread.items()}
 
 
 def _length_metrics(scored: Sequence[Trajectory]) -> dict[str, float]:
@@ -425,9 +431,10 @@ def validation_metrics(
                 )
                 for index, g in enumerate(alive)
             ]
-            out |= _with_interval(f"{home}/acc/best@{k}/mean", _at_most(pass_at_k, correct, samples, k))
+            drawn = np.minimum(k, samples)  # a problem with fewer samples left is judged on all it has
+            out |= _with_interval(f"{home}/acc/best@{k}/mean", pass_at_k(correct, samples, k=drawn).tolist())
             out |= _with_interval(f"{home}/acc/maj@{k}/mean", majorities)
-            out |= _with_interval(f"{aux}/acc/worst@{k}/mean", _at_most(all_at_k, correct, samples, k))
+            out |= _with_interval(f"{aux}/acc/worst@{k}/mean", all_at_k(correct, samples, k=drawn).tolist())
         out |= _validation_details(alive, n=n, prefix=aux, decode=decode, markers=markers)
     return out
 
@@ -466,11 +473,3 @@ def _subset_sizes(n: int) -> list[int]:
 def _with_interval(name: str, values_P: Sequence[float]) -> dict[str, float]:
     interval = mean_interval(values_P)
     return {name: interval.mean, f"{name}/ci_low": interval.low, f"{name}/ci_high": interval.high}
-
-
-def _at_most(estimator: Callable[..., np.ndarray], correct: np.ndarray, samples: np.ndarray, k: int) -> list[float]:
-    """[P]; a problem with fewer than k samples left is judged on all it has."""
-    return [
-        float(estimator(correct[i : i + 1], samples[i : i + 1], k=min(k, int(samples[i])))[0])
-        for i in range(len(samples))
-    ]

@@ -8,6 +8,7 @@ Bytes and seconds; GB is 1e9 bytes. Legend: B trajectories of a step · L mean t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ BANDWIDTH_SHARE = 0.60  # of the HBM bandwidth that decoding reaches
 MODEL_SHARE = 0.85  # of a trajectory's tokens are sampled, the others observed
 ENGINE_OVERHEAD = 4.0 * GB  # CUDA context, activations and graphs of an engine
 LEARNER_SHARE = 0.95  # of a device that the learner may fill
-TRAIN_BYTES = 16  # per parameter: fp32 master, gradient and two Adam moments
-CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two moments
+TRAIN_BYTES = 16  # per trained parameter: fp32 master, gradient and two Adam moments
+CHECKPOINT_BYTES = 12  # per trained parameter: fp32 weights and two moments
 LINK = 40.0 * GB  # per second and NIC, effective, pipelined through all receivers
 SESSION_BYTES = 62e6  # resident memory of an interpreter with numpy and sympy that shares nothing
 PEAK_OVER_MEAN = 3.0  # sandbox calls come in bursts
@@ -62,6 +63,18 @@ class ModelShape:
     def forward_flops(self, length: float) -> float:
         """Per token of a causal sequence of `length`: 2 per parameter, and attention at its mean reach."""
         return 2.0 * self.parameters + 2.0 * self.layers * self.heads * self.head_dim * length
+
+    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Of LoRA: rank * (in + out) for each target of each layer."""
+        h, q, k = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        in_and_out = {
+            "q_proj": h + q, "k_proj": h + k, "v_proj": h + k, "o_proj": q + h,
+            "gate_proj": h + self.ffn, "up_proj": h + self.ffn, "down_proj": self.ffn + h,
+        }  # fmt: skip
+        unknown = sorted(set(targets) - in_and_out.keys())
+        if unknown:
+            raise ConfigError(f"lora.targets names {', '.join(unknown)}; the plan knows {', '.join(in_and_out)}")
+        return rank * self.layers * sum(in_and_out[target] for target in targets)
 
     @classmethod
     def from_config(cls, path: Path) -> ModelShape:
@@ -122,11 +135,15 @@ class Workload:
     micro_batch_tokens: int
     logprob_chunk_tokens: int
     memory_utilization: float
+    max_num_seqs: int = 1024  # that an engine runs at once
     compute_bytes: int = 2  # of the learner's forward and backward: bf16, or 4 for fp32
     checkpointing: bool = True  # layers are recomputed in the backward pass
     fused: bool = False  # with liger's kernels for norms, rotary embedding and SwiGLU
     offload_optimizer: bool = False
     proximal_pass: bool = True
+    reference_pass: bool = False  # for a KL penalty; of a second model, except with LoRA
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
     keep_checkpoints: int = 2
 
 
@@ -136,12 +153,13 @@ class Plan:
 
     learner_memory: dict[str, float]
     engine_memory: dict[str, float]
-    sequences: float  # that one engine's KV cache admits at mean length, at most those it is given
-    full_sequences: float  # that it would admit at full length
+    sequences: float  # that one engine and its KV cache admit at mean length, at most those it is given
+    full_sequences: float  # that they would admit at full length
     tokens: float
     decode_s: float
     tail_s: float  # a lone trajectory that uses its whole budget
     proximal_s: float
+    reference_s: float
     update_s: float
     sync_s: float
     sessions: int
@@ -157,7 +175,7 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        return self.generate_s + self.proximal_s + self.update_s + self.sync_s
+        return self.generate_s + self.proximal_s + self.reference_s + self.update_s + self.sync_s
 
 
 def make_plan(model: ModelShape, gpu: Gpu, work: Workload) -> Plan:
@@ -177,32 +195,34 @@ def make_plan(model: ModelShape, gpu: Gpu, work: Workload) -> Plan:
     engines = work.engines / work.tensor_parallel
     given = max(work.trajectories / engines, 1.0)
     context = work.mean_tokens / 2  # a running sequence is half done on average
-    sequences = min(given, pool / (kv * context))
+    sequences = min(given, pool / (kv * context), work.max_num_seqs)
     rate = BANDWIDTH_SHARE * gpu.bandwidth
     step_s = (weights + sequences * kv * context) / rate
     decode_s = given / sequences * MODEL_SHARE * work.mean_tokens * step_s
     tail_s = work.max_tokens * (weights + kv * work.max_tokens / 2) / rate
     tokens = work.trajectories * work.mean_tokens
     forward_s = tokens * model.forward_flops(work.mean_tokens) / (MFU * gpu.flops * work.learners)
+    frozen_s = tokens * 2.0 * model.parameters / (MFU * gpu.flops * work.learners) if work.lora_rank else 0.0
     calls_per_s = work.trajectories * work.calls / max(decode_s, tail_s)
     return Plan(
         learner_memory=learner,
         engine_memory={"weights": weights, "overhead": ENGINE_OVERHEAD, "KV cache": pool},
         sequences=sequences,
-        full_sequences=pool / (kv * work.max_tokens),
+        full_sequences=min(pool / (kv * work.max_tokens), work.max_num_seqs),
         tokens=tokens,
         decode_s=decode_s,
         tail_s=tail_s,
         proximal_s=forward_s if work.proximal_pass else 0.0,
-        update_s=4 * forward_s,  # forward, twice that backward, and the recomputation of checkpointed layers
+        reference_s=forward_s if work.reference_pass else 0.0,
+        # forward, twice that backward without the gradients of frozen weights, recomputation of checkpointed layers
+        update_s=(4 if work.checkpointing else 3) * forward_s - frozen_s,
         sync_s=model.weight_bytes / LINK,
         sessions=work.trajectories,
         calls_per_s=calls_per_s,
         peak_calls_per_s=PEAK_OVER_MEAN * calls_per_s,
         session_memory=work.trajectories * SESSION_BYTES,
-        disk_checkpoints=(work.keep_checkpoints + 1)
-        * CHECKPOINT_BYTES
-        * model.parameters,  # one more while it is saved
+        # one more while it is saved
+        disk_checkpoints=(work.keep_checkpoints + 1) * CHECKPOINT_BYTES * _trained_parameters(model, work),
         disk_per_step=tokens * TOKEN_BYTES + work.trajectories * JSONL_BYTES,
     )
 
@@ -216,7 +236,12 @@ def learner_memory(model: ModelShape, work: Workload) -> dict[str, float]:
     c, row = work.compute_bytes, work.micro_batch_tokens
     embedding = model.vocab * model.hidden
     layer = (model.parameters - embedding * (1 if model.tied else 2)) / model.layers
-    sharded = 0.0 if work.offload_optimizer else TRAIN_BYTES * model.parameters / work.learners
+    share = 0.0 if work.offload_optimizer else 1 / work.learners
+    sharded = {"sharded masters, gradients, Adam": share * TRAIN_BYTES * _trained_parameters(model, work)}
+    if work.lora_rank:
+        sharded["sharded frozen weights"] = share * c * model.parameters
+    elif work.reference_pass:
+        sharded["sharded reference model in fp32"] = share * 4 * model.parameters
     kept = row * layer_bytes(model, c, fused=work.fused)
     passing = 0.0 if work.fused else 2.0 * c * row * model.ffn  # gradients inside a layer
     if work.checkpointing:
@@ -227,14 +252,19 @@ def learner_memory(model: ModelShape, work: Workload) -> dict[str, float]:
         backward = {"gradients inside a layer": passing}
     logits = {"logits in chunks": 3 * 4.0 * min(work.logprob_chunk_tokens, row) * model.vocab}
     after = sum(activations.values())  # gone when the embedding's gradient is reduced
-    reduced = {"gradient of the embedding in fp32": max(4.0 * embedding - after, 0.0)}
+    trained_embedding = 0 if work.lora_rank else embedding
+    reduced = {"gradient of the embedding in fp32": max(4.0 * trained_embedding - after, 0.0)}
     return {
-        "sharded masters, gradients, Adam": sharded,
+        **sharded,
         "gathered weights": c * (2 * layer + embedding),
-        "gradient of the embedding, whole": float(c * embedding),
+        "gradient of the embedding, whole": float(c * trained_embedding),
         **activations,
         **max(backward, logits, reduced, key=lambda part: sum(part.values())),
     }
+
+
+def _trained_parameters(model: ModelShape, work: Workload) -> int:
+    return model.adapter_parameters(work.lora_rank, work.lora_targets) if work.lora_rank else model.parameters
 
 
 def layer_bytes(model: ModelShape, compute_bytes: int, *, fused: bool = False) -> float:

@@ -17,12 +17,15 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from aster import metrics
+from aster.algo.collapse import Advantage
 from aster.algo.regions import Markers
+from aster.algo.shaping import shaped_reward
 from aster.config import Recipe
 from aster.data.rollouts import Decode, DecodeOnce, write_rollouts, write_trajectories_parquet, write_validation
 from aster.errors import AsterError
@@ -129,16 +132,20 @@ class RunRecord:
         seconds: Mapping[str, float],
         replaced: Sequence[TrajectoryGroup] = (),
         stale: Sequence[TrajectoryGroup] = (),
+        advantages: Mapping[str, Advantage] | None = None,
         gaps: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """What was learnt from `groups`. The files hold `replaced` too, since the filter counts all that was sampled;
-        of the `stale` ones only the causes are counted. `seconds` by phase; `gaps`: as in the file of trajectories."""
+        of the `stale` ones only the causes are counted. `seconds` by phase; `advantages` by uid, of what was trained
+        on; `gaps`: as in the file of trajectories."""
         began = time.monotonic()
         decode = DecodeOnce(self._decode, skip_special=True)
+        budget = self._recipe.budget.max_response_tokens
         values = dict(values) | metrics.rollout_metrics(
             groups,
             others=[*replaced, *stale],
-            scale_by_std=self._recipe.algo.scale_by_std,
+            advantages=advantages,
+            reward=partial(shaped_reward, algo=self._recipe.algo, budget=budget),
             decode=decode.keep,
             markers=self._markers,
         )
@@ -165,11 +172,13 @@ class RunRecord:
 
     def _timing(self, groups: Sequence[TrajectoryGroup], seconds: Mapping[str, float]) -> dict[str, float]:
         rollout, trajectories = self._recipe.rollout, [t for g in groups for t in g.trajectories]
+        shared = self._recipe.cluster.placement == "colocated"  # engines then run on the learners' devices
+        engines = 0 if shared else rollout.engines * rollout.tensor_parallel
         return metrics.timing_metrics(
             seconds,
             total_tokens=sum(t.num_tokens for t in trajectories),
             response_tokens=sum(len(t.ids) for t in trajectories),
-            devices=self._recipe.learner.world_size + rollout.engines * rollout.tensor_parallel,
+            devices=self._recipe.learner.world_size + engines,
         )
 
     def _watch(self, step: int, values: dict[str, float]) -> None:

@@ -12,7 +12,6 @@ turns and tokens. A run that is half-written is reported as far as it goes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from aster.command import run_verb
 from aster.errors import ConfigError, DataError
 from aster.page.runs import Run, accuracies, comparison, find_runs, load_run, page_data
 from aster.page.tokens import NATS_PER_UNIT, texts_for
-from aster.page.trajectories import Collector, Source, Trajectories, pack
+from aster.page.trajectories import Collector, Source, Trajectories, pack, page_json
 
 SCRIPTS = ("base.js", "overview.js", "charts.js", "curves.js", "step.js", "table.js", "viewer.js", "start.js")
 _IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
@@ -35,12 +34,13 @@ _IDLE_S = 3600.0  # a followed run that writes nothing for so long has ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.follow:
+    if args.follow and not args.dry_run:
         return follow(args)
     paths = find_runs(args.runs)
     output = args.output or default_output(args.runs, paths)
     if args.dry_run:
-        print("\n".join([*(f"would read {path}" for path in paths), f"would write {output}"]))
+        again = f", again every {args.every:g} s" if args.follow else ""
+        print("\n".join([*(f"would read {path}" for path in paths), f"would write {output}{again}"]))
         return 0
     write_report(paths, output, limit=args.max_trajectories, max_chars=args.max_chars, tokenizer=args.tokenizer)
     print(f"{output}  ({output.stat().st_size / 1e6:.1f} MB, {len(paths)} run{'s' * (len(paths) > 1)})")
@@ -135,7 +135,7 @@ def render(runs: Sequence[Run], trajectories: Trajectories, *, title: str, every
     parts = {
         "TITLE": _escape(f"{title} · Aster"),
         "STYLE": _asset("style.css"),
-        "DATA": _in_script(json.dumps(data, ensure_ascii=False, separators=(",", ":"))),
+        "DATA": _in_script(page_json(data)),
         "BLOCKS": "\n".join(blocks),
         "SCRIPT": "\n".join(_asset(name) for name in SCRIPTS),
     }

@@ -70,11 +70,8 @@ def rescore(folder: Path, *, timeout_s: float = 10.0) -> Rescored:
 
 
 def _write(folder: Path, result: Rescored) -> None:
-    folder.mkdir(exist_ok=True)
     table = result.table
-    for source in table.scores:
-        (folder / f"{source}.csv").write_text(table.csv(source), "utf-8")
-    write_json(
+    write_json(  # first: it has everything, and judging took long
         folder / "rescore.json",
         {
             "scores": table.scores,
@@ -84,3 +81,6 @@ def _write(folder: Path, result: Rescored) -> None:
             "verifier_failures": result.failures,
         },
     )
+    for source in table.scores:
+        name = source.replace("/", "%2F")  # a source may be named as on the Hub: openai/gsm8k
+        (folder / f"{name}.csv").write_text(table.csv(source), "utf-8")

@@ -57,18 +57,25 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, recipe: Recipe, *, total_steps: int | None, console: Console | None = None, extra: Sequence[Sink] = ()
+        cls,
+        recipe: Recipe,
+        *,
+        total_steps: int | None,
+        console: Console | None = None,
+        extra: Sequence[Sink] = (),
+        goes_on: bool = False,
     ) -> Tracker:
         """The sinks that the recipe names and `extra` ones, in its run directory, which also gets the resolved
         `config.yaml`. Without `total_steps` the terminal gets no `Progress` but one that `extra` brings.
 
         A resumed run goes on in the same metrics.jsonl under the same run id, and the collapse alarm remembers where
-        calls began. With `run.resume=false` an older metrics.jsonl is kept aside as `metrics.RUN_ID.jsonl`.
+        calls began. With `run.resume=false` an older metrics.jsonl is kept aside as `metrics.RUN_ID.jsonl`, unless
+        this process wrote it and `goes_on`.
         """
         run_dir = recipe.run.path
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        run_id, watch = _continue_run(path, _alarm_of(recipe), resume=recipe.run.resume)
+        run_id, watch = _continue_run(path, _alarm_of(recipe), resume=recipe.run.resume or goes_on)
         run_id = run_id or f"{recipe.run.name}-{secrets.token_hex(4)}"
         (run_dir / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         sinks: list[Sink] = [JsonlSink(path, run_id=run_id, config_hash=recipe.config_hash)]
@@ -361,7 +368,8 @@ def summary_line(values: Mapping[str, float]) -> str:
         if key.startswith("val-core/") and "/acc/mean@" in key and not key.endswith(("/ci_low", "/ci_high")):
             interval = [values.get(f"{key}/{end}") for end in ("ci_low", "ci_high")]
             spread = "" if None in interval else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-            parts.append(f"{key.split('/')[1]} {key.split('/')[-1]} {value:.3f}{spread}")
+            source, _, mean = key.removeprefix("val-core/").rpartition("/acc/")
+            parts.append(f"{source} {mean} {value:.3f}{spread}")
     return "  ".join(parts)
 
 

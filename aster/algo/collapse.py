@@ -13,15 +13,16 @@ the same behind `val-aux/SRC/`. What has no data has no key.
     ratio                        share of trajectories with at most one call: the collapse ratio
     first_call_position last_call_position tokens_before_first_call calls_per_1k_tokens
     post_hoc_ratio               of the trajectories that call: only after the answer stood there, or near the end
-    state_reuse_ratio            of the calls after a first one: those that read a name of an earlier cell
-    repeated_code_ratio          of all calls: those whose code had run before
+    state_reuse_ratio            of the calls that ran after a first one: those that read a name of an earlier cell
+    repeated_code_ratio          of the same calls: those whose code had run before
     outcome/{success,...}_ratio error_ratio recovery_rate malformed_end_ratio
     surprisal surprisal/{think,code,call_start}   -log p as sampled: one-sample estimates of the entropy
     entropy/{all,think,code,call_start}           the learner's exact entropies, where it makes a proximal pass
     turn_tokens                  model tokens of one turn
     stop/{cause}                 why trajectories ended; stop/max_tokens is the clip ratio of responses
     acc_at_calls/{0,1-4,5-9,10+} what calls pay
-    advantage_weighted_calls     above 0: this step pushes calls up
+    advantage_weighted_calls     mean over trajectories of the sum of their calls' advantages; above 0: this step pushes
+                                 calls up
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +46,8 @@ _LONGEST_CODE = 20_000  # characters; a longer cell is not parsed, its calls cou
 _BUILTIN_NAMES = frozenset(dir(builtins))
 
 Decode = Callable[[np.ndarray], str]
+Advantage = float | np.ndarray
+"""Of all tokens of a trajectory alike, or [S], aligned with prompt and response, as in `Sample`."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class ToolUse:
     first_call_position: float | None
     last_call_position: float | None
     post_hoc: bool
-    reusing_calls: int  # calls after the first that read a name an earlier call defined
-    repeated_calls: int  # calls whose code the trajectory had run before, to the letter
+    later_calls: int  # that ran, after the first that did; one that could not be read did not run
+    reusing_calls: int  # of these, the ones that read a name an earlier call defined
+    repeated_calls: int  # of these, the ones whose code the trajectory had run before, to the letter
     outcomes: tuple[ToolOutcome, ...]  # of each call
     errors: int  # calls that did not succeed
     recovered: int  # of those, the ones whose next call did
@@ -81,7 +85,7 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None, markers: M
     before_first = int(model_before[calling[0].stop]) if calling else None
     first = before_first / max(total, 1) if before_first is not None else None
     failed = [call.outcome is not ToolOutcome.SUCCESS for call in calls]
-    codes = [call.code.strip() for call in calls]
+    ran = [call for call in calls if call.outcome is not ToolOutcome.FORMAT_ERROR]
     return ToolUse(
         calls=len(calls),
         turns=len(trajectory.turns),
@@ -91,8 +95,9 @@ def tool_use(trajectory: Trajectory, *, decode: Decode | None = None, markers: M
         last_call_position=int(model_before[calling[-1].stop]) / max(total, 1) if calling else None,
         post_hoc=first is not None
         and (first > POST_HOC_AFTER or (decode is not None and _answered_before_calling(trajectory, decode))),
-        reusing_calls=_count_reuse(calls),
-        repeated_calls=len(codes) - len(set(codes)),
+        later_calls=max(len(ran) - 1, 0),
+        reusing_calls=_count_reuse(ran),
+        repeated_calls=len(ran) - len({call.code.strip() for call in ran}),
         outcomes=tuple(call.outcome for call in calls),
         errors=sum(failed),
         recovered=sum(now and not after for now, after in pairwise(failed)),
@@ -110,22 +115,23 @@ def collapse_metrics(
     *,
     decode: Decode | None = None,
     markers: Markers | None = None,
-    advantages: Callable[[np.ndarray], np.ndarray] | None = None,
+    advantages: Mapping[str, Advantage] | None = None,
     prefix: str = "collapse",
 ) -> dict[str, float]:
     """The names above. `decode` sharpens post_hoc_ratio, `markers` split the surprisal by region.
 
-    `advantages` ([G] rewards -> [G]) weighs the calls; its sign then says whether this step pushes calls up or down.
-    Trajectories that our infrastructure lost are not looked at. No trajectory, no keys.
+    `advantages` (by uid, of the trajectories that are trained on) weigh the calls; the sign then says whether this step
+    pushes calls up or down. Trajectories that our infrastructure lost are not looked at. No trajectory, no keys.
     """
     uses: list[ToolUse] = []
     correct: list[bool] = []
     sources: list[str] = []
-    weights: list[float] = []
+    pushes: list[float] = []
     for group in groups:
         scored = group.scored
         rewards_G = np.array([t.reward for t in scored], dtype=np.float64)
-        weights += [] if advantages is None or not scored else advantages(rewards_G).tolist()
+        if advantages is not None:
+            pushes += [_push_on_calls(t, advantages.get(t.uid, 0.0)) for t in scored]
         uses += [tool_use(t, decode=decode, markers=markers) for t in scored]
         correct += (rewards_G > 0.5).tolist()
         sources += [group.row.data_source] * len(scored)
@@ -137,11 +143,17 @@ def collapse_metrics(
         if not part:
             continue
         values = _summary(part) | _accuracy_at_calls(part, np.array(correct)[chosen])
-        if weights:
-            calls = np.array([use.calls for use in part])
-            values["advantage_weighted_calls"] = float(np.mean(np.array(weights)[chosen] * calls))
+        if pushes:
+            values["advantage_weighted_calls"] = float(np.array(pushes)[chosen].mean())
         out |= {f"{prefix}/{name}{key}": value for key, value in values.items()}
     return out
+
+
+def _push_on_calls(trajectory: Trajectory, advantage: Advantage) -> float:
+    """Sum over its calls of the advantage at the end of the turn that made each."""
+    advantage_S = np.broadcast_to(advantage, trajectory.num_tokens)[len(trajectory.prompt_ids) :]
+    calling = [turn for turn in trajectory.turns if turn.call is not None]
+    return sum(float(advantage_S[turn.stop - 1]) * (1 + len(turn.further_calls)) for turn in calling)
 
 
 class EntropyTally:
@@ -203,7 +215,7 @@ def _accuracy_at_calls(uses: Sequence[ToolUse], is_correct: np.ndarray) -> dict[
 def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
     calls = np.array([use.calls for use in uses], dtype=np.float64)
     total_calls = int(calls.sum())
-    later_calls = int(np.maximum(calls - 1, 0).sum())
+    later_calls = sum(use.later_calls for use in uses)
     model_tokens = sum(use.model_tokens for use in uses)
     errors = sum(use.errors for use in uses)
     out = {
@@ -231,13 +243,13 @@ def _summary(uses: Sequence[ToolUse]) -> dict[str, float]:
         out["last_call_position"] = float(np.mean([use.last_call_position for use in callers]))
         out["tokens_before_first_call"] = float(np.mean([use.tokens_before_first_call for use in callers]))
         out["post_hoc_ratio"] = float(np.mean([use.post_hoc for use in callers]))
-        out["repeated_code_ratio"] = sum(use.repeated_calls for use in uses) / total_calls
         out["error_ratio"] = errors / total_calls
         for outcome in ToolOutcome:
             count = sum(o is outcome for use in uses for o in use.outcomes)
             out[f"outcome/{outcome.value}_ratio"] = count / total_calls
     if later_calls:
         out["state_reuse_ratio"] = sum(use.reusing_calls for use in uses) / later_calls
+        out["repeated_code_ratio"] = sum(use.repeated_calls for use in uses) / later_calls
     if errors:
         out["recovery_rate"] = sum(use.recovered for use in uses) / errors
     return out

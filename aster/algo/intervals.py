@@ -45,10 +45,11 @@ class PairedDifference:
     problems: int
 
 
-def pass_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray:
+def pass_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int | np.ndarray) -> np.ndarray:
     """Chance that at least one of k samples, drawn without replacement, is correct: 1 - C(n-c, k) / C(n, k).
 
-    correct, samples: [P] counts c and n. Unbiased (Chen et al. 2021, eq. 1). ValueError when some n < k.
+    correct, samples: [P] counts c and n; k may be [P] too. Unbiased (Chen et al. 2021, eq. 1). ValueError when
+    some n < k.
 
     >>> pass_at_k(np.array([1]), np.array([4]), k=2)   # 1 - C(3,2)/C(4,2) = 1 - 3/6
     array([0.5])
@@ -56,7 +57,7 @@ def pass_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray
     return 1.0 - _all_from(np.asarray(samples) - np.asarray(correct), np.asarray(samples), k)
 
 
-def all_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray:
+def all_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int | np.ndarray) -> np.ndarray:
     """Chance that all of k samples are correct (`worst@k`): C(c, k) / C(n, k).
 
     >>> all_at_k(np.array([3]), np.array([4]), k=2)   # C(3,2)/C(4,2) = 3/6
@@ -65,12 +66,15 @@ def all_at_k(correct: np.ndarray, samples: np.ndarray, *, k: int) -> np.ndarray:
     return _all_from(np.asarray(correct), np.asarray(samples), k)
 
 
-def _all_from(hits: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
+def _all_from(hits: np.ndarray, samples: np.ndarray, k: int | np.ndarray) -> np.ndarray:
     """C(hits, k) / C(samples, k) as a product, so that no factorial overflows."""
-    if k < 1 or (samples < k).any():
+    k_P = np.broadcast_to(k, samples.shape)
+    if (k_P < 1).any() or (samples < k_P).any():
         raise ValueError(f"k={k} samples cannot be drawn from {int(samples.min())}: use 1 <= k <= samples")
-    i = np.arange(k)
-    return np.clip((hits[:, None] - i) / (samples[:, None] - i), 0.0, None).prod(axis=1)
+    i = np.arange(k_P.max(initial=0))
+    drawn = i < k_P[:, None]
+    factors = np.divide(hits[:, None] - i, samples[:, None] - i, out=np.ones(drawn.shape), where=drawn)
+    return np.clip(factors, 0.0, None).prod(axis=1)
 
 
 def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:

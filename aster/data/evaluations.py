@@ -47,14 +47,23 @@ def files_hash(paths: Iterable[str | Path]) -> str:
     return total.hexdigest()
 
 
-def fingerprint(recipe: Recipe, *, weights: str) -> dict[str, str]:
-    """Everything that a score depends on: weights (their hash), data, and the settings that shape a trajectory."""
+def fingerprint(
+    recipe: Recipe, *, weights: str, rounds: Sequence[int], decided_against: Scores | None = None
+) -> dict[str, str]:
+    """Everything that a score depends on: weights (their hash), data, the settings that shape a trajectory, the samples
+    of each round (their seeds differ), and the scores that may end the sampling after a round."""
     settings = {k: v for k, v in recipe.flat().items() if k.startswith(_SETTINGS) or k == "run.seed"}
-    return {
+    made_of = {
         "weights": weights,
         "data": files_hash(recipe.data.val_files),
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "settings": _json_hash(settings),
+        "rounds": " ".join(map(str, rounds)),
     }
+    return made_of if decided_against is None else made_of | {"rival": _json_hash(decided_against)}
+
+
+def _json_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # parts ---------------------------------------------------------------------------------------------------------------

@@ -56,11 +56,13 @@ const said = (word) => String(word || "").replaceAll("_", " ");
 
 // series --------------------------------------------------------------------------------------------------------------
 const points = (run, name) => (run.series[name] ? run.series[name][0].map((step, n) => ({ step, y: run.series[name][1][n] })).filter((p) => finite(p.y)) : []);
+// `*` between slashes is a data source, which may have slashes of its own (openai/gsm8k).
 function matching(run, pattern) {
   if (!pattern.includes("*")) return run.series[pattern] ? [pattern] : [];
-  const re = new RegExp("^" + pattern.replace(/[.+?^${}()|[\]\\]/g, "\\$&").replaceAll("*", "[^/]+") + "$");
+  const re = new RegExp("^" + pattern.replace(/[.+?^${}()|[\]\\]/g, "\\$&").replaceAll("/*/", "/.+/").replaceAll("*", "[^/]+") + "$");
   return Object.keys(run.series).filter((name) => re.test(name));
 }
+const sourceOf = (name) => (name.match(/^val-\w+\/(.+)\/(?:acc|collapse)\//) || [name, name])[1];
 const accuracyNames = (run) => matching(run, "val-core/*/acc/mean@*");
 // The share of a run's steps in each band of calls, from the monitor; of an evaluation, from its own split.
 const BANDS = ["0", "1", "2-4", "5-9", "10-19", "20+"];

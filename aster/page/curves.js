@@ -63,7 +63,7 @@ function linesOf(spec, stage) {
         const p = s[0].map((step, n) => ({ x: step + (several && inSequence ? offset : 0), step, y: s[1][n], low: band[0] ? band[0][1][n] : null, high: band[1] ? band[1][1][n] : null })).filter((q) => finite(q.y));
         let ema = null;
         for (const q of p) { ema = ema === null ? q.y : smooth * ema + (1 - smooth) * q.y; q.drawn = smooth ? ema : q.y; }
-        const key = label || name.split("/")[1];
+        const key = label || sourceOf(name);
         if (!p.length || (spec.zeros && p.every((q) => q.y === 0))) continue;
         any = true;
         const overlaid = several && !inSequence;

@@ -26,7 +26,7 @@ function vital(run) {
   add("validation loss", "val/loss", (x) => x.toFixed(3), { low: 0 });
   add("tool format", "val/tool_format_accuracy", (x) => pct(x), unit);
   add("training reward", "critic/score/mean", (x) => x.toFixed(3), unit);
-  for (const name of accuracyNames(run)) add(`${name.split("/")[1]} ${name.split("/").pop().replace("mean", "avg")}`, name, (x) => pct(x), unit);
+  for (const name of accuracyNames(run)) add(`${sourceOf(name)} ${name.split("/").pop().replace("mean", "avg")}`, name, (x) => pct(x), unit);
   const aux = run.series["collapse/calls_mean"] ? "collapse/" : (matching(run, "val-aux/*/collapse/calls_mean")[0] || "").replace("calls_mean", "");
   if (aux) add("calls per trajectory", `${aux}calls_mean`, (x) => x.toFixed(2), { low: 0 });
   if (aux) add("at most one call", `${aux}ratio`, (x) => pct(x, 0), unit);

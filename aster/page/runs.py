@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from aster.page.steps import PHASES
 from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
 
 _ROLLOUTS = ("rollout_data", "val_rollout_data")
+_MEAN_ACCURACY = re.compile(r"(val-core/(.+)/acc)/mean@(\d+)")  # a data source may have slashes of its own
 _UNREAD = (
     "timing_per_token_ms/",
     "/tool_use_info/",
@@ -174,10 +176,9 @@ def _planned(run: Run) -> int | None:
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
-def _rounded(value: float) -> float | str:
-    """Seven digits are more than a pixel; NaN and infinities travel as text, JSON has none."""
-    number = float(f"{value:.7g}")
-    return number if abs(number) < float("inf") else str(number)
+def _rounded(value: float) -> float:
+    """Seven digits are more than a pixel."""
+    return float(f"{value:.7g}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -213,16 +214,15 @@ def accuracies(run: Run) -> list[Accuracy]:
     """The first and the last validation of a run, per source."""
     out = []
     for name in run.names:
-        parts = name.split("/")
-        if len(parts) == 4 and parts[0] == "val-core" and parts[2] == "acc" and parts[3].startswith("mean@"):
+        if found := _MEAN_ACCURACY.fullmatch(name):
+            core, source, n = found.groups()
             points = run.series(name)
             for step, mean in dict.fromkeys([points[0], points[-1]]):
                 values = run.metrics[step]
                 low, high = values.get(f"{name}/ci_low"), values.get(f"{name}/ci_high")
-                verdicts = _verdicts(run.path, step, parts[1])
-                core, n = "/".join(parts[:3]), parts[3].removeprefix("mean@")
+                verdicts = _verdicts(run.path, step, source)
                 best, majority = (values.get(f"{core}/{kind}@{n}/mean") for kind in ("best", "maj"))
-                out.append(Accuracy(run.name, step, parts[1], parts[3], mean, low, high, verdicts, best, majority))
+                out.append(Accuracy(run.name, step, source, f"mean@{n}", mean, low, high, verdicts, best, majority))
     return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class _Part:
 
     rows: list[dict[str, Any]]
     chunks: list[str]
-    clocks: list[Clocked]
+    clocks: list[Clocked]  # of the rows; the arrays know more
     uids: list[str]
     notes: list[str]
 
@@ -110,31 +111,37 @@ class Collector:
     def __init__(self, *, limit: int, max_chars: int) -> None:
         self._limit, self._max_chars = limit, max_chars
         self._parts: dict[tuple[object, ...], _Part] = {}
+        self._clocks: dict[tuple[object, ...], list[Clocked]] = {}
         self._lines: dict[tuple[object, ...], int] = {}
 
     def collect(self, sources: Sequence[Source]) -> Trajectories:
         """Rows of all rollout files. Past the limit every file gives the same number, its first ones; texts lose their
-        middle past `max_chars`, or earlier where so many trajectories would make a page of over PAGE_CHARS."""
+        middle past `max_chars`, or earlier where so many trajectories would make a page of over PAGE_CHARS.
+
+        Both bounds go down in leaps: a step that was read is read again only when one of them does.
+        """
         steps = [s for index, source in enumerate(sources) for s in self._steps(index, source)]
+        total = sum(s.lines for s in steps)
         quota = _quota([s.lines for s in steps], self._limit)
-        shown = sum(min(s.lines, quota) for s in steps)
-        chars = max(100, min(self._max_chars, PAGE_CHARS // max(shown, 1)))
+        room = _leading_bits(PAGE_CHARS // max(min(total, self._limit), 1))
+        chars = max(100, min(self._max_chars, room))
         timed = {steps[i].stamp for i in _evenly(len(steps), STEP_VIEWS)}
-        out = Trajectories(total=sum(s.lines for s in steps))
-        kept: dict[tuple[object, ...], _Part] = {}
+        out = Trajectories(total=total)
+        parts: dict[tuple[object, ...], _Part] = {}
+        clocks: dict[tuple[object, ...], list[Clocked]] = {}
         for step in steps:
             source = sources[step.run]
             key = (*step.stamp, quota, chars)
-            part = self._parts.get(key) or _read(step, source, quota=quota, max_chars=chars)
-            kept[key] = part
+            part = parts[key] = self._parts.get(key) or _read(step, source, quota=quota, max_chars=chars)
             first_row, first_chunk = len(out.rows), len(out.chunks)
             out.rows += [row | {"c": row["c"] + first_chunk} for row in part.rows]
             out.chunks += part.chunks
             out.notes += part.notes
             if step.stamp in timed:
                 is_training = step.kind == "train"
+                seen = clocks[key] = self._clocks.get(key) or _clocks(step, part, quota=quota)
                 view = step_view(
-                    part.clocks,
+                    seen,
                     phases=source.phases.get(step.step, {}) if is_training else {},
                     began=source.began.get(step.step) if is_training else None,
                     row_of={uid: first_row + n for n, uid in enumerate(part.uids)},
@@ -142,7 +149,7 @@ class Collector:
                 if view is not None:
                     out.steps.append(pack(view))
                     out.step_index.append((step.run, step.kind, step.step))
-        self._parts = kept
+        self._parts, self._clocks = parts, clocks
         return out
 
     def _steps(self, run: int, source: Source) -> Iterator[_Step]:
@@ -165,15 +172,32 @@ class Collector:
         return self._lines[key]
 
 
+def page_json(value: object) -> str:
+    """As the page's scripts can parse it: JSON has no NaN and no infinities, which travel as text."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return page_json(_finite(value))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def pack(value: object) -> str:
-    raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    raw = page_json(value).encode("utf-8", "surrogatepass")
     return base64.b64encode(gzip.compress(raw, mtime=0)).decode()
 
 
 def _quota(sizes: Sequence[int], limit: int) -> int:
-    """The largest number of rows per file such that the sum stays within `limit`; small files leave room to others."""
+    """A number of rows per file such that the sum stays within `limit`, about the largest; small files leave room to
+    others."""
     if sum(sizes) <= limit:
-        return max(sizes, default=0)
+        return limit
     low, high = 0, max(sizes)
     while low < high:
         middle = (low + high + 1) // 2
@@ -181,15 +205,31 @@ def _quota(sizes: Sequence[int], limit: int) -> int:
             low = middle
         else:
             high = middle - 1
-    return low
+    return _leading_bits(low)
+
+
+def _leading_bits(number: int) -> int:
+    """With its three leading bits, so four values between a number and twice that; at most a fifth is lost.
+
+    >>> [_leading_bits(n) for n in (0, 5, 1111, 1300, 1791, 1792)]
+    [0, 5, 1024, 1280, 1536, 1792]
+    """
+    low = max(number.bit_length() - 3, 0)
+    return number >> low << low
 
 
 def _evenly(count: int, most: int) -> list[int]:
+    """At most `most` of them, the last one included; those before mostly stay chosen while `count` grows.
+
+    >>> _evenly(3, 5), _evenly(9, 3), _evenly(10, 4)
+    ([0, 1, 2], [0, 4, 8], [0, 4, 8, 9])
     """
-    >>> _evenly(3, 5), _evenly(9, 3)
-    ([0, 1, 2], [0, 4, 8])
-    """
-    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    if count <= most:
+        return list(range(count))
+    stride = 1
+    while len(range(0, count - 1, stride)) >= most:
+        stride *= 2
+    return [*range(0, count - 1, stride), count - 1]
 
 
 # one step ------------------------------------------------------------------------------------------------------------
@@ -206,10 +246,8 @@ def _read(step: _Step, source: Source, *, quota: int, max_chars: int) -> _Part:
     wanted = {str(row["uid"]) for row in found if row.get("uid")}
     tokens: dict[str, dict[str, Any]] = {}
     lost: list[dict[str, Any]] = []
-    clocks = clocks_of_rows(found)
     if step.arrays is not None and quota:
         try:
-            clocks = read_clocks(step.arrays)
             if isinstance(source.texts, TokenTexts):
                 tokens = dict(_token_views(step.arrays, source.texts, uids=wanted, max_chars=max_chars))
             lost = list(_lost(step.arrays, step=step.step, texts=source.texts, most=quota))
@@ -228,7 +266,16 @@ def _read(step: _Step, source: Source, *, quota: int, max_chars: int) -> _Part:
         details.append(detail)
     chunks = [pack(details[i : i + CHUNK]) for i in range(0, len(details), CHUNK)]
     uids = [str(row.get("uid") or "") for row in found]
-    return _Part(rows, chunks, clocks, uids, notes)
+    return _Part(rows, chunks, clocks_of_rows(found), uids, notes)
+
+
+def _clocks(step: _Step, part: _Part, *, quota: int) -> list[Clocked]:
+    if step.arrays is None or not quota:
+        return part.clocks
+    try:
+        return read_clocks(step.arrays)
+    except (pa.ArrowException, OSError, KeyError):  # policy: as in `_read`, whose note says so
+        return part.clocks
 
 
 def _token_views(
@@ -255,42 +302,39 @@ def _lost(path: Path, *, step: int, texts: TokenTexts | str, most: int) -> Itera
     names += ["prompt_ids"]
     table = pq.read_table(path, columns=names, filters=[("lost", "=", True)]).slice(0, most)
     for row in table.to_pylist():
-        calls = sum(turn["call"] is not None for turn in row["turns"])
-        readable = isinstance(texts, TokenTexts)
-        output, spans, at = "", [], 0
-        for turn in row["turns"]:
-            if isinstance(texts, TokenTexts):
-                output += texts.text(row["ids"][at : turn["start"]])
-                begin = len(output)
-                output += texts.text(row["ids"][turn["start"] : turn["stop"]])
-                spans.append((begin, len(output)))
-                at = turn["stop"]
         timing = row["timing"]
         yield {
             **{name: row[name] for name in ("uid", "row_id", "sample", "data_source", "error", "engine")},
-            "input": texts.text(row["prompt_ids"]) if isinstance(texts, TokenTexts) else "",
-            "output": output,
             "acc": None,
             "replaced": True,
             "stop_reason": row["cause"],
-            "tool_calls": calls,
+            "tool_calls": sum(turn["call"] is not None for turn in row["turns"]),
             "response_tokens": len(row["ids"]),
             "began_unix": timing["began_unix"],
             "seconds": timing["total_s"],
             **{name: timing[name] for name in ("generate_s", "tool_s", "queue_s")},
-            "turns": [
-                {
-                    "text": span,
-                    "tokens": turn["stop"] - turn["start"],
-                    "finish_reason": turn["finish_reason"],
-                    "seconds": round(turn["ended_s"] - turn["began_s"], 4),
-                    "call": turn["call"],
-                }
-                for turn, span in zip(row["turns"], spans, strict=True)
-            ]
-            if readable
-            else [],
+            **(_spelt(row, texts) if isinstance(texts, TokenTexts) else {"input": "", "output": "", "turns": []}),
         }
+
+
+def _spelt(row: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
+    """What a row of the arrays says in words: `input`, `output`, and the turns with where each stands in the output."""
+    output, turns, at = "", [], 0
+    for turn in row["turns"]:
+        output += texts.text(row["ids"][at : turn["start"]])
+        begin = len(output)
+        output += texts.text(row["ids"][turn["start"] : turn["stop"]])
+        turns.append(
+            {
+                "text": (begin, len(output)),
+                "tokens": turn["stop"] - turn["start"],
+                "finish_reason": turn["finish_reason"],
+                "seconds": round(turn["ended_s"] - turn["began_s"], 4),
+                "call": turn["call"],
+            }
+        )
+        at = turn["stop"]
+    return {"input": texts.text(row["prompt_ids"]), "output": output, "turns": turns}
 
 
 def _row(row: dict[str, Any], step: _Step) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def turns_of(row: dict[str, Any], *, max_chars: int) -> Iterator[dict[str, Any]]
             "tok": measured.get("tokens"),
             "end": measured.get("finish_reason"),
         }
-        yield {name: value for name, value in turn.items() if value not in (None, "", [], False)} | (
+        # a call that took 0.0 s is no call without a time, and 0.0 == False
+        yield {k: v for k, v in turn.items() if v is not None and v is not False and v not in ("", [])} | (
             {"obs": turn["obs"]} if call else {}
         )
 

@@ -114,6 +114,7 @@ def make_run(
     steps: int = 3,
     right: int = 1,
     calls: int = 1,
+    source: str = "aime",
     event: str | None = f"few calls {HOSTILE}",
 ) -> Path:
     """Two groups of three a step, one attempt of the first step lost and run again; a validation of nine problems."""
@@ -142,7 +143,7 @@ def make_run(
             write_rollouts(recipe.run.path / "rollout_data", train, step=step, decode=decode)
             gaps = {t.uid: np.where(t.mask, -20, 0).astype(np.int8) for g in train for t in g.trajectories if t.sample}
             write_trajectories_parquet(recipe.run.path / "trajectories", train, step=step, gaps=gaps)
-        val = [group(f"problem {i}", steps, *[i % 3 < right] * 2, source="aime", kind="val") for i in range(9)]
+        val = [group(f"problem {i}", steps, *[i % 3 < right] * 2, source=source, kind="val") for i in range(9)]
         tracker.log(steps, validation_metrics(val, n=2))
         write_validation(recipe.run.path / "val_rollout_data", val, step=steps, decode=decode)
         if event is not None:

@@ -152,14 +152,16 @@ async def test_advantages_reach_the_learner_with_their_sign(tmp_path):
 async def test_leaves_of_trees_have_an_advantage_for_each_stretch_between_two_splits(tmp_path):
     events, learners = [], FakeLearners([])
     more = ["run.steps=1", "rollout.group_size=4", "rollout.tree_turns=[1]", "algo.mini_batch_prompts=2"]
-    pool = FakePool(events, lambda _, i: float(i == 0))
-    await loop(recipe(tmp_path, *more), events, learners=learners, pool=pool).run()
+    pool, log = FakePool(events, lambda _, i: float(i == 0)), MemoryLog()
+    await loop(recipe(tmp_path, *more), events, learners=learners, pool=pool, log=log).run()
     assert [(w.tree_turns, w.tree_factor) for w in pool.submitted] == [((1,), 2)] * 2
     # a fake trajectory: turn 0 has two model tokens, turn 1 (after the split) one. Two trees, rewards (1, 0) and
     # (0, 0), std 0.5: before the split 3/4 * 2 * (0.5 - 0.25) / 0.5 = 0.75 and -0.75, after it 1.5, -1.5, 0, 0
     values = np.concatenate(learners.advantages)
     expected = sorted([*[0.75] * 4, *[-0.75] * 4, 1.5, -1.5, 0.0, 0.0] * 2)
     np.testing.assert_allclose(np.sort(values), expected, atol=1e-4)
+    logged = [log.lines[0][1][f"critic/advantages/{s}"] for s in ("mean", "max", "min")]
+    np.testing.assert_allclose(logged, [np.mean(expected), 1.5, -1.5], atol=1e-4)
 
 
 async def test_validation_never_grows_trees(tmp_path):

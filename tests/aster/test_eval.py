@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from aster import eval as evaluation
 from aster.checkpoints import checkpoints_of
@@ -74,7 +75,7 @@ def test_an_evaluation_writes_scores_hashes_and_token_exact_trajectories(bench: 
     assert result.values["val-core/aime/acc/mean@4"] == 0.5
     written = json.loads((bench.root / "e/eval.json").read_text())
     assert written["val-core/hmmt/acc/mean@4/ci_low"] < 0.5
-    assert set(written["hashes"]) == {"weights", "data", "settings"}
+    assert set(written["hashes"]) == {"weights", "data", "settings", "rounds"}
     assert (written["samples"], written["step"], written["verdicts_that_differ"]) == (4, 0, 0)
     assert len(list(read_trajectories(bench.root / "e/trajectories/0.parquet"))) == 24
     assert (bench.root / "e/disagreements/0.jsonl").read_text() == ""
@@ -139,6 +140,41 @@ def test_sampling_stops_when_the_difference_is_decided_and_not_before(bench: Ben
     assert len(same.groups[0].trajectories) == 16
 
 
+def test_samples_drawn_until_decided_and_all_at_once_are_never_mixed(bench: Bench) -> None:
+    bench.reward = lambda of, sample: 0.0
+    bench.run(bench.recipe("worse", "eval.samples=4"))
+    rival = Rival(bench.root / "worse", read_scores(bench.root / "worse"), until_decided=True)
+    for name, killed, restarted in (("a", rival, None), ("b", None, rival)):
+        answers = [1.0] * 9
+        bench.reward = lambda of, sample, answers=answers: answers.pop()
+        with pytest.raises(IndexError):
+            bench.run(bench.recipe(name, "eval.samples=4"), rival=killed)
+        bench.reward = lambda of, sample: 1.0
+        with pytest.raises(ConfigError, match="other rounds"):
+            bench.run(bench.recipe(name, "eval.samples=4"), rival=restarted)
+        bench.run(bench.recipe(name, "eval.samples=4"), rival=killed)
+
+
+def test_a_step_of_the_curve_that_was_decided_early_is_no_full_one(bench: Bench) -> None:
+    bench.reward = lambda of, sample: 0.0
+    bench.run(bench.recipe("worse", "eval.samples=16"))
+    rival = Rival(bench.root / "worse", read_scores(bench.root / "worse"), until_decided=True)
+    bench.reward = lambda of, sample: 1.0
+    recipe = bench.recipe("curve", "eval.samples=16")
+
+    def samples(rival: Rival | None) -> int:
+        return len(bench.run(recipe, step=10, reuse=True, rival=rival).groups[0].trajectories)
+
+    few = samples(rival)
+    assert few < 16
+    assert samples(None) == 16
+    assert samples(rival) == few
+    as_good = Rival(
+        rival.path, {s: dict.fromkeys(of, [1.0] * 16) for s, of in rival.scores.items()}, until_decided=True
+    )
+    assert samples(as_good) == 16, "decided against one rival is not decided against another"
+
+
 def test_every_round_samples_with_seeds_of_its_own(bench: Bench) -> None:
     bench.reward = lambda of, sample: 0.0
     bench.run(bench.recipe("a", "eval.samples=8"))
@@ -178,6 +214,48 @@ def test_a_finished_step_is_read_again_only_for_the_same_weights_data_and_settin
     (bench.root / "model/config.json").write_text('{"another": "model"}')
     bench.run(recipe, step=10, reuse=True)
     assert bench.sampled == 3 * before
+
+
+@pytest.mark.parametrize(("own", "named"), [("", "huggingface"), ("model", "model")])
+def test_all_checkpoints_are_in_one_metrics_file_under_the_recipe_that_was_asked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: str, named: str
+) -> None:
+    steps = [bench.root / f"rl/checkpoints/global_step_{n}" for n in (3, 20)]
+    for path in steps:
+        path.mkdir(parents=True)
+        (path / "driver.json").write_text(json.dumps({"step": path.name}))
+
+    def merged(source: Path, target: Path, *, dtype: str) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+
+    served: list[str] = []
+    rollouts = bench.rollouts
+
+    def noting(recipe: Recipe, *, sandboxes: object) -> contextlib.AbstractAsyncContextManager[Rollouts]:
+        served.append(recipe.model.path)
+        return rollouts(recipe, sandboxes=sandboxes)
+
+    monkeypatch.setattr("aster.merge.merge", merged)
+    monkeypatch.setattr("aster.launch.rollouts", noting)
+    monkeypatch.setattr("aster.launch.cluster", lambda recipe: contextlib.nullcontext())
+    monkeypatch.setattr("aster.launch.sandboxes", lambda recipe: contextlib.nullcontext())
+    run = bench.root / "curve"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"run_id": "older", "step": 99, "time": 0.0}) + "\n")
+    model = bench.root / own if own else "''"
+    command = ["eval", "--recipe", "cpu_eval", "--checkpoint", str(bench.root / "rl"), f"run.dir={bench.root}"]
+    command += ["run.name=curve", "run.resume=false", "run.tensorboard=false", "eval.samples=1", f"model.path={model}"]
+    assert main([*command, f"data.val_files=[{bench.root / 'bench.parquet'}]"]) == 0
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 20]
+    assert len({line["config_hash"] for line in lines}) == len({line["run_id"] for line in lines}) == 1
+    assert (run / "metrics.older.jsonl").is_file()
+    assert [Path(path).parent.name.startswith("merged-") for path in served] == [True, True]
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["model"]["path"] == str(bench.root / own if own else steps[0] / "huggingface")
+    assert Path(written["model"]["path"]).name == named
 
 
 def test_a_rival_of_other_data_is_refused_before_anything_is_sampled(bench: Bench) -> None:

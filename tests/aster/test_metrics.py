@@ -1,3 +1,4 @@
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -36,12 +37,13 @@ def trajectory(
     verdicts: Verdicts | None = None,
     timing: Timing = Timing(),  # noqa: B008 - frozen
     version: int = 2,
+    uid: str = "u",
 ) -> Trajectory:
     """`model` sampled tokens, then `observed` tokens; one turn per outcome and a last one."""
     mask = np.array([True] * model + [False] * observed, bool)
     turns = [Turn(0, 0, "stop", 0, 0, ToolCall("a = 1\nb = 2", "ok", o, "", 0.1)) for o in outcomes]
     return Trajectory(
-        uid="u",
+        uid=uid,
         row_id="r",
         sample=0,
         prompt_ids=np.zeros(prompt, np.int32),
@@ -68,18 +70,48 @@ LOST = trajectory(1000, reward=None, cause=Cause.SANDBOX_LOST)
 
 def test_scores_lengths_and_turns_by_hand() -> None:
     ok, bad = ToolOutcome.SUCCESS, ToolOutcome.RUNTIME_ERROR
-    a = trajectory(10, observed=10, outcomes=(ok, ok, bad), reward=1.0, prompt=4)
-    b = trajectory(40, reward=0.0, cause=Cause.MAX_TOKENS, prompt=6)
-    v = rollout_metrics([group(a, b)])
+    a = trajectory(10, observed=10, outcomes=(ok, ok, bad), reward=1.0, prompt=4, uid="a")
+    b = trajectory(40, reward=0.0, cause=Cause.MAX_TOKENS, prompt=6, uid="b")
+    v = rollout_metrics([group(a, b)], advantages={"a": 1 / sqrt(2), "b": -1 / sqrt(2)})
     assert [v[f"critic/score/{s}"] for s in ("mean", "max", "min")] == [0.5, 1.0, 0.0]
     assert [v[f"response_length/{s}"] for s in ("mean", "max", "min", "clip_ratio")] == [30, 40, 20, 0.5]
     assert v["response_length_non_aborted/mean"] == 30
     assert [v[f"prompt_length/{s}"] for s in ("mean", "max", "min")] == [5, 6, 4]
     assert [v[f"num_turns/{s}"] for s in ("mean", "max", "min")] == [(3 + 4 + 1 + 1 + 1) / 2, 8, 2]
     assert (v["training/acc"], v["training/score"], v["training/final_reward"]) == (0.5, 0.5, 0.5)
-    # A = +-1/sqrt(2) (sample std of 1 and 0 is 0.7071); 10 tokens carry the one, 40 the other
-    assert v["critic/advantages/mean"] == pytest.approx((10 - 40) / 50 / sqrt(2), abs=1e-5)
-    assert v["critic/returns/max"] == pytest.approx(1 / sqrt(2), abs=1e-5)
+    # 10 tokens carry the one advantage, 40 the other
+    assert v["critic/advantages/mean"] == pytest.approx((10 - 40) / 50 / sqrt(2))
+    assert v["critic/returns/max"] == pytest.approx(1 / sqrt(2))
+
+
+def test_a_shaped_reward_moves_rewards_variance_and_advantages_and_leaves_the_score_alone() -> None:
+    short = trajectory(10, uid="short")
+    long = trajectory(30, outcomes=(ToolOutcome.SUCCESS,) * 3, uid="long")  # right too, and punished for its length
+    untrained = trajectory(500, cause=Cause.MAX_TOKENS, uid="untrained")
+    v = rollout_metrics(
+        [group(short, long, untrained)],
+        advantages={"short": 1.0, "long": -1.0},
+        reward=lambda t: 0.5 if t.uid == "long" else 1.0,
+    )
+    assert (v["critic/score/mean"], v["training/acc"], v["training/all_correct_groups_ratio"]) == (1, 1, 1)
+    assert v["critic/rewards/mean"] == pytest.approx(2.5 / 3)
+    assert v["training/zero_variance_groups_ratio"] == 0
+    assert v["critic/advantages/mean"] == pytest.approx((10 - 30) / 40)
+    assert v["collapse/advantage_weighted_calls"] == pytest.approx(-3 / 3), "what the loss pushes down reads below 0"
+    assert "critic/advantages/mean" not in rollout_metrics([group(short, long)])
+
+
+def test_advantages_of_a_tree_count_token_by_token_and_call_by_call() -> None:
+    call = ToolCall("1", "ok", ToolOutcome.SUCCESS, "", 0.1)
+    leaf = replace(
+        trajectory(6, prompt=2),
+        turns=(Turn(0, 2, "stop", 0, 0, call), Turn(2, 5, "stop", 0, 0, call, (call,)), Turn(5, 6, "stop", 0, 0)),
+    )
+    #                       prompt    turn 0      turn 1       turn 2
+    advantage_S = np.array([9.0, 9.0, 0.5, 0.5, -1.0, -1.0, -1.0, -1.0])
+    v = rollout_metrics([group(leaf)], advantages={"u": advantage_S})
+    assert [v[f"critic/advantages/{s}"] for s in ("mean", "max", "min")] == [-0.5, 0.5, -1.0]
+    assert v["collapse/advantage_weighted_calls"] == 0.5 - 2 * 1.0
 
 
 def test_tool_metrics_by_hand() -> None:

@@ -107,6 +107,50 @@ def test_the_peak_of_a_32k_micro_batch_is_below_30_gb():
     assert sum(learner_memory(QWEN3_4B, replace(work(8), micro_batch_tokens=32_768)).values()) < 30 * GB
 
 
+def test_without_checkpointing_nothing_is_computed_twice():
+    kept = make_plan(QWEN3_4B, H200, work(64, 10_000, "learner.micro_batch_tokens=18432"))
+    gone = make_plan(
+        QWEN3_4B,
+        H200,
+        replace(work(64, 10_000, "model.gradient_checkpointing=false"), micro_batch_tokens=10_000, fused=True),
+    )
+    assert (kept.update_s, gone.update_s) == (4 * kept.proximal_s, 3 * kept.proximal_s)
+
+
+def test_an_engine_runs_no_more_sequences_than_it_is_allowed():
+    few = make_plan(QWEN3_4B, H100, work(8, 10_000, "rollout.max_num_seqs=16"))
+    assert (few.sequences, few.full_sequences) == (16, 16)
+    # 128 trajectories in 8 waves of 8,500 tokens, each a pass over 8.04 GB and 16 * 5,000 * 147,456 B at 2.01e12 B/s
+    assert few.decode_s == pytest.approx(671, rel=0.01)
+
+
+def test_lora_keeps_gradients_and_moments_of_its_adapters_alone():
+    at = work(8, 10_000, "lora.rank=16")
+    # a layer: q 2560 + 4096, k and v 2560 + 1024 each, o 4096 + 2560, gate, up and down 2560 + 9728 each
+    adapters = 16 * 36 * (6656 + 2 * 3584 + 6656 + 3 * 12_288)
+    parts = learner_memory(QWEN3_4B, at)
+    assert parts["sharded masters, gradients, Adam"] == 16 * adapters / 8
+    assert parts["sharded frozen weights"] / GB == pytest.approx(8.04 / 8, abs=0.01)
+    assert parts["gradient of the embedding, whole"] == 0
+    got = make_plan(QWEN3_4B, H100, at)
+    assert got.disk_checkpoints == 3 * 12 * adapters
+    weights_alone = 10.24e6 * 2 * 4.022e9 / (0.4 * 989e12 * 8)
+    assert plan(8).update_s - got.update_s == pytest.approx(weights_alone, rel=0.01)
+    assert make_plan(QWEN3_4B, H100, work(1, 10_000, "lora.rank=16", "learner.micro_batch_tokens=18432"))
+    with pytest.raises(ConfigError, match=r"lora\.targets names wqkv"):
+        learner_memory(QWEN3_4B, work(8, 10_000, "lora.rank=16", "lora.targets=[wqkv]"))
+
+
+def test_a_kl_penalty_costs_a_forward_pass_and_without_lora_a_second_model():
+    got = make_plan(QWEN3_4B, H100, work(8, 10_000, "algo.kl_coef=0.01"))
+    assert got.reference_s == got.proximal_s > 0
+    assert got.step_s == pytest.approx(plan(8).step_s + got.reference_s)
+    assert got.learner_memory["sharded reference model in fp32"] / GB == pytest.approx(16.09 / 8, abs=0.01)
+    adapters = make_plan(QWEN3_4B, H100, work(8, 10_000, "algo.kl_coef=0.01", "lora.rank=16"))
+    assert adapters.reference_s == got.reference_s
+    assert "sharded reference model in fp32" not in adapters.learner_memory
+
+
 def test_what_cannot_fit_is_refused_with_the_sum_and_the_cure():
     with pytest.raises(ConfigError, match=r"learner rank does not fit h100-80: 64\.4 .* GB, and .* 76\.0 .*offload"):
         make_plan(QWEN3_4B, H100, work(1))

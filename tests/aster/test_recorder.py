@@ -132,6 +132,26 @@ def test_a_step_is_one_line_with_all_its_values_after_its_files(tmp_path):
     assert values["timing_s/record"] > 0
 
 
+def test_the_rewards_of_a_step_are_those_that_the_recipe_shapes(tmp_path):
+    log = MemoryLog()
+    # 3 of 4 tokens behind the beginning of the buffer: both rewards, 0 and 1, lose 3/4
+    r = recipe(tmp_path, "budget.max_response_tokens=5", "algo.overlong_buffer_tokens=4")
+    advantages = {t.uid: 2.0 * t.sample for t in group().trajectories}
+    RunRecord(r, log, decode).step(1, [group()], {}, seconds={}, advantages=advantages)
+    values = log.lines[0][1]
+    assert (values["critic/score/mean"], values["critic/rewards/mean"]) == (0.5, -0.25)
+    assert (values["critic/advantages/min"], values["critic/advantages/max"]) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize(("placement", "gpus"), [("disaggregated", 3 + 2), ("colocated", 3)])
+def test_throughput_is_per_gpu_and_a_shared_one_counts_once(tmp_path, placement, gpus):
+    log = MemoryLog()
+    more = ["learner.world_size=3", "rollout.engines=2", "learner.micro_batch_tokens=32768"]
+    r = recipe(tmp_path, f"cluster.placement={placement}", *more)
+    RunRecord(r, log, decode).step(1, [group()], {}, seconds={"step": 2.0})
+    assert log.lines[0][1]["perf/throughput"] == pytest.approx(2 * 7 / 2.0 / gpus)
+
+
 def test_failures_of_groups_that_were_not_learnt_from_count_and_stale_ones_did_not_fail(tmp_path):
     log = MemoryLog()
     RunRecord(recipe(tmp_path), log, decode).step(

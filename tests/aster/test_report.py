@@ -2,8 +2,11 @@ import argparse
 import base64
 import gzip
 import json
+import math
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from report_runs import HOSTILE, make_run
 
 from aster.errors import ConfigError, DataError
+from aster.page import trajectories
 from aster.page.trajectories import Collector, Source
 from aster.report import follow, main
 
@@ -129,6 +133,28 @@ def test_series_and_config_of_each_run_are_complete(page: Page) -> None:
     assert second["config"]["optim.lr"] == 2e-6
 
 
+def test_numbers_that_json_has_not_are_text_in_the_page(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "infinite"
+    shutil.copytree(root / "stage1", run)
+    config = (run / "config.yaml").read_text().replace("mismatch_alarm_k3: 0.01", "mismatch_alarm_k3: .inf")
+    (run / "config.yaml").write_text(config)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "time": 9e9, "actor/grad_norm": "inf"}\n')
+    rows = [json.loads(line) | {"mean_logprob": math.nan} for line in (run / "rollout_data/1.jsonl").open()]
+    (run / "rollout_data/1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+
+    def strictly(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    [shown] = strictly(page.scripts["data"])["runs"]
+    assert shown["config"]["rollout.mismatch_alarm_k3"] == "inf"
+    assert shown["series"]["actor/grad_norm"] == [[3], ["inf"]]
+    chunk = strictly(gzip.decompress(base64.b64decode(page.scripts["chunk-0"])).decode())
+    assert chunk[0]["mean_logprob"] == "nan"
+
+
 def test_accuracies_are_compared_on_the_same_problems(page: Page) -> None:
     first, second = page.data["accuracy"]
     assert (first["source"], first["metric"], first["versus"], first["problems"]) == ("aime", "mean@2", None, 9)
@@ -141,6 +167,14 @@ def test_accuracies_are_compared_on_the_same_problems(page: Page) -> None:
         pytest.approx(1 / 3 - half, abs=1e-3),
         pytest.approx(1 / 3 + half, abs=1e-3),
     )
+
+
+def test_a_data_source_may_have_a_slash_in_its_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "hub", source="openai/gsm8k", steps=1)
+    assert main([str(run)]) == 0
+    [row] = Page(run / "report.html").data["accuracy"]
+    assert (row["source"], row["metric"], row["problems"]) == ("openai/gsm8k", "mean@2", 9)
+    assert row["mean"] == pytest.approx(1 / 3)
 
 
 def test_a_limit_takes_the_same_number_from_every_step(root: Path, tmp_path: Path) -> None:
@@ -220,6 +254,14 @@ def test_dry_run_names_what_it_would_read_and_writes_nothing(root: Path, capsys:
 
 
 # tokens, clocks, what was lost ----------------------------------------------------------------------------------------
+
+
+def test_dry_run_of_a_followed_run_stops_too(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aster.report.follow", lambda args: pytest.fail("it follows"))
+    assert main(["--follow", str(root / "stage1"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("report.html, again every 30 s")
 
 
 def test_the_tokens_of_a_trajectory_spell_its_text_and_carry_mask_probability_and_version(page: Page) -> None:
@@ -321,6 +363,58 @@ def test_a_collector_that_read_before_says_the_same_as_a_fresh_one(tmp_path: Pat
     fresh = Collector(limit=10_000, max_chars=20_000).collect([Source(run, "no tokenizer")])
     assert len(fresh.rows) == 12 + 18 * 2 + 1
     assert again == fresh
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each rollout file was read for its rows, and each file of arrays for its clocks."""
+    seen: Counter[str] = Counter()
+    for name in ("read_rows", "read_clocks"):
+        read = getattr(trajectories, name)
+
+        def counted(path: Path, read: Callable[..., Any] = read, **options: Any) -> Any:
+            seen[path.name] += 1
+            return read(path, **options)
+
+        monkeypatch.setattr(trajectories, name, counted)
+    return seen
+
+
+def grown(root: Path, *, steps: int) -> Iterator[Path]:
+    """A training run of so many steps, six trajectories each, one step more every time."""
+    run = make_run(root, "growing", steps=steps)
+    shutil.rmtree(run / "val_rollout_data")
+    (run / "later").mkdir()
+    for step in range(1, steps + 1):
+        (run / f"rollout_data/{step}.jsonl").rename(run / f"later/{step}.jsonl")
+    for step in range(1, steps + 1):
+        (run / f"later/{step}.jsonl").rename(run / f"rollout_data/{step}.jsonl")
+        yield run
+
+
+def test_a_step_that_was_read_is_not_read_again(tmp_path: Path, reads: Counter[str]) -> None:
+    collector = Collector(limit=10_000, max_chars=20_000)
+    for number, run in enumerate(grown(tmp_path, steps=4), 1):
+        reads.clear()
+        assert len(collector.collect([Source(run, "no tokenizer")]).rows) >= 6 * number
+        assert reads == {f"{number}.jsonl": 1, f"{number}.parquet": 1}
+
+
+def test_past_the_limits_a_step_is_read_again_only_when_they_leap(
+    tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "PAGE_CHARS", 120_000)
+    monkeypatch.setattr(trajectories, "STEP_VIEWS", 3)
+    collector = Collector(limit=100, max_chars=20_000)
+    for number, run in enumerate(grown(tmp_path, steps=32), 1):
+        if number == 24:
+            reads.clear()
+        collector.collect([Source(run, "no tokenizer")])
+    assert reads["1.jsonl"] == 1, "4 of each for 25 steps, then 3"
+    clocks = sum(count for name, count in reads.items() if name.endswith(".parquet"))
+    assert clocks == 9 + 2, "of the newest step each time, and with the leap of the two others that are timed"
+    fresh = Collector(limit=100, max_chars=20_000).collect([Source(run, "no tokenizer")])
+    assert collector.collect([Source(run, "no tokenizer")]) == fresh
 
 
 def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_not(

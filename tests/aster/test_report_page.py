@@ -184,6 +184,16 @@ def test_a_run_with_losses_only_and_a_torn_one_are_drawn_too(browser: Browser, t
     assert browser.errors == []
 
 
+def test_a_data_source_named_as_on_the_hub_has_its_accuracy_and_its_curve(browser: Browser, tmp_path: Path) -> None:
+    browser.errors.clear()
+    run = make_run(tmp_path, "hub", source="openai/gsm8k", steps=1)
+    assert main([str(run)]) == 0
+    browser.open(run / "report.html")
+    assert "openai/gsm8k avg@2" in texts(browser, ".tile .label")
+    assert "Validation accuracy" in texts(browser, "#charts figcaption b")
+    assert browser.errors == []
+
+
 def test_a_live_page_says_how_old_it_is_and_reloads_itself(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path, "live", steps=1)
     page = run / "report.html"

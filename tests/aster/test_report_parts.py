@@ -10,6 +10,7 @@ from report_runs import encode, tokenizer
 
 from aster.page.steps import Clocked, clocks_of_rows, step_view
 from aster.page.tokens import TokenArrays, TokenTexts, find_tokenizer, token_view
+from aster.page.turns import turns_of
 
 
 def clocked(uid: str, began: float, *, engine: str = "engine-0", total_s: float = 2.0) -> Clocked:
@@ -104,3 +105,12 @@ def test_without_the_token_file_a_clock_is_made_of_the_rows_turns() -> None:
     assert clock.calling == ((1.0, 1.5),)
     assert clock.right is False
     assert clock.began == pytest.approx(100.0)
+
+
+def test_a_refused_call_took_no_seconds_and_says_so() -> None:
+    call = {"tool": "", "code": "", "status": "format_error", "outcome": "format_error", "seconds": 0.0}
+    call |= {"state_lost": False}
+    row = {"output": "x", "turns": [{"text": [0, 1], "tokens": 0, "finish_reason": "stop", "seconds": 0, "call": call}]}
+    [turn] = turns_of(row, max_chars=100)
+    assert (turn["call_s"], turn["s"], turn["tok"], turn["obs"]) == (0.0, 0, 0, "")
+    assert turn.keys().isdisjoint({"think", "code", "lost", "more"}), "what is empty is left out"

@@ -55,6 +55,14 @@ def test_a_verdict_that_differs_from_the_stored_one_is_listed(tmp_path):
     assert [(c["uid"], c["stored"], c["math_verify"]) for c in result.changed] == [("a", False, True)]
 
 
+def test_a_data_source_may_have_a_slash_in_its_name(tmp_path):
+    row = {"output": r"\boxed{2}", "data_source": "openai/gsm8k", "ground_truth": "2"}
+    (tmp_path / "3.jsonl").write_text(json.dumps(row) + "\n")
+    rescore(tmp_path)
+    assert json.loads((tmp_path / "report/rescore.json").read_text())["scores"] == {"openai/gsm8k": {"3": 1.0}}
+    assert (tmp_path / "report/openai%2Fgsm8k.csv").read_text() == "step,avg_score\n3,1.0\n"
+
+
 def test_a_folder_without_rows_to_judge_says_so(tmp_path):
     (tmp_path / "0.jsonl").write_text('{"output": "x"}\n')
     with pytest.raises(DataError, match="nothing to judge"):

@@ -266,3 +266,4 @@ def test_the_summary_shows_validation_with_its_interval() -> None:
     values = {"val-core/aime/acc/mean@16": 0.5, "val-core/aime/acc/mean@16/ci_low": 0.4}
     values["val-core/aime/acc/mean@16/ci_high"] = 0.6
     assert summary_line(values) == "aime mean@16 0.500 [0.400, 0.600]"
+    assert summary_line({"val-core/openai/gsm8k/acc/mean@1": 0.5}) == "openai/gsm8k mean@1 0.500"

@@ -47,6 +47,13 @@ def test_every_metric_of_ours_is_drawn_somewhere() -> None:
     assert EXPORTED - drawn == set()
 
 
+def test_no_alert_takes_a_series_younger_than_its_window_for_one_that_stands_still() -> None:
+    windows = [(rule, *found) for rule in RULES for found in re.findall(r"changes\((\w+)\[(\w+)\]\)", rule["expr"])]
+    assert windows
+    for rule, name, window in windows:
+        assert f"and {name} offset {window} > 0" in rule["expr"], rule["alert"]
+
+
 def test_labels_in_expressions_and_legends_are_labels_of_the_metric() -> None:
     labels = {f"ray_{name}": {"run", label} for name, label, _ in RUN_FAMILIES.values()} | {
         "ray_aster_events_total": {"run", "event"}

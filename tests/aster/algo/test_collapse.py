@@ -105,6 +105,27 @@ def test_repeats_errors_and_recoveries_are_counted() -> None:
     assert (use.errors, use.recovered) == (3, 1)
 
 
+def test_a_call_that_could_not_be_read_neither_repeats_nor_builds_on_anything() -> None:
+    refused = ToolOutcome.FORMAT_ERROR
+    t = trajectory(
+        (5, call("", refused)),
+        (5, call("y = 1", refused)),
+        (5, call("x = 1")),
+        (5, call("", refused)),
+        (5, call("y")),  # what would have defined it did not run
+        (5, call("x")),
+        (5, call("x", refused)),
+        (5, call("x", ToolOutcome.TIMEOUT)),
+    )
+    use = tool_use(t)
+    assert (use.calls, use.later_calls, use.reusing_calls, use.repeated_calls) == (8, 3, 2, 1)
+    values = collapse_metrics([group(t)])
+    assert values["collapse/state_reuse_ratio"] == pytest.approx(2 / 3)
+    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 3)
+    only_one_ran = trajectory((5, call("x = 1")), (5, call("x", refused)))
+    assert "collapse/state_reuse_ratio" not in collapse_metrics([group(only_one_ran)])
+
+
 @pytest.mark.parametrize(
     ("code", "reads", "writes"),
     [
@@ -146,7 +167,9 @@ def test_metrics_by_hand_over_four_trajectories() -> None:
     one = trajectory((50, call("1")), (50, None), reward=0.0)
     three = trajectory((10, call("x=1")), (10, call("x")), (10, call("x")), (70, None), reward=1.0)
     lost = trajectory((10, call("1")), reward=None, cause=Cause.SANDBOX_LOST)
-    values = collapse_metrics([group(none, one, three, lost)], advantages=group_advantages)
+    of_none, of_one, of_three = group_advantages(np.array([0.0, 0.0, 1.0])).tolist()
+    named = [replace(t, uid=str(n)) for n, t in enumerate((none, one, three, lost))]
+    values = collapse_metrics([group(*named)], advantages={"0": of_none, "1": of_one, "2": of_three})
     assert values["collapse/calls_mean"] == pytest.approx(4 / 3)
     assert values["collapse/ratio"] == pytest.approx(2 / 3)
     assert values["collapse/tool_use_ratio"] == pytest.approx(2 / 3)
@@ -154,7 +177,7 @@ def test_metrics_by_hand_over_four_trajectories() -> None:
     assert values["collapse/first_call_position"] == pytest.approx((0.5 + 0.1) / 2)
     assert values["collapse/last_call_position"] == pytest.approx((0.5 + 0.3) / 2)
     assert values["collapse/tokens_before_first_call"] == pytest.approx(30)
-    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 4)
+    assert values["collapse/repeated_code_ratio"] == pytest.approx(1 / 2)
     assert values["collapse/state_reuse_ratio"] == pytest.approx(1.0)  # both later calls of `three` read x
     assert "collapse/recovery_rate" not in values, "no error, no rate"
     assert [values[f"collapse/calls_hist/{b}"] for b in ("0", "1", "2-4", "5-9")] == pytest.approx(
@@ -187,7 +210,8 @@ def test_every_name_is_split_by_right_and_wrong_and_by_source() -> None:
     bad = ToolOutcome.TIMEOUT
     right = trajectory((10, call("x=1")), (10, call("x", bad)), (20, None), reward=1.0)
     wrong = trajectory((30, None), reward=0.0)
-    values = collapse_metrics([group(right, source="a"), group(wrong, source="b")], advantages=lambda r: r - 0.5)
+    groups = [group(replace(right, uid="right"), source="a"), group(replace(wrong, uid="wrong"), source="b")]
+    values = collapse_metrics(groups, advantages={"right": 0.5, "wrong": -0.5})
     assert values["collapse/correct/calls_hist/2-4"] == 1.0
     assert values["collapse/wrong/calls_hist/0"] == 1.0
     assert values["collapse/calls_hist/2-4"] == 0.5

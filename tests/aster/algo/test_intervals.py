@@ -23,6 +23,15 @@ def test_pass_at_k_is_one_minus_the_share_of_subsets_without_a_hit() -> None:
         assert all_at_k(correct, samples, k=k) == pytest.approx([comb(c, k) / comb(16, k) for c in correct.tolist()])
 
 
+def test_every_problem_may_have_a_k_of_its_own() -> None:
+    correct, samples = np.array([1.0, 2.0, 0.0]), np.array([4, 2, 1])
+    drawn = np.minimum(2, samples)
+    assert pass_at_k(correct, samples, k=drawn).tolist() == [0.5, 1.0, 0.0]
+    assert all_at_k(correct, samples, k=drawn).tolist() == [0.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        pass_at_k(correct, samples, k=np.array([2, 3, 1]))
+
+
 def test_pass_at_k_refuses_more_draws_than_samples_and_names_both() -> None:
     with pytest.raises(ValueError, match="k=5 samples cannot be drawn from 4"):
         pass_at_k(np.array([1]), np.array([4]), k=5)

@@ -89,7 +89,8 @@ def test_the_fingerprint_follows_what_a_score_depends_on_and_nothing_else(tmp_pa
     data.write_bytes(b"rows")
 
     def of(*overrides: str) -> dict[str, str]:
-        return fingerprint(Recipe.load("cpu_eval", [f"data.val_files=[{data}]", *overrides]), weights="w")
+        recipe = Recipe.load("cpu_eval", [f"data.val_files=[{data}]", *overrides])
+        return fingerprint(recipe, weights="w", rounds=[4])
 
     base = of()
     assert of("run.name=other", "rollout.engines=2", "sandbox.max_sessions=9") == base
