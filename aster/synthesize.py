@@ -217,8 +217,10 @@ def _why_none(found: Selection, args: argparse.Namespace) -> str:
     if not reasons:
         return f": there is none in {', '.join(map(str, args.runs))}"
     commonest = max(reasons, key=lambda reason: reasons[reason])
+    those = f"; are these problems ({', '.join(args.dataset)}) those that were sampled?"
     cure = {
-        "of no problem in the dataset": f"; are these problems ({', '.join(args.dataset)}) those that were sampled?",
+        "of no problem in the dataset": those,
+        "another prompt": those,
         "cannot be written as a conversation": f"; is {args.model} the model that sampled?",
         "too few calls": f"; --min-calls is {args.min_calls}",
     }.get(commonest, "")
