@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aster.data.answers import last_boxed
 from aster.data.prompts import INSTRUCTION, user_message
 from aster.errors import DataError
 from aster.types import PromptRow
@@ -39,7 +40,7 @@ _DAPO_HEAD = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response.*?\n\n", re.S
 )
 _DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.\s*\Z")
-_LAST_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}(?!.*\\boxed)", re.S)
+_FINAL_LINE = re.compile(r"^#### *(.+)\Z", re.M)  # how GSM8K ends a solution
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def _problem_text(value: Any) -> str:
 
 
 def _answer_text(value: Any) -> tuple[str, str]:
-    r"""(the answer alone, why it cannot be used or ""). Of a worked solution: what its last box holds.
+    r"""(the answer alone, why it cannot be used or ""). Of a worked solution: what its last box holds,
+    or its last line after `####`.
 
     >>> _answer_text('["$\\\\frac{1}{2}$"]'), _answer_text(70), _answer_text("[1, 2]"), _answer_text(["1", "2"])
     (('$\\frac{1}{2}$', ''), ('70', ''), ('[1, 2]', ''), ('1; 2', 'several answers'))
@@ -259,9 +261,11 @@ def _answer_text(value: Any) -> tuple[str, str]:
     if value is not None and not isinstance(value, str | int | float):
         return str(value), "answer is no text"
     text = str(value if value is not None else "").strip()
-    if len(text) > _ANSWER_CHARS and (boxed := _LAST_BOXED.search(text)):
-        text = boxed.group(1).strip()
-    if len(text) > _ANSWER_CHARS:
+    if (boxed := last_boxed(text)) is not None:
+        text = boxed.strip()
+    elif final := _FINAL_LINE.search(text):
+        text = final[1]
+    if len(text) > _ANSWER_CHARS or "\n" in text or "\\boxed" in text:
         return text, "answer is a text"
     return text, "" if text else "no answer"
 

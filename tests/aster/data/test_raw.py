@@ -100,9 +100,29 @@ def test_a_parquet_row_that_is_not_utf8_is_listed_and_the_others_are_read(tmp_pa
     assert found.dropped[0].detail.startswith("not UTF-8: invalid start byte")
 
 
-def test_a_worked_solution_gives_the_answer_in_its_last_box(tmp_path):
-    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": "so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}."})
-    assert collect([raw], source="t").rows[0].ground_truth == r"\frac{1}{2}"
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"We add $2+3$ and get $\boxed{5}$.", "5"),
+        (r"\boxed{ 5 }", "5"),
+        (r"\boxed{x^{2^{3}}}", "x^{2^{3}}"),
+        ("2+3=5\n#### 5", "5"),
+        ("a\n#### 1\nb\n####  2\n", "2"),
+        ("5", "5"),
+    ],
+)
+def test_a_worked_solution_gives_the_answer_in_its_last_box_or_last_line(tmp_path, solution, answer):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
+    assert collect([raw], source="t").rows[0].ground_truth == answer
+
+
+@pytest.mark.parametrize(
+    "solution", ["2+3=5\nThe answer is 5.", "#### 5\nso", r"the answer is \boxed 5", r"\boxed{5", "x" * 401]
+)
+def test_a_worked_solution_without_a_clear_answer_is_dropped(tmp_path, solution):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
+    assert collect([raw], source="t").reasons() == {"answer is a text": 1}
 
 
 def test_a_truncated_or_foreign_file_is_an_error_that_names_it(tmp_path):
