@@ -220,7 +220,8 @@ class ChatRenderer:
         """What a sampler emits for an assistant message with `reasoning_content` (str) and `tool_calls`
         ([{"name", "arguments"}]), as the template writes its last turn; `content` itself where it has neither key.
 
-        Raises DataError for a call that a rollout would refuse, and for a turn that no generation prompt leads to.
+        Raises DataError for a call that a rollout would refuse, for one that could not be told from the text around it,
+        and for a turn that no generation prompt leads to.
         """
         if "reasoning_content" not in message and "tool_calls" not in message:
             return str(message["content"])
@@ -244,10 +245,19 @@ class ChatRenderer:
         raw = text[len(opened) :].rpartition(self._turn_end)[0]
         parsed = self.grammar.parse(raw).calls
         if calls and parsed[len(parsed) - len(calls) :] != tuple(ParsedCall(c["name"], c["arguments"]) for c in calls):
-            raise TemplateError(
-                f"{self._template.where} writes calls that our grammar does not read back: {raw[-80:]!r}"
-            )
+            unread = f"{self._template.where} writes calls that our grammar does not read back: {raw[-80:]!r}"
+            if self._calls_are_read_back():
+                raise DataError(f"a call's tag stands in the turn's own text, and so {unread}")
+            raise TemplateError(unread)
         return raw
+
+    def _calls_are_read_back(self) -> bool:
+        """Whether our grammar reads what the template writes for a call with nothing odd in it."""
+        call = {"name": _CALL_ID, "arguments": {_FIRST: _SECOND}}
+        written = {**call, "type": "function", "id": _CALL_ID, "function": call}
+        turn = {"role": "assistant", "content": "", "reasoning_content": _ASSISTANT, "tool_calls": [written]}
+        text = self._render([{"role": "user", "content": _USER}, turn], add_generation_prompt=False)
+        return ParsedCall(_CALL_ID, {_FIRST: _SECOND}) in self.grammar.parse(text).calls
 
     # ids to text -----------------------------------------------------------------------------------------------------
 
