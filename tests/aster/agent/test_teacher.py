@@ -7,13 +7,14 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from agent_models import THINKING
+from agent_models import HYBRID, THINKING
 from sandboxes import new_node
 
 from aster import synthesize
@@ -343,8 +344,10 @@ async def test_a_reply_that_was_cut_runs_nothing(run, server, tmp_path):
 
 
 async def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(server, thinking, tmp_path, model_dir):
+    student = model_dir(THINKING)
+
     def args(*more: str):
-        argv = ["--from", str(tmp_path / "run"), "--dataset", "x", "--model", str(model_dir(THINKING)), "--out", "x"]
+        argv = ["--from", str(tmp_path / "run"), "--dataset", "x", "--model", str(student), "--out", "x"]
         return synthesize._parser().parse_args([*argv, "--endpoint", server.url, "--teacher", "wise", *more])
 
     recipe = Recipe.load("rl_stage2_32k")
@@ -355,3 +358,13 @@ async def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(server, th
         await synthesize.teach(args("--samples", "3"), recipe, ROWS[:2], thinking, Inside())
     with pytest.raises(ConfigError, match="was begun with another problems"):
         await synthesize.teach(args(), recipe, ROWS[:1], thinking, Inside())
+    with pytest.raises(ConfigError, match="was begun with another seed: 0, now 1"):
+        await synthesize.teach(args("--seed", "1"), recipe, ROWS[:2], thinking, Inside())
+    other = PromptRow("row-1", ({"role": "user", "content": "What is 1 * 8?"},), ROWS[1].ground_truth, "t")
+    for second in (other, replace(ROWS[1], ground_truth="9")):
+        with pytest.raises(ConfigError, match="was begun with another problems"):
+            await synthesize.teach(args(), recipe, [ROWS[0], second], thinking, Inside())
+    (student / "chat_template.jinja").write_text(HYBRID)
+    with pytest.raises(ConfigError, match="was begun with another student"):
+        await synthesize.teach(args(), recipe, ROWS[:2], thinking, Inside())
+    assert len(server.asked) == 6
