@@ -172,7 +172,14 @@ class TestConversation:
 
     @pytest.mark.parametrize(
         "roles",
-        [["user"], ["user", "assistant", "tool"], ["user", "tool", "assistant"], ["user", "assistant", "assistant"]],
+        [
+            ["user"],
+            ["user", "assistant", "tool"],
+            ["user", "tool", "assistant"],
+            ["user", "assistant", "assistant"],
+            ["user", "assistant", "user", "system", "user", "assistant"],
+            ["user", "assistant", "tool", "user", "tool", "assistant"],
+        ],
     )
     def test_roles_out_of_order_are_refused_by_name(self, hybrid: ChatRenderer, roles: list[str]) -> None:
         with pytest.raises(DataError, match=r"got the roles \['user'"):
