@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--task", choices=tuple(TASKS), help="a synthetic task with its tokenizer and tiny model")
     what.add_argument("--model", choices=("smollm2",), help="a real small model from a package")
     what.add_argument(
-        "--data", nargs="+", metavar="FILE", help="raw problems: files, a directory, a URL, a data set id"
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="raw problems: files, a directory, a URL, a data set OWNER/NAME:SPLIT",
     )
     what.add_argument("--card", metavar="PARQUET", help="print the data card of a prompt file")
     parser.add_argument("--out", help="the directory to write")

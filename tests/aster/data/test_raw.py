@@ -184,6 +184,59 @@ def test_names_that_are_neither_file_nor_url_nor_id_say_so(tmp_path):
         local_files(str(tmp_path))
 
 
+def tree(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "data"),
+    [
+        (["dropped.jsonl", "report.json", "sft.parquet"], ["sft.parquet"]),
+        (["b.ndjson", "a.jsonl", "state.json"], ["a.jsonl", "b.ndjson"]),
+        (["dataset_infos.json", "all.json"], ["all.json"]),
+    ],
+)
+def test_a_directory_stands_for_its_data_and_not_for_what_is_said_about_it(tmp_path, there, data):
+    assert [p.name for p in local_files(str(tree(tmp_path, *there)))] == data
+
+
+GSM8K = [f"{c}/{s}-0000{n}-of-00002.parquet" for c in ("main", "socratic") for s in ("test", "train") for n in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "data"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], "o/d", ["data/train"] * 2),
+        (["train.jsonl", "test.jsonl", "dataset_infos.json"], "o/d:train", ["train"]),
+        (["default/train/0000.parquet", "default/train/0001.parquet"], "o/d", ["default/train/"] * 2),
+        (["train/a.parquet", "train/b.parquet", "test/c.parquet"], "o/d:train", ["train/a", "train/b"]),
+        (GSM8K, "o/d:main/train", ["main/train"] * 2),
+    ],
+)
+def test_a_data_set_is_one_split(tmp_path, monkeypatch, there, name, data):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tree(tmp_path, *there)))
+    found = [str(p.relative_to(tmp_path)) for p in local_files(name)]
+    assert len(found) == len(data)
+    assert all(file.startswith(start) for file, start in zip(found, data, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "words"),
+    [
+        (["data/train.parquet", "data/test.parquet"], "o/d", "has data/test, data/train: name one, e.g. o/d:data/tr"),
+        (GSM8K, "o/d:train", "has not one 'train', but main/test, main/train, socratic/test, socratic/train: name one"),
+        (["train.jsonl"], "o/d:rain", "has not one 'rain', but train: name one, e.g. o/d:train"),
+    ],
+)
+def test_a_data_set_of_several_splits_is_not_read_whole(tmp_path, monkeypatch, there, name, words):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tree(tmp_path, *there)))
+    with pytest.raises(DataError, match=words):
+        local_files(name)
+
+
 def test_a_hub_that_cannot_be_reached_is_an_error_with_a_cure(monkeypatch):
     import huggingface_hub
 
