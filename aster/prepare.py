@@ -30,6 +30,7 @@ from aster.data.base_corpus import base_conversations
 from aster.data.card import card
 from aster.data.coldstart import dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
+from aster.data.formats import valid
 from aster.data.hub import local_files
 from aster.data.prompts import read_prompts, write_prompts
 from aster.data.raw import NGRAM, SHARE, Columns, Overlap, collect
@@ -269,7 +270,7 @@ def raw_problems(
         raise DataError(f"{', '.join(names)}: no record in these files")
     out.mkdir(parents=True, exist_ok=True)
     listed = "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in found.dropped)
-    (out / "dropped.jsonl").write_text(listed, "utf-8")
+    (out / "dropped.jsonl").write_text(valid(listed), "utf-8")
     reasons = ", ".join(f"{number} {reason}" for reason, number in found.reasons().items()) or "none"
     counts = f"{found.records:,} records: {len(found.rows):,} rows, {found.copies:,} copies, dropped: {reasons}"
     if found.renamed:

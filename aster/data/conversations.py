@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aster.data.formats import Form, Message, form_of, read_messages
+from aster.data.formats import Form, Message, form_of, read_messages, valid
 from aster.data.hub import local_files
 from aster.data.raw import read_records
 from aster.errors import DataError
@@ -64,7 +64,7 @@ def split(conversations: Sequence[Messages], *, fraction: float, seed: int) -> t
     for messages in conversations:
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         problem = "\n".join(m["content"] for m in messages[:first])
-        digest = hashlib.sha256(f"{seed}/{problem}".encode("utf-8", "backslashreplace")).digest()
+        digest = hashlib.sha256(valid(f"{seed}/{problem}").encode()).digest()
         sides[int.from_bytes(digest[:8], "big") < fraction * 2.0**64].append(messages)
     return sides
 

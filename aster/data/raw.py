@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aster.data.answers import last_boxed
+from aster.data.formats import valid
 from aster.data.prompts import INSTRUCTION, user_message
 from aster.errors import DataError
 from aster.types import PromptRow
@@ -107,6 +108,8 @@ def collect(
                 out.dropped.append(Dropped(where, "unreadable", detail=record))
                 continue
             problem, answer, reason = _extract(record, columns, where=where)
+            if valid(problem + answer) != problem + answer:
+                reason, answer = "unreadable", "not Unicode: half of a surrogate pair"
             if reason:
                 out.dropped.append(Dropped(where, reason, problem, answer[:200]))
                 continue
@@ -282,14 +285,15 @@ def _row(
     own = _first(record, (column,) if column else ID_COLUMNS)
     if own is None and not column and record.get("id") is not None:
         own = f"{source}-{record['id']}"
-    renamed = own is not None and str(own) in taken
+    own = None if own is None else valid(str(own))
+    renamed = own in taken
     ability = record.get("ability")
     row = PromptRow(
-        row_id=f"{source}-{key[:16]}" if own is None or renamed else str(own),
+        row_id=f"{source}-{key[:16]}" if own is None or renamed else own,
         messages=({"role": "user", "content": user_message(problem)},),
         ground_truth=answer,
         data_source=source,
-        extra={"ability": str(ability)} if ability else {},
+        extra={"ability": valid(str(ability))} if ability else {},
     )
     return row, renamed
 
@@ -297,7 +301,7 @@ def _row(
 def fingerprint(problem: str) -> str:
     """Equal for problems that differ in case, blanks and Unicode form only."""
     text = " ".join(unicodedata.normalize("NFKC", problem).casefold().split())
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return hashlib.sha256(valid(text).encode()).hexdigest()
 
 
 # contamination --------------------------------------------------------------------------------------------------------

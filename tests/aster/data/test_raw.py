@@ -256,6 +256,23 @@ def test_a_url_that_cannot_be_fetched_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_half_a_surrogate_pair_drops_its_record_and_no_other(tmp_path):
+    half = "\ud835"
+    raw = lines(
+        tmp_path / "a.jsonl",
+        {"problem": f"What is {half}?", "answer": "1"},
+        {"problem": "1+1?", "answer": half},
+        {"problem": half, "answer": None},
+        {"problem": "2+2?", "answer": "4", "row_id": half, "ability": half},
+    )
+    assert main(["prepare", "--data", str(raw), "--source", "s", "--out", str(tmp_path / "out")]) == 0
+    (row,) = read_prompts([tmp_path / "out/train.parquet"])
+    assert (row.ground_truth, row.row_id) == ("4", "\\ud835")
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text("utf-8").splitlines()]
+    assert [(d["where"], d["reason"]) for d in dropped] == [(f"{raw}:{n}", "unreadable") for n in range(3)]
+    assert dropped[0]["problem"] == f"What is {half}?"
+
+
 def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
     records = [{"problem": "What is 1+1?", "answer": "2", "id": 1}, {"problem": "2+2?", "answer": "4", "id": 1}]
     raw = lines(tmp_path / "a.jsonl", *records, {"problem": "", "answer": "2"})
