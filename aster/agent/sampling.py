@@ -16,7 +16,7 @@ from aster.agent.rewards import RewardPool
 from aster.agent.rollout import run_episode
 from aster.config import ToolConfig
 from aster.data.trajectories import write_trajectories_parquet
-from aster.errors import AsterError, CircuitOpen, ConfigError, RewardFailed
+from aster.errors import AsterError, CircuitOpen, ConfigError, RewardFailed, leaves
 from aster.roles import SandboxFactory
 from aster.types import Budget, Cause, PromptRow, Sampling, Task, Trajectory, TrajectoryGroup
 
@@ -94,14 +94,7 @@ async def sample(
                 await window.acquire()
                 group.create_task(file(number))
     except* AsterError as errors:  # a request that no trajectory could make: one message, not a tree
-        refused += _leaves(errors)
+        refused += leaves(errors)
     if refused:
         raise refused[0]
     return made
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions in a tree of groups, in order."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]
