@@ -94,3 +94,10 @@ class WeightSyncError(AsterError):
 
 class CircuitOpen(AsterError):
     """Too many trajectories were lost to our own failures; training on the rest would be training on ruins."""
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a tree of groups, in order: what a task group raises for one failure that stopped the rest."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]

@@ -6,7 +6,8 @@
 Each dataset row gets the mean accuracy of its rollouts; rows at or above the threshold go, all-wrong rows stay unless
 --accuracy-min or --drop-all-wrong say otherwise.
 Rollouts name their row (`row_id`); the reference's own files do not, and are joined by the exact text of the prompt,
-where rows with the same text share its rollouts. A row without rollouts is kept, its accuracy null. The same input
+where rows with the same text share its rollouts. So are those whose row_id is here that of another problem: files that
+number their rows from 0 share their ids. A row without rollouts is kept, its accuracy null. The same input
 always gives the same file. Rollouts are streamed: memory grows with the number of prompts, not of rollouts.
 """
 
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +79,7 @@ class Accuracies:
     joined_by_id: int
     joined_by_text: int
     unmatched: int
+    misnamed: int
     lost: int
 
     def counts(self, bounds: Bounds) -> dict[str, int]:
@@ -93,6 +96,7 @@ class Accuracies:
             "rollouts_joined_by_row_id": self.joined_by_id,
             "rollouts_joined_by_text": self.joined_by_text,
             "rollouts_of_no_row": self.unmatched,
+            "rollouts_with_a_row_id_of_another": self.misnamed,
             "rollouts_lost_to_infrastructure": self.lost,
         }
 
@@ -178,39 +182,57 @@ def accuracies(
     rows: Sequence[PromptRow], files: Sequence[Path], *, processes: int = 1, samples: int | None = None
 ) -> Accuracies:
     """Mean accuracy per row over all rollouts in `files`. Raises DataError when nothing of them belongs to `rows`."""
-    by_id: dict[str, list[int]] = defaultdict(list)
+    by_id = {row.row_id: index for index, row in enumerate(rows)}
+    texts = [_last_user(row.messages) for row in rows]
     by_text: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_id[row.row_id].append(index)
-        by_text[_last_user(row.messages)].append(index)
+    for index, text in enumerate(texts):
+        by_text[text].append(index)
     correct, judged = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     per_step: Counter[int] = Counter()
-    joined_by_id = joined_by_text = unmatched = lost = 0
+    joined: Counter[str] = Counter()
+    misnamed = lost = 0
     for seen in _tally_all(files, processes):
-        lost += seen.lost
+        how, indices = _join(seen, texts, by_id, by_text)
         total = seen.judged + seen.lost
+        joined[how] += total
+        misnamed += total if how != "row_id" and seen.row_id in by_id else 0
+        lost += seen.lost
         per_step[total] += 1
-        indices = by_id.get(seen.row_id) if seen.row_id is not None else None
-        if indices is not None:
-            joined_by_id += total
-        else:
-            indices = _rows_with_text(seen.text, by_text)
-            joined_by_text += total if indices else 0
-            unmatched += 0 if indices else total
-        for index in indices or ():
+        for index in indices:
             correct[index] += seen.correct
             judged[index] += seen.judged
     if not per_step:
         raise DataError(f"the {len(files)} rollout files hold no rollout: were they written by a run that was killed?")
-    if not joined_by_id + joined_by_text:
+    if not joined["row_id"] + joined["text"]:
         raise DataError(
-            f"none of the {unmatched} rollouts in {len(files)} files belongs to a row of the dataset, neither by "
+            f"none of the {joined['none']} rollouts in {len(files)} files belongs to a row of the dataset, neither by "
             "row_id nor by prompt text: these rollouts come from another dataset"
         )
     with np.errstate(invalid="ignore"):
         accuracy = np.where(judged > 0, correct / judged, np.nan)
     usual = max(per_step, key=lambda n: (per_step[n], -n))
-    return Accuracies(accuracy, judged, samples or usual, len(files), joined_by_id, joined_by_text, unmatched, lost)
+    return Accuracies(
+        accuracy,
+        judged,
+        samples=samples or usual,
+        files=len(files),
+        joined_by_id=joined["row_id"],
+        joined_by_text=joined["text"],
+        unmatched=joined["none"],
+        misnamed=misnamed,
+        lost=lost,
+    )
+
+
+def _join(
+    seen: Seen, texts: Sequence[str], by_id: Mapping[str, int], by_text: Mapping[str, list[int]]
+) -> tuple[Literal["row_id", "text", "none"], Sequence[int]]:
+    """How the rollouts of `seen` find their rows, and which. An id counts where the prompt does not say otherwise."""
+    index = by_id.get(seen.row_id) if seen.row_id is not None else None
+    if index is not None and (not seen.text or texts[index].strip() in seen.text):
+        return "row_id", [index]
+    found = _rows_with_text(seen.text, by_text)
+    return ("text", found) if found else ("none", [])
 
 
 def _tally_all(files: Sequence[Path], processes: int) -> Iterable[Seen]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from aster import launch
 from aster.agent.chat import ChatRenderer
@@ -30,6 +30,7 @@ from aster.data.base_corpus import base_conversations
 from aster.data.card import card
 from aster.data.coldstart import dense_conversations, describe, head_conversation
 from aster.data.conversations import write_conversations
+from aster.data.formats import valid
 from aster.data.hub import local_files
 from aster.data.prompts import read_prompts, write_prompts
 from aster.data.raw import NGRAM, SHARE, Columns, Overlap, collect
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--task", choices=tuple(TASKS), help="a synthetic task with its tokenizer and tiny model")
     what.add_argument("--model", choices=("smollm2",), help="a real small model from a package")
     what.add_argument(
-        "--data", nargs="+", metavar="FILE", help="raw problems: files, a directory, a URL, a data set id"
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="raw problems: files, a directory, a URL, a data set OWNER/NAME:SPLIT",
     )
     what.add_argument("--card", metavar="PARQUET", help="print the data card of a prompt file")
     parser.add_argument("--out", help="the directory to write")
@@ -157,6 +161,9 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.max_prompt_tokens < 1:
         raise ConfigError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
+    out = Path(args.out)
+    if args.model and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise ConfigError(f"--out {out} holds other files and no model: name an empty or a new directory")
 
 
 async def quickstart(out: Path, *, seed: int, sandboxes: SandboxFactory, size: TaskSize = TaskSize()) -> str:
@@ -263,7 +270,7 @@ def raw_problems(
         raise DataError(f"{', '.join(names)}: no record in these files")
     out.mkdir(parents=True, exist_ok=True)
     listed = "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in found.dropped)
-    (out / "dropped.jsonl").write_text(listed, "utf-8")
+    (out / "dropped.jsonl").write_text(valid(listed), "utf-8")
     reasons = ", ".join(f"{number} {reason}" for reason, number in found.reasons().items()) or "none"
     counts = f"{found.records:,} records: {len(found.rows):,} rows, {found.copies:,} copies, dropped: {reasons}"
     if found.renamed:
@@ -310,21 +317,22 @@ def smollm2(out: Path) -> str:
 
     model = GgufModel.open(find_gguf())
     settings = model.config()
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model.tokenizer(), eos_token=EOS, pad_token=PAD)
     tokenizer.chat_template = TOOLS_TEMPLATE
-    tokenizer.save_pretrained(partial)
     settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    LlamaConfig(**settings, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(partial)
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(partial)
     weights = {name: torch.tensor(values).to(torch.bfloat16) for name, values in model.tensors()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    ChatRenderer.from_model_dir(partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        partial = Path(folder)
+        tokenizer.save_pretrained(partial)
+        LlamaConfig(**settings, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(partial)
+        GenerationConfig(**ids).save_pretrained(partial)
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        ChatRenderer.from_model_dir(partial)
+        # config.json first: what is killed here is still a model directory, and may be made again
+        for file in sorted(partial.iterdir(), key=lambda file: file.name != "config.json"):
+            file.replace(out / file.name)
     parameters = sum(w.numel() for w in weights.values())
     return f"{out}: SmolLM2-135M-Instruct, {parameters / 1e6:.0f}M parameters, bf16, tool-capable ChatML template"
 

@@ -39,11 +39,12 @@ _MORE_LIKELY_THAN_NOT = float(np.log(0.5))
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run trains on and what it is validated on; `dropped`: training conversations that were too long."""
+    """What a run trains on and what it is validated on; `dropped` of each: conversations that were too long."""
 
     train: list[Sample]
     val: list[Sample]
     dropped: int
+    val_dropped: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +113,7 @@ async def run(recipe: Recipe) -> None:
                     | {
                         "train/loss": stats.loss,
                         "data/dropped_too_long": float(samples.dropped),
+                        "data/val_dropped_too_long": float(samples.val_dropped),
                         "perf/total_num_tokens": float(tokens),
                         "perf/throughput": tokens / seconds,
                         "timing_s/step": seconds,
@@ -173,7 +175,8 @@ def load_samples(recipe: Recipe, renderer: ChatRenderer) -> Samples:
         return samples, dropped
 
     train, dropped = render(conversations)
-    return Samples(train, render(heldout[: recipe.data.val_max_rows])[0], dropped)
+    val, val_dropped = render(heldout[: recipe.data.val_max_rows])
+    return Samples(train, val, dropped, val_dropped)
 
 
 def show(samples: Samples, renderer: ChatRenderer, *, count: int, console: Console) -> None:
@@ -183,8 +186,9 @@ def show(samples: Samples, renderer: ChatRenderer, *, count: int, console: Conso
         console.print(masks_text(sample, renderer), soft_wrap=True)
     tokens, trained = sum(map(len, samples.train)), sum(int(s.mask.sum()) for s in samples.train)
     console.print(
-        f"{len(samples.train):,} samples of {tokens:,} tokens, {trained:,} of them trained on; {samples.dropped:,} "
-        f"conversations dropped as too long; {len(samples.val):,} samples for validation"
+        f"{len(samples.train):,} samples of {tokens:,} tokens, {trained:,} of them trained on; "
+        f"{samples.dropped:,} conversations dropped as too long; "
+        f"{len(samples.val):,} samples for validation, {samples.val_dropped:,} too long"
     )
 
 

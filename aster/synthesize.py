@@ -40,6 +40,7 @@ from aster.agent.teacher import ChatTeacher
 from aster.command import require_writable, run_verb
 from aster.config import Recipe
 from aster.data.conversations import write_conversations
+from aster.data.evaluations import files_hash
 from aster.data.prompts import read_prompts
 from aster.data.raw import Overlap
 from aster.data.trajectories import read_trajectories
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=Wanted.max_tokens, help="prompt and response (%(default)s)")
     parser.add_argument("--per-problem", type=int, help="keep at most so many of one problem (all)")
     parser.add_argument("--limit", type=int, help="draw so many of what is kept (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, and of the teacher's samples (%(default)s)")
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="PARQUET", help="evaluation sets to keep apart"
     )
@@ -130,12 +131,17 @@ def _teaching(args: argparse.Namespace) -> Recipe:
 
 
 def begin(args: argparse.Namespace, recipe: Recipe, rows: Sequence[PromptRow]) -> None:
-    """RUN/teacher.json: what RUN is made with. ConfigError when it was begun with other problems or settings."""
+    """RUN/teacher.json: what RUN is made with. ConfigError when it was begun with another student, other problems or
+    settings."""
     run: Path = args.runs[0]
+    problems = json.dumps([(row.row_id, row.messages, row.ground_truth) for row in rows], sort_keys=True)
+    tokens = [Path(args.model, name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     settings = {
         "teacher": args.teacher,
+        "student": files_hash(file for file in tokens if file.is_file())[:16],
         "samples": args.samples,
-        "problems": hashlib.sha256("\n".join(row.row_id for row in rows).encode()).hexdigest()[:16],
+        "seed": args.seed,
+        "problems": hashlib.sha256(problems.encode()).hexdigest()[:16],
         "budget": recipe.budget.model_dump(mode="json"),
         "sampling": recipe.sampling.model_dump(mode="json"),
         "tool": recipe.tool.model_dump(mode="json"),
@@ -217,8 +223,10 @@ def _why_none(found: Selection, args: argparse.Namespace) -> str:
     if not reasons:
         return f": there is none in {', '.join(map(str, args.runs))}"
     commonest = max(reasons, key=lambda reason: reasons[reason])
+    those = f"; are these problems ({', '.join(args.dataset)}) those that were sampled?"
     cure = {
-        "of no problem in the dataset": f"; are these problems ({', '.join(args.dataset)}) those that were sampled?",
+        "of no problem in the dataset": those,
+        "another prompt": those,
         "cannot be written as a conversation": f"; is {args.model} the model that sampled?",
         "too few calls": f"; --min-calls is {args.min_calls}",
     }.get(commonest, "")

@@ -16,6 +16,7 @@ What a call is, is the business of `grammar.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,23 +194,23 @@ class ChatRenderer:
             raise DataError(f"a tool message before any assistant message, got the roles {roles}")
         ids: list[int] = self.prompt_ids(messages[:first]).tolist()
         mask = [False] * len(ids)
-        at = first
-        while at < len(messages):
-            turn = self.turn_ids(self.raw_turn(messages[at])).tolist()
-            ids += turn
-            mask += [True] * len(turn)
-            at += 1
-            role = roles[at] if at < len(messages) else ""
-            contents = []
-            while at < len(messages) and roles[at] == role:
-                contents.append(str(messages[at]["content"]))
-                at += 1
-            if role == "assistant" or (contents and at == len(messages)):
+        newline = list(self._after_turn) * train_on_newline
+        blocks = itertools.groupby(messages[first:], key=lambda message: str(message["role"]))
+        for number, (role, messages_of_role) in enumerate(blocks):
+            block = list(messages_of_role)
+            is_turn = role == "assistant"
+            if is_turn != (number % 2 == 0) or (is_turn and len(block) > 1):
                 raise DataError(f"assistant messages must alternate with tool or user messages, got the roles {roles}")
-            delta = self._delta_ids(role, contents) if contents else list(self._after_turn) * train_on_newline
-            newline = len(self._after_turn) * train_on_newline
-            ids += delta
-            mask += [True] * newline + [False] * (len(delta) - newline)
+            if is_turn:
+                turn = self.turn_ids(self.raw_turn(block[0])).tolist()
+                ids += turn
+                mask += [True] * len(turn)
+            else:
+                delta = self._delta_ids(role, [str(message["content"]) for message in block])
+                ids += delta
+                mask += [True] * len(newline) + [False] * (len(delta) - len(newline))
+        ids += newline
+        mask += [True] * len(newline)
         return _int32(ids), np.array(mask, dtype=bool)
 
     def turn_ids(self, raw: str) -> np.ndarray:
@@ -220,7 +221,8 @@ class ChatRenderer:
         """What a sampler emits for an assistant message with `reasoning_content` (str) and `tool_calls`
         ([{"name", "arguments"}]), as the template writes its last turn; `content` itself where it has neither key.
 
-        Raises DataError for a call that a rollout would refuse, and for a turn that no generation prompt leads to.
+        Raises DataError for a call that a rollout would refuse, for one that could not be told from the text around it,
+        and for a turn that no generation prompt leads to.
         """
         if "reasoning_content" not in message and "tool_calls" not in message:
             return str(message["content"])
@@ -244,10 +246,19 @@ class ChatRenderer:
         raw = text[len(opened) :].rpartition(self._turn_end)[0]
         parsed = self.grammar.parse(raw).calls
         if calls and parsed[len(parsed) - len(calls) :] != tuple(ParsedCall(c["name"], c["arguments"]) for c in calls):
-            raise TemplateError(
-                f"{self._template.where} writes calls that our grammar does not read back: {raw[-80:]!r}"
-            )
+            unread = f"{self._template.where} writes calls that our grammar does not read back: {raw[-80:]!r}"
+            if self._calls_are_read_back():
+                raise DataError(f"a call's tag stands in the turn's own text, and so {unread}")
+            raise TemplateError(unread)
         return raw
+
+    def _calls_are_read_back(self) -> bool:
+        """Whether our grammar reads what the template writes for a call with nothing odd in it."""
+        call = {"name": _CALL_ID, "arguments": {_FIRST: _SECOND}}
+        written = {**call, "type": "function", "id": _CALL_ID, "function": call}
+        turn = {"role": "assistant", "content": "", "reasoning_content": _ASSISTANT, "tool_calls": [written]}
+        text = self._render([{"role": "user", "content": _USER}, turn], add_generation_prompt=False)
+        return ParsedCall(_CALL_ID, {_FIRST: _SECOND}) in self.grammar.parse(text).calls
 
     # ids to text -----------------------------------------------------------------------------------------------------
 

@@ -112,8 +112,9 @@ def select(
         if row is None:
             drop(t.uid, t.row_id, calls, "of no problem in the dataset")
             continue
+        problem = row.messages[-1]["content"]
         if t.row_id not in overlaps:
-            overlaps[t.row_id] = contaminated_by(row.messages[-1]["content"])
+            overlaps[t.row_id] = contaminated_by(problem)
         if overlaps[t.row_id]:
             drop(t.uid, t.row_id, calls, "contaminated", overlaps[t.row_id])
             continue
@@ -121,6 +122,9 @@ def select(
             messages, exact = _written(t, row, renderer)
         except DataError as error:
             drop(t.uid, t.row_id, calls, "cannot be written as a conversation", str(error))
+            continue
+        if problem.strip() not in renderer.decode(t.prompt_ids):  # files that number their rows from 0 share their ids
+            drop(t.uid, t.row_id, calls, "another prompt")
             continue
         text = json.dumps(messages, sort_keys=True)
         if text in seen:

@@ -23,6 +23,7 @@ from aster.agent.observations import FORMAT_ERROR, extra_calls, truncate_chars, 
 from aster.agent.session import ToolSession
 from aster.agent.tools import Tool
 from aster.config import ToolConfig
+from aster.data.formats import valid
 from aster.errors import ConfigError, DataError, EngineLost, SandboxLost
 from aster.roles import SandboxFactory
 from aster.types import Cause, Sampling, Task, Timing, ToolCall, ToolOutcome, Trajectory, Turn
@@ -212,7 +213,7 @@ class Episode:
 
     def observe(self, calls: Sequence[ToolCall]) -> bool:
         """Append the observations of `calls`. False, and nothing appended, when no token would be left after them."""
-        texts = [_valid(call.observation) for call in calls]
+        texts = [valid(call.observation) for call in calls]
         if calls[-1].extra_calls_dropped:
             texts.append(extra_calls(executed=len(calls), total=len(calls) + calls[-1].extra_calls_dropped))
         texts = self._cut(texts)
@@ -344,12 +345,8 @@ def _refused(tool: str, code: str, reason: str) -> ToolCall:
 def _written(arguments: object) -> str:
     """A call for the records: the code alone where there is one, else the arguments as JSON."""
     if isinstance(arguments, dict) and isinstance(arguments.get("code"), str):
-        return _valid(arguments["code"])
+        return valid(arguments["code"])
     return json.dumps(arguments) if isinstance(arguments, dict) and arguments else ""
-
-
-def _valid(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _join(chunks: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -26,6 +26,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
+from aster.data.answers import BOX, last_boxed
 from aster.errors import ConfigError, RewardFailed
 from aster.types import Verdicts
 
@@ -36,7 +37,6 @@ STRICT_TAIL_CHARS = 100
 MATH_VERIFY_TAIL_CHARS = 500
 _VERIFY_CPU_S = 5.0
 _START_S = 120.0  # a worker's import of math-verify (sympy, a parser) takes seconds, on a busy machine many
-_BOX = "\\boxed{"
 
 
 def strict_verdict(final_text: str, ground_truth: str) -> tuple[bool, str]:
@@ -45,20 +45,8 @@ def strict_verdict(final_text: str, ground_truth: str) -> tuple[bool, str]:
     >>> strict_verdict("So it is \\\\boxed{34}.", "34"), strict_verdict("So it is \\\\boxed{ 34 }.", "34")
     ((True, '34'), (False, ' 34 '))
     """
-    pred = _last_boxed(final_text[-STRICT_TAIL_CHARS:])
+    pred = last_boxed(final_text[-STRICT_TAIL_CHARS:])
     return pred is not None and pred == ground_truth, pred or ""
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind(_BOX)
-    if start < 0:
-        return None
-    depth = 0
-    for at in range(start + len(_BOX) - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start + len(_BOX) : at]
-    return None
 
 
 def math_verify_verdict(final_text: str, ground_truth: str) -> bool:
@@ -71,7 +59,7 @@ def math_verify_verdict(final_text: str, ground_truth: str) -> bool:
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    gold = parse(f"{_BOX}{ground_truth}}}", (LatexExtractionConfig(),), parsing_timeout=None)
+    gold = parse(f"{BOX}{ground_truth}}}", (LatexExtractionConfig(),), parsing_timeout=None)
     if not gold:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth!r}")
     tail, kinds = final_text[-MATH_VERIFY_TAIL_CHARS:], (ExprExtractionConfig(), LatexExtractionConfig())

@@ -16,11 +16,12 @@ from aster.agent.rewards import RewardPool
 from aster.agent.rollout import run_episode
 from aster.config import ToolConfig
 from aster.data.trajectories import write_trajectories_parquet
-from aster.errors import AsterError, CircuitOpen, ConfigError, RewardFailed
+from aster.errors import AsterError, CircuitOpen, ConfigError, RewardFailed, leaves
 from aster.roles import SandboxFactory
 from aster.types import Budget, Cause, PromptRow, Sampling, Task, Trajectory, TrajectoryGroup
 
 PROBLEMS_PER_FILE = 32
+_ENOUGH_LOST = 8  # the last file may be a single trajectory, and its loss says nothing about the others
 
 
 async def sample(
@@ -42,7 +43,8 @@ async def sample(
     """`samples` trajectories of every row, `concurrency` at a time; returns how many were sampled by this call.
 
     `engine(messages)` is the engine of one trajectory. What we lose is kept with its cause. CircuitOpen when all of a
-    file were lost: then the endpoint or the sandbox is gone, and going on would only write that down.
+    file were lost, and these were many or the whole run: then the endpoint or the sandbox is gone, and going on would
+    only write that down.
     """
     if tool.force_first_call:
         raise ConfigError("tool.force_first_call=true: a chat endpoint cannot be made to go on from a call's opening")
@@ -75,7 +77,7 @@ async def sample(
             tasks = [[group.create_task(one(row, n)) for n in range(samples)] for row in part]
         done = [[task.result() for task in of_row] for of_row in tasks]
         lost = [t for of_row in done for t in of_row if t.cause.is_ours]
-        if len(lost) == len(part) * samples:
+        if len(lost) == len(part) * samples and (len(lost) >= _ENOUGH_LOST or files == 1):
             raise CircuitOpen(f"all {len(lost)} trajectories of file {number} were lost; the first: {lost[0].error}")
         groups = [TrajectoryGroup(row, number, tuple(of_row)) for row, of_row in zip(part, done, strict=True)]
         write_trajectories_parquet(folder, groups, step=number)
@@ -92,14 +94,7 @@ async def sample(
                 await window.acquire()
                 group.create_task(file(number))
     except* AsterError as errors:  # a request that no trajectory could make: one message, not a tree
-        refused += _leaves(errors)
+        refused += leaves(errors)
     if refused:
         raise refused[0]
     return made
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions in a tree of groups, in order."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]

@@ -10,7 +10,8 @@ budgets count those, and its log-probs are zeros: it can be learned from by SFT,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from aster.errors import ConfigError, DataError, EngineLost
 from aster.types import Sampling
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_OF_ONE_CONVERSATION = frozenset({400, 413, 422})  # too long, or not to a content filter's liking
 _FIRST_PAUSE_S = 0.5
 _PROBE = "PROBE"
 
@@ -46,6 +48,7 @@ class ChatTeacher:
         self.model = model
         self.renderer = renderer
         self.attempts = attempts
+        self._has_answered = False
         self._client = httpx.AsyncClient(
             base_url=url.rstrip("/") + "/",
             timeout=httpx.Timeout(request_timeout_s, connect=30.0),
@@ -62,27 +65,34 @@ class ChatTeacher:
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """The first choice of a completion. A busy or broken server is asked again, with pauses that double.
 
-        Raises EngineLost when it stays that way, ConfigError when it refuses the request itself.
+        Raises EngineLost when it stays that way, and when a server that has answered others refuses this conversation;
+        ConfigError when it refuses any request.
         """
         problem = ""
         for attempt in range(self.attempts):
             if attempt:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
             try:
-                answer = await self._client.post("chat/completions", json=body)
+                answer = await self._client.post(
+                    "chat/completions",
+                    content=json.dumps(body),  # ASCII: a reply may hold half a surrogate pair, which UTF-8 cannot
+                    headers={"Content-Type": "application/json"},
+                )
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             if answer.status_code in _RETRIED:
                 problem = f"status {answer.status_code}: {answer.text[:200]}"
                 continue
+            refusal = f"with status {answer.status_code}: {answer.text[:400]}"
+            if self._has_answered and answer.status_code in _OF_ONE_CONVERSATION:
+                raise EngineLost(f"the teacher refuses this conversation {refusal}")
             if answer.is_error:
-                raise ConfigError(
-                    f"{self._client.base_url} refuses requests for model {self.model!r} with status "
-                    f"{answer.status_code}: {answer.text[:400]}"
-                )
+                raise ConfigError(f"{self._client.base_url} refuses requests for model {self.model!r} {refusal}")
             try:
-                return dict(answer.json()["choices"][0])
+                choice = dict(answer.json()["choices"][0])
+                self._has_answered = True
+                return choice
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"no completion in its answer ({type(error).__name__}): {answer.text[:200]}"
         raise EngineLost(f"the teacher did not answer in {self.attempts} attempts ({problem})")
@@ -123,22 +133,16 @@ class _Conversation:
                 "seed": seed & 0x7FFFFFFF,
             }
         )
-        message = dict(choice.get("message") or {})
-        message["role"] = "assistant"
-        if message.get("reasoning_content") is None:
-            message["reasoning_content"] = message.pop("reasoning", None)
-        message["tool_calls"] = (message.get("tool_calls") or [])[:1]
+        message = _normalised(choice)
         turn = self._turn(message)
         finished = choice.get("finish_reason") != "length" and len(turn) <= max_tokens
         if not finished:  # without its end of turn nothing in it is run
             turn = turn[:-1][:max_tokens]
         if not len(turn):
             raise EngineLost("the teacher's turn is empty")
-        self._call_id = message["tool_calls"][0].get("id", "call") if message["tool_calls"] else ""
-        kept = ("role", "content", "reasoning_content", "tool_calls")
-        self._messages.append(
-            {key: message[key] for key in kept if message.get(key)} | {"content": message.get("content")}
-        )
+        calls = message.get("tool_calls")
+        self._call_id = calls[0].get("id") or "call" if calls else ""
+        self._messages.append(message)
         self._seen = len(ids) + len(turn)
         n = len(turn)
         reason = "stop" if finished else "length"
@@ -147,16 +151,30 @@ class _Conversation:
     def _turn(self, message: dict[str, Any]) -> np.ndarray:
         """The ids of the teacher's turn as the student would sample it. EngineLost where it cannot be written so."""
         renderer = self._teacher.renderer
-        if message.get("content") is None:
-            message["content"] = ""
         try:
             (ours,) = read_messages({"messages": [message]}, "openai", where="the teacher's reply")
             ids = renderer.turn_ids(renderer.raw_turn(ours))
         except DataError as error:
             raise EngineLost(f"the teacher's turn cannot be written: {error}") from None
-        if renderer.parse(ids).attempted and not message["tool_calls"]:
+        if renderer.parse(ids).attempted and "tool_calls" not in message:
             raise EngineLost("the teacher writes its calls as text: start its server with a parser for tool calls")
         return ids
+
+
+def _normalised(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The message of a completion as it is read here and sent back: one call at most, the thought under one name."""
+    message = choice.get("message")
+    if not isinstance(message, dict) or not isinstance(message.get("tool_calls") or [], list):
+        raise EngineLost(f"the teacher's reply is no message: {str(message)[:200]}")
+    out: dict[str, Any] = {"role": "assistant", "content": message.get("content") or ""}
+    thought = message.get("reasoning_content")
+    if thought is None:
+        thought = message.get("reasoning")
+    if thought is not None:
+        out["reasoning_content"] = thought
+    if message.get("tool_calls"):
+        out["tool_calls"] = message["tool_calls"][:1]
+    return out
 
 
 def _observation(delta: np.ndarray, renderer: ChatRenderer) -> str:

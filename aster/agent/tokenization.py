@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from aster.data.formats import valid
 from aster.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -77,23 +78,23 @@ class ModelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that the template wrote: control tokens become their ids."""
-        return list(self._structure.encode(text, add_special_tokens=False).ids)
+        return list(self._structure.encode(valid(text), add_special_tokens=False).ids)
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of text that somebody else wrote: no control token can come of it."""
-        return list(self._literal.encode(_valid(text), add_special_tokens=False).ids)
+        return list(self._literal.encode(valid(text), add_special_tokens=False).ids)
 
     def encode_turn(self, text: str) -> list[int]:
         """Ids of a turn as the model would sample it: `<tool_call>` is its token, `<|im_end|>` is only text."""
         ids: list[int] = []
-        for i, part in enumerate(self._special.split(_valid(text))):
+        for i, part in enumerate(self._special.split(valid(text))):
             if part:
                 ids += self.encode_literal(part) if i % 2 else self.encode(part)
         return ids
 
     def literal_spans(self, text: str) -> list[tuple[int, int]]:
         """Character span of each token of `encode_literal(text)`, for cutting text at token borders."""
-        return list(self._literal.encode(_valid(text), add_special_tokens=False).offsets)
+        return list(self._literal.encode(valid(text), add_special_tokens=False).offsets)
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         return str(self._structure.decode(ids, skip_special_tokens=skip_special))
@@ -180,11 +181,6 @@ def token_text(entry: Any) -> str | None:
 def _any_of(tokens: Any) -> re.Pattern[str]:
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)()")
-
-
-def _valid(text: str) -> str:
-    """Half surrogate pairs, which no tokenizer takes, written out as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _compile(source: str, where: str) -> jinja2.Template:

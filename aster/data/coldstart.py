@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 
 from aster.data.prompts import user_message
 from aster.data.tasks import Problem
-from aster.errors import BackPressure, DataError
+from aster.errors import AsterError, BackPressure, DataError, SandboxError, SandboxLost, leaves
 from aster.roles import ExecResult, Sandbox, SandboxFactory
 from serve.schema import Status
 
+log = logging.getLogger(__name__)
+
 Message = dict[str, str]
 Messages = list[Message]
+
+_OURS = frozenset({Status.INFRA_ERROR, Status.SESSION_LOST})
 
 
 def tool_turn(thought: str, code: str) -> str:
@@ -52,15 +57,18 @@ async def dense_conversation(
     """The dense habit: the plan, cell by cell, with what the session really printed.
 
     `observe` turns a result into the observation that a rollout would show. `DataError` when a cell fails or the last
-    one does not print the answer: then the task itself is wrong.
+    one does not print the answer: then the task itself is wrong. `SandboxLost` when the sandbox failed.
     """
     messages = [{"role": "user", "content": user_message(problem.text)}]
     observation = ""
     for index, (thought, code) in enumerate(problem.plan):
         messages.append({"role": "assistant", "content": tool_turn(_restate(observation) + thought, code)})
         result = await sandbox.execute(code, timeout_s=timeout_s, call_id=f"{problem.row_id}/{index}")
+        ended = f"cell {code!r} ended {result.status}: {result.text or result.reason}"
+        if result.status in _OURS:
+            raise SandboxLost(sandbox.session_id, ended)
         if result.status is not Status.OK:
-            raise DataError(f"{problem.row_id}: cell {code!r} ended {result.status}: {result.text or result.reason}")
+            raise DataError(f"{problem.row_id}: {ended}")
         observation = observe(result)
         messages.append({"role": "tool", "content": observation})
     if observation.strip() != problem.answer:
@@ -86,22 +94,41 @@ async def dense_conversations(
 ) -> list[Messages]:
     """One session per problem, `concurrency` at a time, in the order of `problems`.
 
-    A full sandbox (`BackPressure`) is waited for; `TimeoutError` after `deadline_s` for the whole list.
+    A full sandbox (`BackPressure`) is waited for, and a lost session has one more try: every cell is run again. Raises
+    the first `DataError` or `SandboxError`, the latter also where a conversation takes longer than `deadline_s`.
     """
     room = asyncio.Semaphore(concurrency)
 
+    async def tried(problem: Problem) -> Messages:
+        sandbox = await _open(factory, problem.row_id)
+        try:
+            return await dense_conversation(problem, sandbox, observe=observe, timeout_s=timeout_s)
+        finally:
+            await sandbox.close()
+
     async def one(problem: Problem) -> Messages:
         async with room:
-            sandbox = await _open(factory, problem.row_id)
             try:
-                return await dense_conversation(problem, sandbox, observe=observe, timeout_s=timeout_s)
-            finally:
-                await sandbox.close()
+                async with asyncio.timeout(deadline_s):
+                    try:
+                        return await tried(problem)
+                    except SandboxLost as lost:
+                        log.warning("%s is run again: %s", problem.row_id, lost)
+                        return await tried(problem)
+            except TimeoutError:
+                raise SandboxError(
+                    f"{problem.row_id}: its cells were not done after {deadline_s:g} s: the sandbox is full or too slow"
+                ) from None
 
-    async with asyncio.timeout(deadline_s):
+    failed: list[BaseException] = []
+    try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(problem)) for problem in problems]
-        return [task.result() for task in tasks]
+    except* AsterError as errors:  # one message, not a tree
+        failed += leaves(errors)
+    if failed:
+        raise failed[0]
+    return [task.result() for task in tasks]
 
 
 async def _open(factory: SandboxFactory, key: str) -> Sandbox:

@@ -11,13 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aster.data.formats import Form, Message, form_of, read_messages
+from aster.data.formats import Form, Message, form_of, read_messages, valid
 from aster.data.hub import local_files
 from aster.data.raw import read_records
 from aster.errors import DataError
 from aster.types import Sample
 
 Messages = list[Message]
+
+
+class Conversation(Messages):
+    """The messages of one row, and where it stands, for an error that is only seen when it is rendered."""
+
+    def __init__(self, messages: Messages, *, where: str) -> None:
+        super().__init__(messages)
+        self.where = where
 
 
 class Renderer(Protocol):
@@ -42,7 +50,9 @@ def read_conversations(files: Sequence[str | Path], *, form: Form | None = None)
         if not records:
             raise DataError(f"{file} holds no conversation")
         kind = form or form_of(records, where=str(file))
-        out += [read_messages(record, kind, where=f"{file}, row {index}") for index, record in enumerate(records)]
+        for index, record in enumerate(records):
+            where = f"{file}, row {index}"
+            out.append(Conversation(read_messages(record, kind, where=where), where=where))
     return out
 
 
@@ -64,7 +74,7 @@ def split(conversations: Sequence[Messages], *, fraction: float, seed: int) -> t
     for messages in conversations:
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         problem = "\n".join(m["content"] for m in messages[:first])
-        digest = hashlib.sha256(f"{seed}/{problem}".encode("utf-8", "backslashreplace")).digest()
+        digest = hashlib.sha256(valid(f"{seed}/{problem}").encode()).digest()
         sides[int.from_bytes(digest[:8], "big") < fraction * 2.0**64].append(messages)
     return sides
 
@@ -74,7 +84,8 @@ def to_samples(
 ) -> tuple[list[Sample], int]:
     """Rendered samples and how many conversations were longer than `max_length` tokens (dropped whole, never cut).
 
-    Raises `DataError` with the number of a conversation that the renderer refuses.
+    Raises `DataError` with the file and row of a conversation that the renderer refuses, or its number where it is of
+    no file.
     """
     samples: list[Sample] = []
     dropped = 0
@@ -82,7 +93,8 @@ def to_samples(
         try:
             ids, mask = renderer.conversation(messages, train_on_newline=train_on_newline)
         except DataError as error:
-            raise DataError(f"conversation {index}: {error}") from None
+            where = messages.where if isinstance(messages, Conversation) else f"conversation {index}"
+            raise DataError(f"{where}: {error}") from None
         if len(ids) > max_length:
             dropped += 1
         else:

@@ -115,6 +115,11 @@ def split_thought(content: str) -> tuple[str, str]:
     return thought.removeprefix("\n").removeprefix("<think>").strip("\n"), rest.lstrip("\n")
 
 
+def valid(text: str) -> str:
+    """Half surrogate pairs, which JSON may spell and neither a tokenizer nor UTF-8 takes, written out as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _assistant(content: str, calls: list[dict[str, Any]]) -> Message:
     return _structured(*split_thought(content), calls)
 

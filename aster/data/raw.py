@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aster.data.answers import last_boxed
+from aster.data.formats import valid
 from aster.data.prompts import INSTRUCTION, user_message
 from aster.errors import DataError
 from aster.types import PromptRow
@@ -39,7 +41,7 @@ _DAPO_HEAD = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response.*?\n\n", re.S
 )
 _DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.\s*\Z")
-_LAST_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}(?!.*\\boxed)", re.S)
+_FINAL_LINE = re.compile(r"^#### *(.+)\Z", re.M)  # how GSM8K ends a solution
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def collect(
                 out.dropped.append(Dropped(where, "unreadable", detail=record))
                 continue
             problem, answer, reason = _extract(record, columns, where=where)
+            if valid(problem + answer) != problem + answer:
+                reason, answer = "unreadable", "not Unicode: half of a surrogate pair"
             if reason:
                 out.dropped.append(Dropped(where, reason, problem, answer[:200]))
                 continue
@@ -244,7 +248,8 @@ def _problem_text(value: Any) -> str:
 
 
 def _answer_text(value: Any) -> tuple[str, str]:
-    r"""(the answer alone, why it cannot be used or ""). Of a worked solution: what its last box holds.
+    r"""(the answer alone, why it cannot be used or ""). Of a worked solution: what its last box holds,
+    or its last line after `####`.
 
     >>> _answer_text('["$\\\\frac{1}{2}$"]'), _answer_text(70), _answer_text("[1, 2]"), _answer_text(["1", "2"])
     (('$\\frac{1}{2}$', ''), ('70', ''), ('[1, 2]', ''), ('1; 2', 'several answers'))
@@ -259,9 +264,11 @@ def _answer_text(value: Any) -> tuple[str, str]:
     if value is not None and not isinstance(value, str | int | float):
         return str(value), "answer is no text"
     text = str(value if value is not None else "").strip()
-    if len(text) > _ANSWER_CHARS and (boxed := _LAST_BOXED.search(text)):
-        text = boxed.group(1).strip()
-    if len(text) > _ANSWER_CHARS:
+    if (boxed := last_boxed(text)) is not None:
+        text = boxed.strip()
+    elif final := _FINAL_LINE.search(text):
+        text = final[1]
+    if len(text) > _ANSWER_CHARS or "\n" in text or "\\boxed" in text:
         return text, "answer is a text"
     return text, "" if text else "no answer"
 
@@ -278,14 +285,15 @@ def _row(
     own = _first(record, (column,) if column else ID_COLUMNS)
     if own is None and not column and record.get("id") is not None:
         own = f"{source}-{record['id']}"
-    renamed = own is not None and str(own) in taken
+    own = None if own is None else valid(str(own))
+    renamed = own in taken
     ability = record.get("ability")
     row = PromptRow(
-        row_id=f"{source}-{key[:16]}" if own is None or renamed else str(own),
+        row_id=f"{source}-{key[:16]}" if own is None or renamed else own,
         messages=({"role": "user", "content": user_message(problem)},),
         ground_truth=answer,
         data_source=source,
-        extra={"ability": str(ability)} if ability else {},
+        extra={"ability": valid(str(ability))} if ability else {},
     )
     return row, renamed
 
@@ -293,7 +301,7 @@ def _row(
 def fingerprint(problem: str) -> str:
     """Equal for problems that differ in case, blanks and Unicode form only."""
     text = " ".join(unicodedata.normalize("NFKC", problem).casefold().split())
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return hashlib.sha256(valid(text).encode()).hexdigest()
 
 
 # contamination --------------------------------------------------------------------------------------------------------

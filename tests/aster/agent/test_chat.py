@@ -159,6 +159,11 @@ class TestConversation:
         assert ids[mask].tolist().count(hybrid.stop_ids[0]) == 1
         assert hybrid.decode(ids[mask]) == "a<|im_end|>b<|im_end|>"
 
+    def test_half_a_surrogate_pair_is_written_out_wherever_it_stands(self, hybrid: ChatRenderer) -> None:
+        half = [{"role": role, "content": "\ud835"} for role in ("user", "assistant", "tool", "assistant")]
+        written = [message | {"content": "\\ud835"} for message in half]
+        assert hybrid.conversation(half)[0].tolist() == hybrid.conversation(written)[0].tolist()
+
     def test_a_second_question_keeps_the_first_answers_thought(self, hybrid: ChatRenderer) -> None:
         ids, _ = hybrid.conversation(
             [
@@ -172,7 +177,14 @@ class TestConversation:
 
     @pytest.mark.parametrize(
         "roles",
-        [["user"], ["user", "assistant", "tool"], ["user", "tool", "assistant"], ["user", "assistant", "assistant"]],
+        [
+            ["user"],
+            ["user", "assistant", "tool"],
+            ["user", "tool", "assistant"],
+            ["user", "assistant", "assistant"],
+            ["user", "assistant", "user", "system", "user", "assistant"],
+            ["user", "assistant", "tool", "user", "tool", "assistant"],
+        ],
     )
     def test_roles_out_of_order_are_refused_by_name(self, hybrid: ChatRenderer, roles: list[str]) -> None:
         with pytest.raises(DataError, match=r"got the roles \['user'"):

@@ -86,6 +86,7 @@ async def test_each_rule_drops_with_its_own_name(hybrid: ChatRenderer) -> None:
         good.failed(Cause.ENGINE_LOST, "gone"),
         replace(good, cause=Cause.MAX_TOKENS),
         replace(good, row_id="of another file"),
+        replace(good, row_id="row-7"),
         replace(good, uid="the same again"),
         await trajectory(hybrid, 6, 2),
     ]
@@ -104,14 +105,15 @@ async def test_each_rule_drops_with_its_own_name(hybrid: ChatRenderer) -> None:
         "lost to infrastructure",
         "not answered",
         "of no problem in the dataset",
+        "another prompt",
         "copy",
         "contaminated",
     ]
     assert found.dropped[4]["detail"] == "a call inside a thought"
     report = found.report()
-    assert (report["trajectories"], report["kept"], report["problems"], report["token_exact"]) == (12, 1, 1, 1)
-    # calls before: 2 2 0 5 1 1 1 2 2 2 2 2
-    assert report["calls_before"] == {"0": 1, "1": 3, "2-4": 7, "5-9": 1, "10-19": 0, "20+": 0, "mean": 22 / 12}
+    assert (report["trajectories"], report["kept"], report["problems"], report["token_exact"]) == (13, 1, 1, 1)
+    # calls before: 2 2 0 5 1 1 1 2 2 2 2 2 2
+    assert report["calls_before"] == {"0": 1, "1": 3, "2-4": 8, "5-9": 1, "10-19": 0, "20+": 0, "mean": 24 / 13}
     assert report["calls_after"] == histogram([2])
     short = select([good], ROWS, hybrid, wanted=Wanted(1, max_tokens=good.num_tokens - 1))
     assert [d["reason"] for d in short.dropped] == ["too long"]

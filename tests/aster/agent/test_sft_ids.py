@@ -20,7 +20,7 @@ from aster.agent.rollout import Generation, run_episode
 from aster.config import ToolConfig
 from aster.data.formats import read_messages
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
-from aster.errors import DataError
+from aster.errors import DataError, TemplateError
 from aster.types import Budget, Cause, Sample, Sampling, Task
 from serve.schema import ExecuteResponse, Status
 
@@ -147,6 +147,18 @@ class TestRawTurn:
     ) -> None:
         with pytest.raises(DataError, match=words):
             hybrid.raw_turn({"role": "assistant", "content": "", "reasoning_content": "t", "tool_calls": [call]})
+
+    @pytest.mark.parametrize(("thought", "code"), [("a <tool_call> is", "1"), ("t", "print('</tool_call>')")])
+    def test_a_tag_in_the_text_around_a_call_is_the_datas_fault_and_a_strange_call_the_templates(
+        self, hybrid: ChatRenderer, model_dir: Callable[[str], Path], thought: str, code: str
+    ) -> None:
+        call = {"name": "code_interpreter", "arguments": {"code": code}}
+        turn = {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]}
+        with pytest.raises(DataError, match="a call's tag stands in the turn's own text"):
+            hybrid.raw_turn(turn)
+        strange = ChatRenderer.from_model_dir(model_dir(HYBRID.replace('"arguments": ', '"parameters": ')))
+        with pytest.raises(TemplateError, match="writes calls that our grammar does not read back"):
+            strange.raw_turn(turn)
 
 
 @pytest.mark.parametrize("template", [HYBRID, TOOLS_TEMPLATE, STATIC_TEMPLATE], ids=["hybrid", "tools", "static"])

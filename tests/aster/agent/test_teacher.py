@@ -7,13 +7,14 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from agent_models import THINKING
+from agent_models import HYBRID, THINKING
 from sandboxes import new_node
 
 from aster import synthesize
@@ -262,7 +263,42 @@ async def test_a_request_that_is_refused_is_one_error_that_says_why(run, server)
         await run(ROWS[:4])
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_conversation_that_is_refused_is_lost_and_the_others_go_on(run, server, tmp_path, status):
+    def reply(body):
+        if len(body["messages"]) > 1 and body["messages"][0]["content"].startswith("What is 1 "):
+            server.failures = [status]
+        return three_steps(body)
+
+    server.reply = reply
+    assert await run(ROWS[:3], concurrency=1) == 3
+    first, refused, third = read_trajectories(tmp_path / "0.parquet")
+    assert (first.reward, refused.reward, third.reward) == (1.0, None, 1.0)
+    assert f"refuses this conversation with status {status}: " in refused.error
+
+
+@pytest.mark.parametrize("status", [400, 404])
+async def test_a_refusal_before_any_answer_or_of_every_request_is_the_runs(run, server, status):
+    server.failures = [status] * 8
+    with pytest.raises(ConfigError, match=f"refuses requests for model 'wise' with status {status}"):
+        await run(ROWS[:4])
+
+
+async def test_a_last_file_of_one_lost_trajectory_ends_no_run(run, server, tmp_path):
+    def reply(body):
+        odd = body["messages"][0]["content"].startswith("What is 32 ")
+        return said("no thought", None) if odd else three_steps(body)
+
+    server.reply = reply
+    assert await run(ROWS[:33]) == 33
+    (lost,) = read_trajectories(tmp_path / "1.parquet")
+    assert lost.cause is Cause.ENGINE_LOST
+    assert await run(ROWS[:33]) == 0
+
+
 BAD_JSON = {"tool_calls": [{"id": "c", "function": {"name": "code_interpreter", "arguments": "{"}}]}
+TAG_IN_THOUGHT = said(None, "a <tool_call> may", "1")["choices"][0]["message"]
+TAG_IN_CODE = said(None, "hm", "print('</tool_call>')")["choices"][0]["message"]
 AS_TEXT = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "1"}}\n</tool_call>'
 
 
@@ -272,6 +308,10 @@ AS_TEXT = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "1"}}
         ({"content": None, "reasoning_content": "hm", **BAD_JSON}, "arguments of code_interpreter are not JSON"),
         ({"content": AS_TEXT, "reasoning_content": "hm"}, "writes its calls as text"),
         ({"content": "4", "reasoning_content": None}, "give the turn a thought"),
+        (TAG_IN_THOUGHT, "a call's tag stands in the turn's own text"),
+        (TAG_IN_CODE, "a call's tag stands in the turn's own text"),
+        ("hello", "is no message: hello"),
+        ({"content": "4", "tool_calls": {"name": "x"}}, "is no message"),
     ],
 )
 async def test_a_turn_that_the_student_cannot_write_loses_the_trajectory(run, server, tmp_path, message, words):
@@ -286,6 +326,16 @@ async def test_a_turn_that_the_student_cannot_write_loses_the_trajectory(run, se
     assert words in lost.error
 
 
+async def test_half_a_surrogate_pair_in_a_reply_is_sent_back_and_ends_nothing(run, server, tmp_path):
+    def reply(body):
+        return said("\\boxed{1}") if len(body["messages"]) > 1 else said("\ud835", "hm", "print(1)")
+
+    server.reply = reply
+    assert await run(ROWS[:1]) == 1
+    assert next(read_trajectories(tmp_path / "0.parquet")).reward == 1.0
+    assert server.asked[-1]["messages"][1]["content"] == "\ud835"
+
+
 async def test_a_reply_that_was_cut_runs_nothing(run, server, tmp_path):
     server.reply = lambda body: said(None, "long", "print(1)", finish_reason="length")
     assert await run(ROWS[:1]) == 1
@@ -294,8 +344,10 @@ async def test_a_reply_that_was_cut_runs_nothing(run, server, tmp_path):
 
 
 async def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(server, thinking, tmp_path, model_dir):
+    student = model_dir(THINKING)
+
     def args(*more: str):
-        argv = ["--from", str(tmp_path / "run"), "--dataset", "x", "--model", str(model_dir(THINKING)), "--out", "x"]
+        argv = ["--from", str(tmp_path / "run"), "--dataset", "x", "--model", str(student), "--out", "x"]
         return synthesize._parser().parse_args([*argv, "--endpoint", server.url, "--teacher", "wise", *more])
 
     recipe = Recipe.load("rl_stage2_32k")
@@ -306,3 +358,13 @@ async def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(server, th
         await synthesize.teach(args("--samples", "3"), recipe, ROWS[:2], thinking, Inside())
     with pytest.raises(ConfigError, match="was begun with another problems"):
         await synthesize.teach(args(), recipe, ROWS[:1], thinking, Inside())
+    with pytest.raises(ConfigError, match="was begun with another seed: 0, now 1"):
+        await synthesize.teach(args("--seed", "1"), recipe, ROWS[:2], thinking, Inside())
+    other = PromptRow("row-1", ({"role": "user", "content": "What is 1 * 8?"},), ROWS[1].ground_truth, "t")
+    for second in (other, replace(ROWS[1], ground_truth="9")):
+        with pytest.raises(ConfigError, match="was begun with another problems"):
+            await synthesize.teach(args(), recipe, [ROWS[0], second], thinking, Inside())
+    (student / "chat_template.jinja").write_text(HYBRID)
+    with pytest.raises(ConfigError, match="was begun with another student"):
+        await synthesize.teach(args(), recipe, ROWS[:2], thinking, Inside())
+    assert len(server.asked) == 6

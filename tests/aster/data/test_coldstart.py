@@ -17,7 +17,7 @@ from aster.data.coldstart import (
 )
 from aster.data.prompts import user_message
 from aster.data.tasks import FAMILIES, Problem, draw_problems
-from aster.errors import BackPressure, DataError
+from aster.errors import BackPressure, DataError, SandboxError, SandboxLost
 from serve.schema import ExecuteResponse, Status
 
 
@@ -97,7 +97,7 @@ async def test_a_full_sandbox_is_waited_for():
 
 
 async def test_a_sandbox_that_stays_full_ends_at_the_deadline():
-    with pytest.raises(TimeoutError):
+    with pytest.raises(SandboxError, match=r"not done after 0\.05 s: the sandbox is full or too slow"):
         await dense_conversations(
             draw_problems(1, seed=0, heldout=False), Factory(full_times=10**9), observe=observe, deadline_s=0.05
         )
@@ -109,10 +109,45 @@ async def test_a_sandbox_that_stays_full_ends_at_the_deadline():
 )
 async def test_a_failing_cell_or_a_wrong_last_output_is_refused_and_the_session_closed(problem, word):
     factory = Factory()
-    with pytest.raises(ExceptionGroup) as caught:
-        await dense_conversations([problem], factory, observe=observe)
-    assert caught.group_contains(DataError, match=word)
+    with pytest.raises(DataError, match=word):
+        await dense_conversations([problem, *draw_problems(3, seed=0, heldout=False)], factory, observe=observe)
     assert factory.open_now == 0
+
+
+class Loses(Factory):
+    """Its first sessions lose their second cell, so many of them, by a status or by an exception."""
+
+    def __init__(self, times, *, raises):
+        super().__init__()
+        self.times, self.raises = times, raises
+
+    async def open(self, key):
+        session = await super().open(key)
+        if self.opened > self.times:
+            return session
+        execute = session.execute
+
+        async def lost(code, *, timeout_s, call_id):
+            if not call_id.endswith("/1"):
+                return await execute(code, timeout_s=timeout_s, call_id=call_id)
+            if self.raises:
+                raise SandboxLost(key, "its node died")
+            return ExecuteResponse(status=Status.INFRA_ERROR, reason="its node died")
+
+        session.execute = lost
+        return session
+
+
+@pytest.mark.parametrize("raises", [True, False])
+async def test_a_lost_session_has_one_more_try_and_is_never_the_tasks_fault(raises):
+    problems = [FAMILIES["affine"](random.Random(2))]
+    factory = Loses(1, raises=raises)
+    assert await dense_conversations(problems, factory, observe=observe) == await dense_conversations(
+        problems, Factory(), observe=observe
+    )
+    assert (factory.opened, factory.open_now) == (2, 0)
+    with pytest.raises(SandboxLost, match="its node died"):
+        await dense_conversations(problems, Loses(2, raises=raises), observe=observe)
 
 
 def test_a_tool_turn_is_canonical_json_between_the_marks():

@@ -69,3 +69,21 @@ def test_a_conversation_that_cannot_be_rendered_is_numbered():
 
     with pytest.raises(DataError, match="conversation 1: no thought"):
         to_samples([TALK, TALK[1:]], Refuses(), max_length=50)
+
+
+def test_a_conversation_of_a_file_that_cannot_be_rendered_is_named_by_its_row(tmp_path):
+    class Refuses(Words):
+        def conversation(self, messages, *, train_on_newline=False):
+            if messages[0]["content"] == "bad":
+                raise DataError("no thought")
+            return super().conversation(messages)
+
+    bad = [{"role": "user", "content": "bad"}, TALK[1]]
+    write_conversations(tmp_path / "a.parquet", [TALK, TALK])
+    write_conversations(tmp_path / "b.parquet", [TALK, bad])
+    for side in split(read_conversations([tmp_path / f"{n}.parquet" for n in "ab"]), fraction=0.5, seed=1):
+        if bad in side:
+            with pytest.raises(DataError, match=r"b\.parquet, row 1: no thought"):
+                to_samples(side, Refuses(), max_length=50)
+        else:
+            assert len(to_samples(side, Refuses(), max_length=50)[0]) == len(side)

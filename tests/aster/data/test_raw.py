@@ -100,9 +100,29 @@ def test_a_parquet_row_that_is_not_utf8_is_listed_and_the_others_are_read(tmp_pa
     assert found.dropped[0].detail.startswith("not UTF-8: invalid start byte")
 
 
-def test_a_worked_solution_gives_the_answer_in_its_last_box(tmp_path):
-    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": "so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}."})
-    assert collect([raw], source="t").rows[0].ground_truth == r"\frac{1}{2}"
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("so " * 200 + r"\boxed{3} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"We add $2+3$ and get $\boxed{5}$.", "5"),
+        (r"\boxed{ 5 }", "5"),
+        (r"\boxed{x^{2^{3}}}", "x^{2^{3}}"),
+        ("2+3=5\n#### 5", "5"),
+        ("a\n#### 1\nb\n####  2\n", "2"),
+        ("5", "5"),
+    ],
+)
+def test_a_worked_solution_gives_the_answer_in_its_last_box_or_last_line(tmp_path, solution, answer):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
+    assert collect([raw], source="t").rows[0].ground_truth == answer
+
+
+@pytest.mark.parametrize(
+    "solution", ["2+3=5\nThe answer is 5.", "#### 5\nso", r"the answer is \boxed 5", r"\boxed{5", "x" * 401]
+)
+def test_a_worked_solution_without_a_clear_answer_is_dropped(tmp_path, solution):
+    raw = lines(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
+    assert collect([raw], source="t").reasons() == {"answer is a text": 1}
 
 
 def test_a_truncated_or_foreign_file_is_an_error_that_names_it(tmp_path):
@@ -164,6 +184,59 @@ def test_names_that_are_neither_file_nor_url_nor_id_say_so(tmp_path):
         local_files(str(tmp_path))
 
 
+def tree(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "data"),
+    [
+        (["dropped.jsonl", "report.json", "sft.parquet"], ["sft.parquet"]),
+        (["b.ndjson", "a.jsonl", "state.json"], ["a.jsonl", "b.ndjson"]),
+        (["dataset_infos.json", "all.json"], ["all.json"]),
+    ],
+)
+def test_a_directory_stands_for_its_data_and_not_for_what_is_said_about_it(tmp_path, there, data):
+    assert [p.name for p in local_files(str(tree(tmp_path, *there)))] == data
+
+
+GSM8K = [f"{c}/{s}-0000{n}-of-00002.parquet" for c in ("main", "socratic") for s in ("test", "train") for n in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "data"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], "o/d", ["data/train"] * 2),
+        (["train.jsonl", "test.jsonl", "dataset_infos.json"], "o/d:train", ["train"]),
+        (["default/train/0000.parquet", "default/train/0001.parquet"], "o/d", ["default/train/"] * 2),
+        (["train/a.parquet", "train/b.parquet", "test/c.parquet"], "o/d:train", ["train/a", "train/b"]),
+        (GSM8K, "o/d:main/train", ["main/train"] * 2),
+    ],
+)
+def test_a_data_set_is_one_split(tmp_path, monkeypatch, there, name, data):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tree(tmp_path, *there)))
+    found = [str(p.relative_to(tmp_path)) for p in local_files(name)]
+    assert len(found) == len(data)
+    assert all(file.startswith(start) for file, start in zip(found, data, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "words"),
+    [
+        (["data/train.parquet", "data/test.parquet"], "o/d", "has data/test, data/train: name one, e.g. o/d:data/tr"),
+        (GSM8K, "o/d:train", "has not one 'train', but main/test, main/train, socratic/test, socratic/train: name one"),
+        (["train.jsonl"], "o/d:rain", "has not one 'rain', but train: name one, e.g. o/d:train"),
+    ],
+)
+def test_a_data_set_of_several_splits_is_not_read_whole(tmp_path, monkeypatch, there, name, words):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tree(tmp_path, *there)))
+    with pytest.raises(DataError, match=words):
+        local_files(name)
+
+
 def test_a_hub_that_cannot_be_reached_is_an_error_with_a_cure(monkeypatch):
     import huggingface_hub
 
@@ -181,6 +254,23 @@ def test_a_url_that_cannot_be_fetched_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.parquet cannot be fetched"):
         local_files("http://127.0.0.1:9/x.parquet", cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_surrogate_pair_drops_its_record_and_no_other(tmp_path):
+    half = "\ud835"
+    raw = lines(
+        tmp_path / "a.jsonl",
+        {"problem": f"What is {half}?", "answer": "1"},
+        {"problem": "1+1?", "answer": half},
+        {"problem": half, "answer": None},
+        {"problem": "2+2?", "answer": "4", "row_id": half, "ability": half},
+    )
+    assert main(["prepare", "--data", str(raw), "--source", "s", "--out", str(tmp_path / "out")]) == 0
+    (row,) = read_prompts([tmp_path / "out/train.parquet"])
+    assert (row.ground_truth, row.row_id) == ("4", "\\ud835")
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text("utf-8").splitlines()]
+    assert [(d["where"], d["reason"]) for d in dropped] == [(f"{raw}:{n}", "unreadable") for n in range(3)]
+    assert dropped[0]["problem"] == f"What is {half}?"
 
 
 def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
