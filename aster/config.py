@@ -163,8 +163,9 @@ class RolloutConfig(_Section):
     A path that ends before it splits is all of its leaves."""
     tree_factor: int = Field(default=2, ge=2)
     start_timeout_s: float = Field(default=900.0, gt=0)
-    generate_timeout_s: float = Field(default=1800.0, gt=0)
-    """One generation of one turn; past it the engine counts as lost."""
+    generate_timeout_s: float | None = Field(default=None, gt=0)
+    """One generation of one turn; past it the attempt counts as lost, and the engine is asked whether it lives. null =
+    `trajectory_timeout_s`; less finds an engine that hangs earlier, and must hold the longest turn."""
     max_retries: int = Field(default=1, ge=0)
     """How often a trajectory that we lost is run again elsewhere."""
     reward_workers: int | None = Field(default=None, ge=1)
