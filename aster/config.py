@@ -118,7 +118,7 @@ class ToolConfig(_Section):
     enabled: bool = True
     """False: no session is ever opened and a call is answered with an error (the ablation)."""
     timeout_s: float = Field(default=30.0, gt=0)
-    max_output_bytes: int = Field(default=32 << 10, ge=256)
+    max_output_bytes: int = Field(default=32 << 10, ge=256, le=16 << 20)
     """Hard cap in the sandbox, head and tail kept with a notice."""
     max_response_chars: int | None = Field(default=None, ge=16)
     """Cut an observation to so many characters; null = parity with the reference (no cut)."""
@@ -321,7 +321,7 @@ class SandboxConfig(_Section):
     sessions_per_cell: int = Field(default=8, ge=1, le=64)
     max_running: int | None = Field(default=None, ge=1)
     """Cells that run at once per node; null = twice the cores."""
-    memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
+    memory_bytes: int = Field(default=1 << 30, ge=64 << 20, le=64 << 30)
     runtime: Literal["runc", "runsc"] = "runc"
     http_port: int = Field(default=8000, ge=0, le=65535)
     num_cpus: float = Field(default=0.0, ge=0)
