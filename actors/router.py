@@ -222,7 +222,8 @@ class EnginePool:
         self._see_to_the_dead()
         alive = [engine for engine in self._engines if not engine.lost]
         if self._waiting and not alive:
-            if not self._replacements.under_way:
+            about_to_join = self._coming is not None and self._late
+            if not self._replacements.under_way and not about_to_join:
                 self._fail(CircuitOpen(self._nowhere_to_run()))
             return
         held: deque[Attempt] = deque()  # what only the engine it must avoid has room for

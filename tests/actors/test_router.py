@@ -671,6 +671,43 @@ class TestReplacement:
         with pytest.raises(EngineLost, match="no living engine"):
             await alone.publish(None, 3)
 
+    async def test_work_waits_for_the_publication_that_a_late_replacement_makes_possible(self, make) -> None:
+        """The last engine dies under it, and no copy of the weights is held that its successor could have at once."""
+        dies, found_dead, spawned = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        class Interrupted(FakePublisher):
+            async def publish(self, source: object, version: int) -> PublishReport:
+                if not self.admitted:
+                    await found_dead.wait()
+                    raise EngineLost("no living engine")
+                return await super().publish(source, version)
+
+        class Mortal(FakeEngine):
+            async def run(self, task: Task) -> Trajectory:
+                await dies.wait()
+                self.lost = "OOM killed"
+                found_dead.set()
+                return lost_trajectory(task, Cause.ENGINE_LOST, "OOM killed", engine=self.name)
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            await spawned.wait()
+            return FakeEngine("e0.1")
+
+        publisher = Interrupted()
+        publisher.has_copy = False
+        pool = make(Mortal("e0"), publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a"))
+        publishing = asyncio.create_task(pool.publish(None, 1))
+        await asyncio.sleep(0.01)
+        dies.set()
+        await found_dead.wait()
+        await asyncio.sleep(0.01)
+        assert pool.waiting == 2
+        spawned.set()
+        assert (await asyncio.wait_for(publishing, 5)).version == 1
+        [group] = await take(pool, 1)
+        assert [t.engine for t in group.trajectories] == ["e0.1", "e0.1"]
+
     async def test_one_that_does_not_come_up_leaves_the_others_at_work(self, make, caplog) -> None:
         async def spawn(engine: FakeEngine) -> FakeEngine:
             raise EngineLost("not ready within 900 s")
