@@ -29,7 +29,7 @@ class Leftovers:
         self._folder = recipe.run.path / FOLDER
         self._asked_in: dict[str, int] = {}  # row_id of a prompt in flight -> the step that asked for it
         self._past: dict[str, Past] = {}  # by uid; each is used once
-        self._saved: tuple[int, ...] = (0,)  # versions of the newest checkpoint, and of the one under way
+        self._saved: tuple[int, ...] = (0,)  # versions of the newest checkpoint, and of those under way
 
     def take(self, row: PromptRow, step: int) -> tuple[int, dict[int, Past]]:
         """(the step to ask for `row` in, what there is of its samples), when step `step` wants it."""
@@ -72,11 +72,11 @@ class Leftovers:
         prune(self._folder, useless=lambda v: v < version and v not in needed)
 
     def saving(self, version: int) -> None:
-        self._saved = (self._saved[0], version)
+        self._saved = (*self._saved, version)
 
     def saved(self, version: int) -> None:
         """The checkpoint is complete: the ones before it are not resumed from."""
-        self._saved = (version,)
+        self._saved = tuple(v for v in self._saved if v >= version)
 
     def rolled_back(self, version: int) -> None:
         """The run is at `version` again: what was sampled after it the first time is not gone on with."""

@@ -263,6 +263,21 @@ async def test_the_journal_keeps_what_a_checkpoint_can_need_and_nothing_else(tmp
     assert kept == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 3, 4, 5], [0, 3, 4, 5, 6], [3, 4, 6, 7]]
 
 
+async def test_a_checkpoint_that_is_asked_for_while_another_is_written_keeps_its_turns_too(tmp_path):
+    r = recipe(tmp_path)
+    journal = TurnJournal(JournalPlace(r.run.path / "journal", r.config_hash), engine="e0")
+    leftovers, kept = Leftovers(r), []
+    for version in range(9):
+        leftovers.published(version)
+        journal.append(a_task("train", 1, "row", 0), "prompt", 0, a_turn(version=version))
+        if version in (2, 4):
+            leftovers.saving(version)
+        if version in (5, 7):
+            leftovers.saved(version - 3)
+        kept.append(sorted(int(p.name.split(".")[0]) for p in (r.run.path / "journal").iterdir()))
+    assert kept[5:] == [[0, 2, 4, 5], [2, 4, 6], [2, 4, 7], [4, 8]]
+
+
 async def test_a_validation_that_was_cut_short_goes_on_from_its_turns(tmp_path):
     r = validating(tmp_path, "run.steps=1", "run.save_every=1")
 
