@@ -25,7 +25,8 @@ class Group:
 
     def finished(self) -> TrajectoryGroup:
         members = tuple(self.done[sample] for sample in range(self.work.group_size))
-        return TrajectoryGroup(self.work.row, self.work.step, members, self.work.kind, tuple(self.lost))
+        work = self.work
+        return TrajectoryGroup(work.row, work.step, members, work.kind, tuple(self.lost), work.place)
 
 
 @dataclass(frozen=True)

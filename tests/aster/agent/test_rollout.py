@@ -312,7 +312,6 @@ class TestStatusTable:
         out, _, _ = await episode(hybrid, [call("1")] * 4 + ["done"], sandbox=sandbox, task=task)
         assert [c.observation for c in out.calls] == [f"1\n{LOST.strip()}", "2", FAILED + LOST, "3"]
 
-
     @pytest.mark.parametrize("ended", [Status.OK, Status.ERROR])
     async def test_a_second_loss_behind_a_call_that_came_to_its_end_is_news_again(self, hybrid, ended: Status) -> None:
         answers = iter(
