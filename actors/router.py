@@ -147,7 +147,9 @@ class EnginePool:
             raise self._failure
         if self._publisher is None:
             raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
-        self._coming = version  # what starts from here on waits at the engines' gates, and has no older token
+        # What starts from here on mostly waits at the engines' gates. A few tokens may come before these are shut; the
+        # driver looks at tokens, and drops such a group itself.
+        self._coming = version
         try:
             report = await self._deliver(self._publisher, source, version)
         finally:
