@@ -33,7 +33,7 @@ from typing import Any
 
 from actors.admission import Room
 from actors.attempts import Attempt, Draw, Group
-from actors.handles import EngineHandle, Publisher, Recall, Replace, within
+from actors.handles import CLOSE_S, EngineHandle, Publisher, Recall, Replace, within
 from actors.replacement import Replacements
 from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 _GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
 _CANCEL_S = 60.0
 _RECALL_S = 60.0  # a file system that hangs
-_CLOSE_S = 120.0
 
 
 class EnginePool:
@@ -202,7 +201,7 @@ class EnginePool:
         await self._cancel(self._replacements.under_way)
         await self._cancel(self._running)
         self._engines += self._late
-        await within(_CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
+        await within(CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
 
     # the way of one trajectory ---------------------------------------------------------------------------------------
 
@@ -234,7 +233,7 @@ class EnginePool:
             roomy = [e for e in alive if self._room.fits(e, attempt.group.work.kind)]
             others = [e for e in roomy if e.name != attempt.avoid] if len(alive) > 1 else roomy
             if others:
-                self._start(attempt, min(others, key=self._room.share) if len(others) > 1 else others[0])
+                self._start(attempt, min(others, key=self._room.share))
                 continue
             held.append(attempt)
             if not roomy:
