@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors import router
-from actors.attempts import sample_seed
+from actors.attempts import Draw, Group, sample_seed
 from actors.router import EnginePool
 from aster.agent.ledger import lost_trajectory
 from aster.agent.rewards import RewardPool
@@ -260,6 +260,15 @@ class TestSeedsAndNames:
         pool.submit(work("a"))
         await take(pool, 2)
         assert len({task.uid for task in engine.ran}) == len({task.seed for task in engine.ran}) == 4
+
+    async def test_names_are_remembered_while_a_step_may_be_in_flight_and_not_for_ever(self) -> None:
+        draw = Draw("run")
+        for step in range(1000):
+            names = [attempt.task.uid for _ in "ab" for attempt in draw.attempts(Group(work("a", n=1, step=step)))]
+            assert names == [f"run/train/{step}/a/0", f"run/train/{step}/a~2/0"]
+        (after_a_rollback,) = draw.attempts(Group(work("a", n=1, step=990)))
+        assert after_a_rollback.task.uid == "run/train/990/a~3/0"
+        assert len(draw._seen) < 100
 
     async def test_the_ground_truth_stays_here(self, make) -> None:
         engine = FakeEngine("e0")
