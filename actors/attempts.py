@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from aster.types import Past, RolloutWork, Task, Trajectory, TrajectoryGroup, trajectory_uid
 
+_STEPS = 64  # of which no two trajectories get one name; more than are ever in flight at once
+
 
 @dataclass
 class Group:
@@ -25,7 +27,8 @@ class Group:
 
     def finished(self) -> TrajectoryGroup:
         members = tuple(self.done[sample] for sample in range(self.work.group_size))
-        return TrajectoryGroup(self.work.row, self.work.step, members, self.work.kind, tuple(self.lost))
+        work = self.work
+        return TrajectoryGroup(work.row, work.step, members, work.kind, tuple(self.lost), work.place)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Draw:
 
     def __init__(self, run_name: str) -> None:
         self._run_name = run_name
-        self._seen: Counter[str] = Counter()
+        self._seen: dict[int, Counter[str]] = {}  # step -> places; the step that was last asked in comes last
 
     def attempts(self, group: Group) -> Iterator[Attempt]:
         """The first attempt at each sample, or at each tree of them."""
@@ -69,9 +72,12 @@ class Draw:
 
     def _tasks(self, work: RolloutWork) -> list[Task]:
         place = f"{work.kind}/{work.step}/{work.row.row_id}"
-        self._seen[place] += 1
-        if self._seen[place] > 1:  # the same row twice in a step, at the seam of two epochs: request ids must differ
-            place = f"{place}~{self._seen[place]}"
+        seen = self._seen[work.step] = self._seen.pop(work.step, Counter())
+        if len(self._seen) > _STEPS:
+            del self._seen[next(iter(self._seen))]
+        seen[place] += 1
+        if seen[place] > 1:  # the same row twice in a step, at the seam of two epochs: request ids must differ
+            place = f"{place}~{seen[place]}"
         return [
             Task(
                 uid=trajectory_uid(self._run_name, place, sample),

@@ -204,15 +204,15 @@ class RolloutEngine:
             "seed": seed if self._seeded else None,
             "logprobs": 0,  # the sampled token's own
         }
+        limit = self._recipe.rollout.generate_timeout_s  # None: the episode has its own
         try:
-            async with asyncio.timeout(self._recipe.rollout.generate_timeout_s):
+            async with asyncio.timeout(limit):
                 ticket = await self._gate.enter()
                 output = (await self._complete(ids, params, request_id)).outputs[0]
                 if not await self._gate.leave(ticket):
                     raise EngineLost(f"{self.name}: {request_id} ran under weights that did not verify")
         except TimeoutError:
-            limit = self._recipe.rollout.generate_timeout_s
-            raise EngineLost(f"{self.name}: {request_id} not answered within generate_timeout_s={limit:g}") from None
+            raise EngineLost(f"{self.name}: {request_id} not answered within generate_timeout_s={limit}") from None
         if output.finish_reason not in ("stop", "length", "abort"):
             raise EngineLost(f"{self.name}: {request_id} ended with {output.finish_reason!r}")
         try:

@@ -12,6 +12,8 @@ from aster.types import Past, PublishReport, Task, Trajectory
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 120.0  # of one engine
+
 
 class EngineHandle(Protocol):
     """One engine. `lost` says why it is dead; "" = alive as far as anybody knows."""

@@ -6,13 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
-from actors.handles import EngineHandle, Publisher, Replace, within
+from actors.handles import CLOSE_S, EngineHandle, Publisher, Replace, within
 from aster.errors import EngineLost, GangFailure, WeightSyncError
 
 log = logging.getLogger(__name__)
 
 _BARREN = 3  # replacements in a row that died before they had finished a trajectory: no more are made then
-_CLOSE_S = 120.0
 
 
 class Replacements:
@@ -68,7 +67,7 @@ class Replacements:
         try:
             is_current = self._publisher is None or await self._publisher.admit(engine)
         except BaseException as error:
-            await within(_CLOSE_S, "closing", {engine.name: engine.close()})
+            await within(CLOSE_S, "closing", {engine.name: engine.close()})
             if not isinstance(error, EngineLost | WeightSyncError | GangFailure):
                 raise
             log.error("%s does not get the weights, and leaves again: %s", engine.name, error)

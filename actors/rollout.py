@@ -12,13 +12,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine import ANSWER_S, RolloutEngine
 from actors.metrics import engine_stats
+from aster.agent.ledger import lost_trajectory
 from aster.config import Recipe
 from aster.data.journal import FOLDER as JOURNAL
 from aster.data.journal import JournalPlace, KeptTurns
@@ -71,7 +71,7 @@ class RayEngine:
             )
         except EngineLost as error:
             await self.probe()  # one that hangs is the emptiest soon, and must not be given the next ones
-            return _lost(task, self.name, str(error))
+            return lost_trajectory(task, Cause.ENGINE_LOST, str(error), engine=self.name)
         if trajectory.cause is Cause.ENGINE_LOST:
             await self.probe()
         return trajectory
@@ -84,7 +84,9 @@ class RayEngine:
             )
         except EngineLost as error:
             await self.probe()
-            return [_lost(leaf, self.name, str(error)) for leaf in (task, *task.leaves)]
+            return [
+                lost_trajectory(leaf, Cause.ENGINE_LOST, str(error), engine=self.name) for leaf in (task, *task.leaves)
+            ]
         if any(leaf.cause is Cause.ENGINE_LOST for leaf in leaves):
             await self.probe()
         return leaves
@@ -332,24 +334,6 @@ def _resources() -> str:
     free = ray.available_resources()
     return ", ".join(
         f"{free.get(k, 0):g} of {v:g} {k} free" for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")
-    )
-
-
-def _lost(task: Task, engine: str, error: str) -> Trajectory:
-    """The trajectory of an episode whose engine is gone: no tokens, and nobody's fault but ours."""
-    return Trajectory(
-        uid=task.uid,
-        row_id=task.row_id,
-        sample=task.sample,
-        prompt_ids=np.zeros(0, np.int32),
-        ids=np.zeros(0, np.int32),
-        mask=np.zeros(0, bool),
-        behaviour_logprobs=np.zeros(0, np.float32),
-        versions=np.zeros(0, np.int32),
-        turns=(),
-        cause=Cause.ENGINE_LOST,
-        engine=engine,
-        error=error,
     )
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from actors.admission import Room
 from actors.attempts import Attempt, Draw, Group
-from actors.handles import EngineHandle, Publisher, Recall, Replace, within
+from actors.handles import CLOSE_S, EngineHandle, Publisher, Recall, Replace, within
 from actors.replacement import Replacements
 from aster.agent.ledger import Decision, Ledger, lost_trajectory
 from aster.agent.rewards import RewardPool
@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 _GRACE_S = 300.0  # an engine ends a late trajectory itself; this only catches one that does not
 _CANCEL_S = 60.0
 _RECALL_S = 60.0  # a file system that hangs
-_CLOSE_S = 120.0
 
 
 class EnginePool:
@@ -147,7 +146,9 @@ class EnginePool:
             raise self._failure
         if self._publisher is None:
             raise ConfigError("this pool was built without a publisher: its engines keep the weights they started with")
-        self._coming = version  # what starts from here on waits at the engines' gates, and has no older token
+        # What starts from here on mostly waits at the engines' gates. A few tokens may come before these are shut; the
+        # driver looks at tokens, and drops such a group itself.
+        self._coming = version
         try:
             report = await self._deliver(self._publisher, source, version)
         finally:
@@ -200,7 +201,7 @@ class EnginePool:
         await self._cancel(self._replacements.under_way)
         await self._cancel(self._running)
         self._engines += self._late
-        await within(_CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
+        await within(CLOSE_S, "closing", {engine.name: engine.close() for engine in self._engines})
 
     # the way of one trajectory ---------------------------------------------------------------------------------------
 
@@ -222,7 +223,8 @@ class EnginePool:
         self._see_to_the_dead()
         alive = [engine for engine in self._engines if not engine.lost]
         if self._waiting and not alive:
-            if not self._replacements.under_way:
+            about_to_join = self._coming is not None and self._late
+            if not self._replacements.under_way and not about_to_join:
                 self._fail(CircuitOpen(self._nowhere_to_run()))
             return
         held: deque[Attempt] = deque()  # what only the engine it must avoid has room for
@@ -231,7 +233,7 @@ class EnginePool:
             roomy = [e for e in alive if self._room.fits(e, attempt.group.work.kind)]
             others = [e for e in roomy if e.name != attempt.avoid] if len(alive) > 1 else roomy
             if others:
-                self._start(attempt, min(others, key=self._room.share) if len(others) > 1 else others[0])
+                self._start(attempt, min(others, key=self._room.share))
                 continue
             held.append(attempt)
             if not roomy:

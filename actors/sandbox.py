@@ -19,6 +19,7 @@ from aster.errors import SandboxError, SandboxLost
 from serve.app import APP_NAME, POOL, SandboxAppArgs, build_app
 from serve.calls import PoolCalls
 from serve.errors import SandboxServiceError
+from serve.schema import CreateSession
 
 log = logging.getLogger("aster")
 
@@ -32,13 +33,13 @@ class HandleSandboxFactory:
         self,
         app_name: str = APP_NAME,
         *,
+        session: CreateSession | None = None,
         max_output_bytes: int = 32 << 10,
-        memory_bytes: int = 1 << 30,
         rebuild: bool = True,
     ) -> None:
         self._app_name = app_name
+        self._session = session or CreateSession()
         self._max_output_bytes = max_output_bytes
-        self._memory_bytes = memory_bytes
         self._rebuild = rebuild
         self._calls: PoolCalls | None = None
 
@@ -55,7 +56,7 @@ class HandleSandboxFactory:
         return await open_sandbox(
             self._calls,
             key,
-            memory_bytes=self._memory_bytes,
+            session=self._session,
             max_output_bytes=self._max_output_bytes,
             rebuild=self._rebuild,
         )
@@ -92,9 +93,7 @@ def app_args(config: SandboxConfig, *, token: str | None) -> SandboxAppArgs:
     )
 
 
-def deploy_sandbox(
-    config: SandboxConfig, *, token: str | None = None, timeout_s: float = 180.0
-) -> HandleSandboxFactory:
+def deploy_sandbox(config: SandboxConfig, *, token: str | None = None, timeout_s: float = 180.0) -> None:
     """Run the application on the connected Ray cluster, unless a healthy one is there already, and wait for it.
 
     HTTP on 127.0.0.1:`http_port` (0 = no HTTP). Raises `SandboxError` with Serve's own words when it does not come up.
@@ -109,7 +108,6 @@ def deploy_sandbox(
         target = serve.RunTarget(target=build_app(app_args(config, token=token)), name=APP_NAME, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running(timeout_s)
-    return HandleSandboxFactory(memory_bytes=config.memory_bytes)
 
 
 def is_deployed() -> bool:

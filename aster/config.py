@@ -118,7 +118,7 @@ class ToolConfig(_Section):
     enabled: bool = True
     """False: no session is ever opened and a call is answered with an error (the ablation)."""
     timeout_s: float = Field(default=30.0, gt=0)
-    max_output_bytes: int = Field(default=32 << 10, ge=256)
+    max_output_bytes: int = Field(default=32 << 10, ge=256, le=16 << 20)
     """Hard cap in the sandbox, head and tail kept with a notice."""
     max_response_chars: int | None = Field(default=None, ge=16)
     """Cut an observation to so many characters; null = parity with the reference (no cut)."""
@@ -163,8 +163,9 @@ class RolloutConfig(_Section):
     A path that ends before it splits is all of its leaves."""
     tree_factor: int = Field(default=2, ge=2)
     start_timeout_s: float = Field(default=900.0, gt=0)
-    generate_timeout_s: float = Field(default=1800.0, gt=0)
-    """One generation of one turn; past it the engine counts as lost."""
+    generate_timeout_s: float | None = Field(default=None, gt=0)
+    """One generation of one turn; past it the attempt counts as lost, and the engine is asked whether it lives. null =
+    `trajectory_timeout_s`; less finds an engine that hangs earlier, and must hold the longest turn."""
     max_retries: int = Field(default=1, ge=0)
     """How often a trajectory that we lost is run again elsewhere."""
     reward_workers: int | None = Field(default=None, ge=1)
@@ -322,7 +323,7 @@ class SandboxConfig(_Section):
     sessions_per_cell: int = Field(default=8, ge=1, le=64)
     max_running: int | None = Field(default=None, ge=1)
     """Cells that run at once per node; null = twice the cores."""
-    memory_bytes: int = Field(default=1 << 30, ge=64 << 20)
+    memory_bytes: int = Field(default=1 << 30, ge=64 << 20, le=64 << 30)
     runtime: Literal["runc", "runsc"] = "runc"
     """Docker's runtime for a cell. runsc is gVisor's, a kernel in user space between the model's code and ours; the
     node's Docker daemon must have it. Docker cells only; not run here."""

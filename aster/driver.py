@@ -92,7 +92,6 @@ class GrpoLoop:
         self._advantages_taken: Mapping[str, float | np.ndarray] = {}  # by uid, of what this step trains on
         self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
-        self._asked: dict[str, int] = {}  # row_id -> its place in the order of submission
         self._leftovers = Leftovers(self.recipe)
         self._places = count()
         self._first_place = 0  # groups from before it may be of weights that were rolled back
@@ -173,7 +172,7 @@ class GrpoLoop:
             group = await self._inbox.next("train")
             self._outstanding -= 1
             self.prompts.done(group.row)
-            self._leftovers.done(group.row)
+            self._leftovers.done(group.row, group.step)
             if self._is_too_old(group):
                 self.stale_groups += 1
                 self._stale.append(group)
@@ -182,7 +181,7 @@ class GrpoLoop:
                 self._replaced.append(group)
                 continue
             groups.append(group)
-        return sorted(groups, key=lambda g: self._asked[g.row.row_id])
+        return sorted(groups, key=lambda g: g.place)
 
     async def learn(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups."""
@@ -377,14 +376,14 @@ class GrpoLoop:
             self.checkpoints.set_aside()
             self._leftovers.clear()
         path = self.checkpoints.latest()
-        asked_in: Any = {}
+        asked_in: Any = []
         if path is not None:
             state = await self.checkpoints.restore(path, self.learners)
             self.step, self.stale_groups = int(str(state["step"])), int(str(state["stale_groups"]))
             prompts = state["prompts"]
             assert isinstance(prompts, Mapping)
             self.prompts.load_state_dict(prompts)
-            asked_in = state.get("asked_in", {})
+            asked_in = state.get("asked_in", [])
         await self._leftovers.read(asked_in, version=self.step)
 
     # helpers ---------------------------------------------------------------------------------------------------------
@@ -393,7 +392,6 @@ class GrpoLoop:
         for _ in range(count):
             self._outstanding += 1
             row = self.prompts.take()
-            self._asked[row.row_id] = next(self._places)
             step, past = self._leftovers.take(row, self.step)
             self.pool.submit(
                 RolloutWork(
@@ -407,6 +405,7 @@ class GrpoLoop:
                     tree_turns=self.recipe.rollout.tree_turns,
                     tree_factor=self.recipe.rollout.tree_factor,
                     past=past,
+                    place=next(self._places),
                 )
             )
 
@@ -441,7 +440,7 @@ class GrpoLoop:
     def _is_too_old(self, group: TrajectoryGroup) -> bool:
         """A token more than k versions older than the weights that the step begins with, or one that may be of weights
         which were rolled back since."""
-        if self._asked.get(group.row.row_id, self._first_place) < self._first_place:
+        if group.place < self._first_place:
             return True
         newest = self.step - 1
         oldest = newest - self.recipe.rollout.max_staleness

@@ -22,11 +22,14 @@ from aster.config import Recipe
 from aster.errors import ConfigError
 from aster.roles import LearnerGroup, RolloutPool, SandboxFactory
 from aster.tracking import Sink
+from serve.schema import MAX_IDLE_TTL_S, MAX_TTL_S, CreateSession, Limits
 
 if TYPE_CHECKING:
     from actors.group import RayLearnerGroup
 
 TOKEN_VARIABLE = "ASTER_SANDBOX_TOKEN"
+
+_LEASE_GRACE_S = 300.0
 
 
 @contextlib.contextmanager
@@ -45,20 +48,38 @@ def cluster(recipe: Recipe) -> Iterator[None]:
 @contextlib.contextmanager
 def sandboxes(recipe: Recipe) -> Iterator[SandboxFactory | None]:
     """Sessions for trajectories: the service at `sandbox.url`, the app already deployed here, or one for the body."""
-    from actors.sandbox import deploy_sandbox, is_deployed, remove_sandbox
+    from actors.sandbox import HandleSandboxFactory, deploy_sandbox, is_deployed, remove_sandbox
 
+    token = os.environ.get(TOKEN_VARIABLE)
+    session, keep = session_request(recipe), recipe.tool.max_output_bytes
     if not recipe.tool.enabled:
         yield None
     elif recipe.sandbox.url:
-        yield HttpSandboxFactory(recipe.sandbox.url, token=os.environ.get(TOKEN_VARIABLE))
+        yield HttpSandboxFactory(recipe.sandbox.url, token=token, session=session, max_output_bytes=keep)
     else:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps of starting up are no news
         mine = not is_deployed()
         try:
-            yield deploy_sandbox(recipe.sandbox, token=os.environ.get(TOKEN_VARIABLE))
+            deploy_sandbox(recipe.sandbox, token=token)
+            yield HandleSandboxFactory(session=session, max_output_bytes=keep)
         finally:
             if mine:
                 remove_sandbox()
+
+
+def session_request(recipe: Recipe) -> CreateSession:
+    """A session that no trajectory of the recipe can outlive, since the end of a lease counts as SANDBOX_LOST.
+
+    Without a call it ends after the longest turn, and not later: what a killed engine leaves open holds its place in
+    the service until then.
+    """
+    longest = max(recipe.train_budget().trajectory_timeout_s, recipe.eval_budget().trajectory_timeout_s)
+    turn = min(longest, recipe.rollout.generate_timeout_s or longest)
+    return CreateSession(
+        ttl_s=min(longest + _LEASE_GRACE_S, MAX_TTL_S),
+        idle_ttl_s=min(turn + _LEASE_GRACE_S, MAX_IDLE_TTL_S),
+        limits=Limits(memory_bytes=recipe.sandbox.memory_bytes),
+    )
 
 
 def metric_sinks(recipe: Recipe) -> list[Sink]:

@@ -1,7 +1,9 @@
 """The trajectories that were half done when a run was killed: where they are looked up when their prompt comes again.
 
 A trajectory is known by the step that asked for its prompt, which also decides its seed. So a prompt that was in flight
-at the checkpoint is asked for as it was then, whatever step the resumed run is at.
+at the checkpoint is asked for as it was then, whatever step the resumed run is at. Where two epochs meet it may be in
+flight twice, asked for by two steps. Asked for twice by one step, its second trajectories have another name and are not
+found again.
 
 A run resumes with the weights of a checkpoint, so only turns of its version and of the k before it are of use. Kept are
 those of the newest checkpoint, of the one under way, and of the weights in use, which the next one may have.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from aster.config import Recipe
 from aster.data.journal import FOLDER, prune, read_journal
@@ -27,13 +29,19 @@ class Leftovers:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._folder = recipe.run.path / FOLDER
-        self._asked_in: dict[str, int] = {}  # row_id of a prompt in flight -> the step that asked for it
+        self._asked_in: list[tuple[str, int]] = []  # row_id of each prompt in flight, and the step that asked for it
+        self._to_ask: list[tuple[str, int]] = []  # the same of the checkpoint, until they are asked for again
         self._past: dict[str, Past] = {}  # by uid; each is used once
-        self._saved: tuple[int, ...] = (0,)  # versions of the newest checkpoint, and of the one under way
+        self._saved: tuple[int, ...] = (0,)  # versions of the newest checkpoint, and of those under way
 
     def take(self, row: PromptRow, step: int) -> tuple[int, dict[int, Past]]:
         """(the step to ask for `row` in, what there is of its samples), when step `step` wants it."""
-        asked = self._asked_in.setdefault(row.row_id, step)
+        known = next((one for one in self._to_ask if one[0] == row.row_id), None)
+        if known is not None:
+            self._to_ask.remove(known)
+        asked = step if known is None else known[1]
+        if (row.row_id, asked) not in self._asked_in:
+            self._asked_in.append((row.row_id, asked))
         return asked, self.past_of(row, step=asked, kind="train", samples=self._recipe.rollout.group_size)
 
     def past_of(self, row: PromptRow, *, step: int, kind: str, samples: int) -> dict[int, Past]:
@@ -45,15 +53,18 @@ class Leftovers:
                 past[sample] = found
         return past
 
-    def done(self, row: PromptRow) -> None:
-        self._asked_in.pop(row.row_id, None)
+    def done(self, row: PromptRow, asked: int) -> None:
+        """`asked`: the step that it was asked for in."""
+        if (row.row_id, asked) in self._asked_in:
+            self._asked_in.remove((row.row_id, asked))
 
-    def state_dict(self) -> dict[str, int]:
-        return dict(self._asked_in)
+    def state_dict(self) -> list[tuple[str, int]]:
+        return [*self._asked_in, *self._to_ask]
 
-    async def read(self, asked_in: Mapping[str, int], *, version: int) -> None:
+    async def read(self, asked_in: Iterable[tuple[str, int]], *, version: int) -> None:
         """What the journal holds that can be gone on with under weights `version`; `asked_in` is of the checkpoint."""
-        self._asked_in, self._saved = dict(asked_in), (version,)
+        self._asked_in, self._saved = [], (version,)
+        self._to_ask = [(row_id, step) for row_id, step in asked_in]
         self._past = await asyncio.to_thread(
             read_journal,
             self._folder,
@@ -72,15 +83,15 @@ class Leftovers:
         prune(self._folder, useless=lambda v: v < version and v not in needed)
 
     def saving(self, version: int) -> None:
-        self._saved = (self._saved[0], version)
+        self._saved = (*self._saved, version)
 
     def saved(self, version: int) -> None:
         """The checkpoint is complete: the ones before it are not resumed from."""
-        self._saved = (version,)
+        self._saved = tuple(v for v in self._saved if v >= version)
 
     def rolled_back(self, version: int) -> None:
         """The run is at `version` again: what was sampled after it the first time is not gone on with."""
-        self._asked_in, self._past, self._saved = {}, {}, (version,)
+        self._asked_in, self._to_ask, self._past, self._saved = [], [], {}, (version,)
         self.clear()
 
     def clear(self) -> None:

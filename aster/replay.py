@@ -22,7 +22,7 @@ from rich.console import Console
 
 from aster import launch
 from aster.agent.grammar import CODE_INTERPRETER
-from aster.agent.observations import TRUNCATED, loses_state, observe, truncate_chars
+from aster.agent.observations import TRUNCATED, observe, tells_of_fresh, truncate_chars
 from aster.command import run_verb
 from aster.config import Recipe, ToolConfig
 from aster.data.trajectories import read_trajectories
@@ -117,7 +117,7 @@ async def replay(trajectory: Trajectory, sandboxes: SandboxFactory, tool: ToolCo
             async with asyncio.timeout(tool.timeout_s + _ANSWER_S):
                 answer = await session.execute(call.code, timeout_s=tool.timeout_s, call_id=f"replay-{number}")
             text, _ = observe(answer, timeout_s=tool.timeout_s, session_id=session.session_id, loss_told=loss_told)
-            loss_told = loses_state(answer)
+            loss_told = tells_of_fresh(answer)
             if tool.max_response_chars is not None:
                 text = truncate_chars(text, tool.max_response_chars, tool.truncate_side)
             out.append(Replayed(call, str(answer.status), text))

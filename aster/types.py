@@ -131,6 +131,7 @@ class RolloutWork:
     tree_turns: tuple[int, ...] = ()  # as `rollout.tree_turns`; () = every sample by itself
     tree_factor: int = 2
     past: Mapping[int, Past] = field(default_factory=dict)  # sample -> its finished turns, to go on from
+    place: int = 0  # in the order of submission; its group has it too
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class TrajectoryGroup:
     trajectories: tuple[Trajectory, ...]
     kind: str = "train"
     lost: tuple[Trajectory, ...] = ()  # attempts that our infrastructure lost and that were replaced by a retry
+    place: int = 0  # of its work; the row alone would not tell, it may be in flight twice where two epochs meet
 
     @property
     def scored(self) -> tuple[Trajectory, ...]:

@@ -20,6 +20,7 @@ from ray.serve.config import RequestRouterConfig
 from serve.ingress import Ingress, NamesReplica
 from serve.metrics import MeteredReplica
 from serve.router import SessionRouter
+from serve.schema import MAX_IDLE_TTL_S, MAX_TTL_S
 from serve.settings import PoolSettings
 
 APP_NAME = "sandbox"
@@ -49,9 +50,9 @@ class SandboxAppArgs(PoolSettings):
     compat_auth: bool = True
     """Whether the SandboxFusion routes want the token, which few of its clients send. false: only with HTTP on
     loopback, else the deployment fails."""
-    compat_ttl_s: float = Field(default=7200.0, gt=0, le=7 * 86400)
+    compat_ttl_s: float = Field(default=7200.0, gt=0, le=MAX_TTL_S)
     """Lifetime of a session that /run_stateful_code made, and of the meaning of its id."""
-    compat_idle_ttl_s: float = Field(default=1800.0, gt=0, le=86400)
+    compat_idle_ttl_s: float = Field(default=1800.0, gt=0, le=MAX_IDLE_TTL_S)
     """That API cannot close a session: it ends after so long without a call."""
 
     def bearer_token(self) -> str:

@@ -45,11 +45,17 @@ class Limits(_Strict):
     file_bytes: int = Field(default=64 << 20, ge=1 << 16, le=4 << 30)
 
 
+MAX_TTL_S = 7 * 86400
+MAX_IDLE_TTL_S = 86400
+
+
 class CreateSession(_Strict):
     """Body of POST /v1/sessions."""
 
-    ttl_s: float = Field(default=7200.0, gt=0, le=7 * 86400, description="hard lifetime")
-    idle_ttl_s: float = Field(default=1800.0, gt=0, le=86400, description="closed after this long without a call")
+    ttl_s: float = Field(default=7200.0, gt=0, le=MAX_TTL_S, description="hard lifetime")
+    idle_ttl_s: float = Field(
+        default=1800.0, gt=0, le=MAX_IDLE_TTL_S, description="closed after this long without a call"
+    )
     limits: Limits = Limits()
 
 

@@ -82,7 +82,7 @@ class FakePool:
                 trajectory(work, i, version=version, reward=r, cause=lost if r is None else Cause.ANSWERED)
                 for i, r in enumerate(rewards)
             )
-            yield TrajectoryGroup(work.row, work.step, members, work.kind)
+            yield TrajectoryGroup(work.row, work.step, members, work.kind, place=work.place)
 
     async def publish(self, source: object, version: int) -> PublishReport:
         self.events.append(f"publish v{version}")

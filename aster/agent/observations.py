@@ -57,8 +57,16 @@ def observe(
 
 
 def loses_state(response: ExecuteResponse) -> bool:
-    """Whether the next call finds a fresh interpreter."""
+    """Whether what earlier calls had defined is gone, before this one or by it."""
     return response.state is State.LOST or response.status in _DIED
+
+
+def tells_of_fresh(response: ExecuteResponse) -> bool:
+    """Whether the observation has told of the interpreter that the next call finds fresh.
+
+    A cell that came to its end in a fresh interpreter was told of that one, which lives on; the next loss is news.
+    """
+    return loses_state(response) and response.status not in (Status.OK, Status.ERROR)
 
 
 def extra_calls(*, executed: int, total: int) -> str:

@@ -24,7 +24,7 @@ from serve.errors import (
     SessionUnknown,
     TokenRefused,
 )
-from serve.schema import CellRecord, CreateSession, Limits
+from serve.schema import CellRecord, CreateSession
 from serve.sessions import AsyncSession, SandboxService
 
 
@@ -63,16 +63,15 @@ class ServiceSandbox:
 
 
 async def open_sandbox(
-    service: SandboxService, key: str, *, memory_bytes: int, max_output_bytes: int, rebuild: bool
+    service: SandboxService, key: str, *, session: CreateSession, max_output_bytes: int, rebuild: bool
 ) -> ServiceSandbox:
     """A fresh session; `key` names the trajectory in errors. Raises `BackPressure`, `SandboxLost`."""
-    request = CreateSession(limits=Limits(memory_bytes=memory_bytes))
     try:
         with _policies(""):
-            session = await AsyncSession.open(service, request, rebuild=rebuild)
+            opened = await AsyncSession.open(service, session, rebuild=rebuild)
     except SandboxLost as error:
         raise SandboxLost("", f"{key}: {error.reason}") from error
-    return ServiceSandbox(session, max_output_bytes=max_output_bytes)
+    return ServiceSandbox(opened, max_output_bytes=max_output_bytes)
 
 
 class HttpSandboxFactory:
@@ -83,15 +82,15 @@ class HttpSandboxFactory:
         url: str,
         *,
         token: str | None = None,
+        session: CreateSession | None = None,
         max_output_bytes: int = 32 << 10,
-        memory_bytes: int = 1 << 30,
         rebuild: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._url = url
         self._token = token
+        self._session = session or CreateSession()
         self._max_output_bytes = max_output_bytes
-        self._memory_bytes = memory_bytes
         self._rebuild = rebuild
         self._transport = transport
         self._client: tuple[asyncio.AbstractEventLoop, AsyncSandboxClient] | None = None
@@ -104,7 +103,7 @@ class HttpSandboxFactory:
         return await open_sandbox(
             self._connect(),
             key,
-            memory_bytes=self._memory_bytes,
+            session=self._session,
             max_output_bytes=self._max_output_bytes,
             rebuild=self._rebuild,
         )

@@ -31,7 +31,7 @@ class ToolSession:
         self.timeout_s = timeout_s
         self.queue_s = 0.0  # waited for room, in the service and in front of it
         self.node = ""  # of the last sandbox session: ids are OWNER.RANDOM.SEAL
-        self.loss_told = False  # the last observation said that the interpreter's state was lost
+        self.loss_told = False  # the last observation said that the next cell finds a fresh interpreter
         self._sandboxes = sandboxes
         self._sandbox: Sandbox | None = None
         self._key = key

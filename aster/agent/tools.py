@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aster.agent.grammar import CODE_INTERPRETER
-from aster.agent.observations import loses_state, observe
+from aster.agent.observations import loses_state, observe, tells_of_fresh
 from aster.agent.session import ToolSession
 from aster.types import ToolOutcome
 
@@ -58,5 +58,5 @@ class PythonTool:
         text, outcome = observe(
             response, timeout_s=session.timeout_s, session_id=session.session_id, loss_told=session.loss_told
         )
-        session.loss_told = loses_state(response)
+        session.loss_told = tells_of_fresh(response)
         return Observed(text, outcome, status=str(response.status), state_lost=loses_state(response))

@@ -26,8 +26,8 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class TurnJournal:
             return
         version = turn.oldest_version
         head = {"uid": task.uid, "attempt": task.attempt, "prompt": prompt, "number": number}
-        line = (json.dumps(head | _packed(turn)) + "\n").encode()
+        line = _written(head | _packed(turn))
         try:
             descriptor = self._descriptor(version)
             if os.write(descriptor, line) != len(line):
@@ -96,7 +96,7 @@ class TurnJournal:
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             self._file = version, descriptor
             if os.fstat(descriptor).st_size == 0:
-                os.write(descriptor, (json.dumps({"config": self._place.config_hash}) + "\n").encode())
+                os.write(descriptor, _written({"config": self._place.config_hash}))
         return self._file[1]
 
 
@@ -114,7 +114,8 @@ def read_journal(folder: Path, *, config_hash: str, oldest: int, newest: int) ->
     """`{uid: its finished turns}` as far as they can be gone on with, under the weights of version `newest`.
 
     That is: written under the same config, no token older than version `oldest`, and cut before the first turn with a
-    token newer than `newest`: those weights are gone. Files of newer versions are deleted, of another config ignored.
+    token newer than `newest`: those weights are gone. Such turns are deleted, since other weights will have their
+    version soon; files of another config are ignored.
     """
     found: defaultdict[str, defaultdict[tuple[int, int], list[dict[str, Any]]]]
     found = defaultdict(lambda: defaultdict(list))  # uid -> (run, attempt) -> lines
@@ -122,16 +123,27 @@ def read_journal(folder: Path, *, config_hash: str, oldest: int, newest: int) ->
         if version > newest:
             path.unlink(missing_ok=True)
             continue
-        for line in _lines(path, config_hash=config_hash):
+        lines = list(_lines(path, config_hash=config_hash))
+        kept = [line for line in lines if _newest_version(line) <= newest]
+        if len(kept) < len(lines):
+            _rewrite(path, [{"config": config_hash}, *kept])
+        for line in kept:
             found[line["uid"]][run, int(line["attempt"])].append(line)
     out: dict[str, Past] = {}
     for uid, attempts in found.items():
         past: Past | None = None
         for order in sorted(attempts):
             past = _gone_on(past, attempts[order])
-        if past is not None and (usable := _usable(past.turns, oldest=oldest, newest=newest)):
-            out[uid] = replace(past, turns=usable)
+        if past is not None and all(turn.oldest_version >= oldest for turn in past.turns):
+            out[uid] = past
     return out
+
+
+def _rewrite(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """A kill leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(b"".join(_written(line) for line in lines))
+    partial.replace(path)
 
 
 def _gone_on(past: Past | None, lines: Sequence[dict[str, Any]]) -> Past | None:
@@ -170,12 +182,6 @@ class KeptTurns:
                     found = list(_lines(path, config_hash=self._place.config_hash, about=about))
                     lines += [line for line in found if (line["uid"], line["attempt"]) == (task.uid, task.attempt)]
         return _gone_on(task.past, lines)
-
-
-def _usable(turns: Sequence[FinishedTurn], *, oldest: int, newest: int) -> tuple[FinishedTurn, ...]:
-    whole = next((i for i, turn in enumerate(turns) if turn.newest_version > newest), len(turns))
-    usable = tuple(turns[:whole])
-    return usable if all(turn.oldest_version >= oldest for turn in usable) else ()
 
 
 def _files(folder: Path) -> list[tuple[int, int, Path]]:
@@ -231,6 +237,15 @@ def _unpacked(line: dict[str, Any]) -> FinishedTurn:
         versions=_from_runs(line["versions"], np.int32),
         seen=tuple(line["seen"]),
     )
+
+
+def _newest_version(line: Mapping[str, Any]) -> int:
+    """Of a packed turn; what the model did not sample has version -1."""
+    return max(version for version, _ in line["versions"])
+
+
+def _written(line: Mapping[str, Any]) -> bytes:
+    return (json.dumps(line) + "\n").encode()
 
 
 def _base64(array: np.ndarray, dtype: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors import router
-from actors.attempts import sample_seed
+from actors.attempts import Draw, Group, sample_seed
 from actors.router import EnginePool
 from aster.agent.ledger import lost_trajectory
 from aster.agent.rewards import RewardPool
@@ -260,6 +260,15 @@ class TestSeedsAndNames:
         pool.submit(work("a"))
         await take(pool, 2)
         assert len({task.uid for task in engine.ran}) == len({task.seed for task in engine.ran}) == 4
+
+    async def test_names_are_remembered_while_a_step_may_be_in_flight_and_not_for_ever(self) -> None:
+        draw = Draw("run")
+        for step in range(1000):
+            names = [attempt.task.uid for _ in "ab" for attempt in draw.attempts(Group(work("a", n=1, step=step)))]
+            assert names == [f"run/train/{step}/a/0", f"run/train/{step}/a~2/0"]
+        (after_a_rollback,) = draw.attempts(Group(work("a", n=1, step=990)))
+        assert after_a_rollback.task.uid == "run/train/990/a~3/0"
+        assert len(draw._seen) < 100
 
     async def test_the_ground_truth_stays_here(self, make) -> None:
         engine = FakeEngine("e0")
@@ -670,6 +679,43 @@ class TestReplacement:
         alone = make(FakeEngine("e0", lost="OOM killed"), publisher=Choosy())
         with pytest.raises(EngineLost, match="no living engine"):
             await alone.publish(None, 3)
+
+    async def test_work_waits_for_the_publication_that_a_late_replacement_makes_possible(self, make) -> None:
+        """The last engine dies under it, and no copy of the weights is held that its successor could have at once."""
+        dies, found_dead, spawned = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        class Interrupted(FakePublisher):
+            async def publish(self, source: object, version: int) -> PublishReport:
+                if not self.admitted:
+                    await found_dead.wait()
+                    raise EngineLost("no living engine")
+                return await super().publish(source, version)
+
+        class Mortal(FakeEngine):
+            async def run(self, task: Task) -> Trajectory:
+                await dies.wait()
+                self.lost = "OOM killed"
+                found_dead.set()
+                return lost_trajectory(task, Cause.ENGINE_LOST, "OOM killed", engine=self.name)
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            await spawned.wait()
+            return FakeEngine("e0.1")
+
+        publisher = Interrupted()
+        publisher.has_copy = False
+        pool = make(Mortal("e0"), publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
+        pool.submit(work("a"))
+        publishing = asyncio.create_task(pool.publish(None, 1))
+        await asyncio.sleep(0.01)
+        dies.set()
+        await found_dead.wait()
+        await asyncio.sleep(0.01)
+        assert pool.waiting == 2
+        spawned.set()
+        assert (await asyncio.wait_for(publishing, 5)).version == 1
+        [group] = await take(pool, 1)
+        assert [t.engine for t in group.trajectories] == ["e0.1", "e0.1"]
 
     async def test_one_that_does_not_come_up_leaves_the_others_at_work(self, make, caplog) -> None:
         async def spawn(engine: FakeEngine) -> FakeEngine:

@@ -70,7 +70,7 @@ class SlowPublisher(FakePublisher):
         return await super().publish(source, version)
 
 
-async def test_what_starts_during_a_publication_is_as_new_as_its_weights(make) -> None:
+async def test_what_starts_during_a_publication_is_taken_for_as_new_as_its_weights(make) -> None:
     publisher, done = SlowPublisher(), asyncio.Event()
     pool = make(FakeEngine("e0", lambda task: done), publisher=publisher, max_staleness=0)
     publishing = asyncio.create_task(pool.publish(None, 1))

@@ -69,6 +69,15 @@ def test_sft_and_eval_hold_the_numbers_of_the_paper():
     assert (paper.temperature, paper.top_p) == (0.6, 0.95)
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_response_that_is_one_long_turn_has_the_time_it_needs(name):
+    """At 20 tokens a second. A limit that cuts it off would count it as lost by us."""
+    r = Recipe.load(name)
+    for budget in (r.train_budget(), r.eval_budget()):
+        limit = r.rollout.generate_timeout_s or budget.trajectory_timeout_s
+        assert budget.max_response_tokens / 20 < min(limit, budget.trajectory_timeout_s)
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -118,7 +118,20 @@ class BackwardsPool(FakePool):
                 asked.append(self.queue.get_nowait())
             for of, version in reversed(asked):
                 members = tuple(trajectory(of, i, version=version, reward=float(i)) for i in range(of.group_size))
-                yield TrajectoryGroup(of.row, of.step, members, of.kind)
+                yield TrajectoryGroup(of.row, of.step, members, of.kind, place=of.place)
+
+
+async def test_a_row_that_is_in_a_step_twice_keeps_both_its_places(tmp_path):
+    """Asked for at the end of one epoch and at the beginning of the next, by two steps."""
+    r = recipe(tmp_path, "run.steps=4", "rollout.prompts_per_step=3", "rollout.max_staleness=1")
+    pool = BackwardsPool([])
+    running = loop(r, [], pool=pool)
+    running.prompts = PromptStream([row(i) for i in range(4)], batch=3, seed=1, epochs=5)
+    learnt = []
+    learn = running.learn
+    running.learn = lambda groups: learnt.append([g.place for g in groups]) or learn(groups)
+    await running.run()
+    assert learnt == [sorted(step) for step in learnt]
 
 
 async def test_who_is_finished_first_does_not_decide_on_the_mini_batches(tmp_path):

@@ -1,7 +1,9 @@
 """What runs beside the loop, on fakes: records, and a validation that has the weights of the step it runs beside."""
 
 import asyncio
+import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,6 +249,28 @@ async def test_prompts_in_flight_at_a_kill_are_asked_for_as_then_and_bring_their
     assert list(asked.values()) == [(2, [])] * len(asked)
 
 
+async def test_a_row_that_is_in_flight_for_two_steps_is_asked_for_in_both_again(tmp_path):
+    """Where two epochs meet; whichever of them came home before the checkpoint is not asked for."""
+    r = recipe(tmp_path)
+    leftovers, again = Leftovers(r), Leftovers(r)
+    assert [leftovers.take(row(0), step)[0] for step in (5, 6)] == [5, 6]
+    await again.read(json.loads(json.dumps(leftovers.state_dict())), version=6)
+    assert [again.take(row(0), 7)[0] for _ in range(3)] == [5, 6, 7]
+    for home in (5, 6):
+        again.done(row(0), home)
+    await leftovers.read(again.state_dict(), version=7)
+    assert [leftovers.take(row(0), 8)[0] for _ in range(2)] == [7, 8]
+
+
+async def test_a_row_asked_for_twice_in_one_step_is_not_found_under_the_other_s_name(tmp_path):
+    leftovers, again = Leftovers(recipe(tmp_path)), Leftovers(recipe(tmp_path))
+    for _ in range(2):
+        leftovers.take(row(0), 5)
+    leftovers.done(row(0), 5)
+    await again.read(leftovers.state_dict(), version=6)
+    assert again.take(row(0), 7)[0] == 7
+
+
 async def test_the_journal_keeps_what_a_checkpoint_can_need_and_nothing_else(tmp_path):
     """Checkpoints of versions 0 (the start) and 4, staleness 1, while the engines go from version to version."""
     r = recipe(tmp_path, "rollout.max_staleness=1")
@@ -261,6 +285,21 @@ async def test_the_journal_keeps_what_a_checkpoint_can_need_and_nothing_else(tmp
             leftovers.saved(4)
         kept.append(sorted(int(p.name.split(".")[0]) for p in (r.run.path / "journal").iterdir()))
     assert kept == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 3, 4, 5], [0, 3, 4, 5, 6], [3, 4, 6, 7]]
+
+
+async def test_a_checkpoint_that_is_asked_for_while_another_is_written_keeps_its_turns_too(tmp_path):
+    r = recipe(tmp_path)
+    journal = TurnJournal(JournalPlace(r.run.path / "journal", r.config_hash), engine="e0")
+    leftovers, kept = Leftovers(r), []
+    for version in range(9):
+        leftovers.published(version)
+        journal.append(a_task("train", 1, "row", 0), "prompt", 0, a_turn(version=version))
+        if version in (2, 4):
+            leftovers.saving(version)
+        if version in (5, 7):
+            leftovers.saved(version - 3)
+        kept.append(sorted(int(p.name.split(".")[0]) for p in (r.run.path / "journal").iterdir()))
+    assert kept[5:] == [[0, 2, 4, 5], [2, 4, 6], [2, 4, 7], [4, 8]]
 
 
 async def test_a_validation_that_was_cut_short_goes_on_from_its_turns(tmp_path):
@@ -312,7 +351,7 @@ class StalePool(FakePool):
         async for group in super().groups():
             if first:
                 members = tuple(t.failed(Cause.STALE, "began under version -2") for t in group.trajectories)
-                group = TrajectoryGroup(group.row, group.step, members, group.kind)
+                group = replace(group, trajectories=members)
             first = False
             yield group
 

@@ -312,6 +312,23 @@ class TestStatusTable:
         out, _, _ = await episode(hybrid, [call("1")] * 4 + ["done"], sandbox=sandbox, task=task)
         assert [c.observation for c in out.calls] == [f"1\n{LOST.strip()}", "2", FAILED + LOST, "3"]
 
+    @pytest.mark.parametrize("ended", [Status.OK, Status.ERROR])
+    async def test_a_second_loss_behind_a_call_that_came_to_its_end_is_news_again(self, hybrid, ended: Status) -> None:
+        answers = iter(
+            [
+                ExecuteResponse(status=ended, text="1", state=State.LOST),
+                ExecuteResponse(status=Status.OK, text="2", state=State.LOST),
+                ExecuteResponse(status=Status.SESSION_DIED, state=State.LOST),
+                ExecuteResponse(status=Status.OK, text="3", state=State.LOST),
+                ExecuteResponse(status=Status.OK, text="4", state=State.LOST),
+            ]
+        )
+        sandbox = ScriptedSandbox(lambda code: next(answers))
+        task = a_task(replace(BUDGET, max_tool_calls=9))
+        out, _, _ = await episode(hybrid, [call("1")] * 5 + ["done"], sandbox=sandbox, task=task)
+        assert [LOST.strip() in c.observation for c in out.calls] == [True, True, True, False, True]
+        assert all(c.state_lost for c in out.calls)
+
 
 class TestFormatErrors:
     @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from aster.agent.tree import lineage, run_tree
 from aster.config import Recipe, ToolConfig
 from aster.errors import ConfigError, EngineLost, SandboxLost
 from aster.types import Cause, Task
+from serve.schema import CreateSession
 
 ROOM = replace(BUDGET, max_tool_calls=9, max_response_tokens=4000)
 
@@ -239,7 +240,7 @@ async def test_real_sessions_part_with_all_their_variables(hybrid, backend: str)
 
     class Local:
         async def open(self, key: str) -> ServiceSandbox:
-            box = await open_sandbox(pool, key, memory_bytes=1 << 30, max_output_bytes=4096, rebuild=False)
+            box = await open_sandbox(pool, key, session=CreateSession(), max_output_bytes=4096, rebuild=False)
             opened.append(box)
             return box
 

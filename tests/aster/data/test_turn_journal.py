@@ -74,6 +74,15 @@ def test_turns_are_those_of_weights_that_the_resumed_run_has(tmp_path: Path) -> 
     assert [p.name.split(".")[0] for p in tmp_path.iterdir()] == ["3"], "and nobody will ever want it"
 
 
+def test_what_a_restart_has_cut_stays_cut_when_other_weights_have_its_version(tmp_path: Path) -> None:
+    """Killed, resumed from version 3, trained to a version 4 of its own, saved, killed again before its prompt came."""
+    write(tmp_path, turn(0, 3), turn(1, 3, newer=4))
+    write(tmp_path, turn(7), of=task("r/train/1/other/0"))
+    assert tokens(tmp_path, newest=3) == [0]
+    assert tokens(tmp_path, newest=4) == [0]
+    assert tokens(tmp_path, newest=4, uid="r/train/1/other/0") == [7]
+
+
 def test_a_trajectory_that_is_too_old_to_be_learnt_from_is_not_gone_on_with(tmp_path: Path) -> None:
     write(tmp_path, turn(0, 3), turn(1, 4))
     assert tokens(tmp_path, oldest=3) == [0, 1]
