@@ -120,12 +120,13 @@ class Cell:
                 self._free.append(slot)
                 raise
         family = Family(name=session_id, slot=slot, members={session_id})
-        self.sessions[session_id] = Session(family, wanted, process)
+        session = self.sessions[session_id] = Session(family, wanted, process)
         try:
-            await process.open(wanted)
+            async with session.lock:
+                await process.open(wanted)
         except BaseException:
-            self.sessions.pop(session_id, None)
-            await self._release(slot, process)
+            if self.sessions.pop(session_id, None) is not None:  # `close` tidies up after itself
+                await self._release(slot, process)
             raise
         self.served += 1
         self._later(self.fill())

@@ -33,6 +33,7 @@ from serve.sessions import Event
 _CONTROL_S = 60.0  # what needs no turn at the node
 _STATS_S = 10.0
 _BUSY_S = 2.0
+_SUCCESSOR_S, _PAUSE_S = 30.0, 0.25  # Serve starts a killed replica again within seconds
 _HANDLES = 4096
 
 
@@ -48,9 +49,19 @@ class PoolCalls:
         self._handles: OrderedDict[tuple[str, str], DeploymentHandle] = OrderedDict()
 
     async def create(self, request: CreateSession) -> Session:
+        """A pool that dies over it is no reason to give up: nothing has run, and its successor ends what was made."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         async with failures("", self._queue_s):
-            session: Session = await ask(self._handle("create", ""), request)
-        return session
+            while True:
+                try:
+                    session: Session = await ask(self._handle("create", ""), request)
+                except ray.exceptions.RayActorError:
+                    if loop.time() - began > _SUCCESSOR_S:
+                        raise
+                    await asyncio.sleep(_PAUSE_S)
+                else:
+                    return session
 
     async def get(self, session_id: str) -> Session:
         session: Session = await self._call("get", session_id)

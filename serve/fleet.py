@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sandbox_image.proto.cell_pb2 import StatusReply
-from serve.background import Background, is_cancelled
+from serve.background import Background
 from serve.cells import BackendUnavailable, Cell, CellBackend, CellSettings, Ending
 from serve.cells.link import CellFull, CellLink, CellLost, start_cell
 from serve.errors import PoolFull
@@ -80,6 +80,11 @@ class Fleet:
     def cells(self) -> tuple[FleetCell, ...]:
         return tuple(self._cells)
 
+    @property
+    def stopped(self) -> bool:
+        """Its cells are another pool's business now, or nobody's."""
+        return self._stopped
+
     # slots -----------------------------------------------------------------------------------------------------------
 
     async def place(self, session_id: str, limits: Limits) -> FleetCell:
@@ -87,7 +92,7 @@ class Fleet:
         deadline = time.monotonic() + self._settings.create_timeout_s
         while True:
             cell = max((c for c in self._cells if c.free > 0), key=lambda c: c.slots_taken, default=None)
-            if cell is None:
+            if cell is None or self._stopped:
                 self.refill()
                 await self._wait_for_change(deadline)
                 continue
@@ -197,6 +202,8 @@ class Fleet:
 
     async def lose(self, cell: FleetCell, why: str) -> None:
         """The cell does not answer: end it for certain, then tell its sessions. Returns when both are done."""
+        if self._stopped:
+            return
         if cell.end is None:
             cell.end = self._background.run(self._end(cell, why))
         await asyncio.shield(cell.end)
@@ -254,11 +261,8 @@ class Fleet:
         try:
             status = await cell.link.status()
         except CellLost as error:
-            await self.lose(cell, str(error))
-            return
-        except asyncio.CancelledError:  # of the call, when the cell was lost meanwhile and its channel closed
-            if is_cancelled():
-                raise
+            if cell in self._cells:  # else it retired meanwhile
+                await self.lose(cell, str(error))
             return
         if status.broken:
             await self.retire(cell, status.broken)

@@ -15,9 +15,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from serve.background import is_cancelled
 from serve.cells.link import CellLink, CellLost
-from serve.errors import SessionGone
+from serve.errors import SandboxUnavailable, SessionGone
 from serve.fleet import Fleet, FleetCell
 from serve.journal import Counted, Ran, cells_of, obstacle, text_hash
 from serve.live import LiveSession
@@ -61,10 +60,8 @@ class Rescue:
             return await work(cell.link)
         except CellLost as error:
             why = str(error)
-        except asyncio.CancelledError:  # of the call, when the cell was lost meanwhile and its channel closed
-            if is_cancelled() or cell.end is None:
-                raise
-            why = "its cell was lost"
+        if self._fleet.stopped:
+            raise self._lost(session, why)
         if await self._answers(cell, why):
             await self._fleet.retire(cell, why)  # what the session still does in there nobody knows
             raise self._lost(session, why)
@@ -125,7 +122,9 @@ class Rescue:
             if session.settling:
                 await asyncio.sleep(_SETTLE_POLL_S)
 
-    def _lost(self, session: LiveSession, reason: str) -> SessionGone:
+    def _lost(self, session: LiveSession, reason: str) -> SessionGone | SandboxUnavailable:
+        if self._fleet.stopped:  # this pool has let go of the cell: whoever adopts it knows better
+            return SandboxUnavailable("this node's sandbox pool is ending", 504)
         if not session.end:
             self._bury(session, reason)
         return SessionGone(session.id, session.end)

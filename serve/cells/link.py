@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import grpc
 
 from sandbox_image.proto import MESSAGE_BYTES, cell_pb2, cell_pb2_grpc
+from serve.background import is_cancelled
 from serve.cells import BackendUnavailable, Cell, CellBackend
 from serve.cells.exchange import Exchange, ExchangeFailed
 from serve.errors import CannotFork, FileRefused
@@ -35,6 +37,8 @@ _FILE_STATUS = {
     grpc.StatusCode.OUT_OF_RANGE: 413,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 507,
 }
+
+T = TypeVar("T")
 
 
 class CellLost(RuntimeError):
@@ -70,7 +74,7 @@ class CellLink:
             file_bytes=limits.file_bytes,
         )
         try:
-            await self._stub.Open(request, timeout=_CONTROL_S)
+            await self._ask(self._stub.Open, request)
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise CellFull(error.details() or "no free slot") from None
@@ -88,39 +92,42 @@ class CellLink:
         self, session_id: str, request: ExecuteRequest
     ) -> AsyncIterator[OutputChunk | ExecuteResponse]:
         """Output as it is printed; the response comes last."""
-        call = self._stub.ExecuteStream(_message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S)
+        call = None
         try:
-            async for event in call:
-                if event.HasField("reply"):
-                    yield _response(event.reply)
-                else:
-                    stream = "stderr" if event.output.is_stderr else "stdout"
-                    yield OutputChunk(stream=stream, text=event.output.text)
+            async with self._open_channel():
+                call = self._stub.ExecuteStream(
+                    _message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S
+                )
+                async for event in call:
+                    if event.HasField("reply"):
+                        yield _response(event.reply)
+                    else:
+                        stream = "stderr" if event.output.is_stderr else "stdout"
+                        yield OutputChunk(stream=stream, text=event.output.text)
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     async def interrupt(self, session_id: str) -> bool:
         """Whether a cell was running."""
         request = cell_pb2.SessionRequest(session_id=session_id)
         try:
-            return bool((await self._stub.Interrupt(request, timeout=_CONTROL_S)).was_running)
+            return bool((await self._ask(self._stub.Interrupt, request)).was_running)
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
 
     async def reset(self, session_id: str) -> None:
         try:
-            await self._stub.Reset(cell_pb2.SessionRequest(session_id=session_id), timeout=_CONTROL_S)
+            await self._ask(self._stub.Reset, cell_pb2.SessionRequest(session_id=session_id))
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
 
     async def fork(self, session_id: str, new_ids: Sequence[str]) -> None:
         """Raises `CannotFork`, `CellFull`, `CellLost`; then no copy was made."""
         try:
-            await self._stub.Fork(
-                cell_pb2.ForkRequest(session_id=session_id, new_ids=list(new_ids)), timeout=_CONTROL_S
-            )
+            await self._ask(self._stub.Fork, cell_pb2.ForkRequest(session_id=session_id, new_ids=list(new_ids)))
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise CannotFork(session_id, error.details() or "it has live threads or children") from None
@@ -132,7 +139,7 @@ class CellLink:
         """Raises `FileRefused`, `CellLost`."""
         request = cell_pb2.WriteFileRequest(session_id=session_id, path=path, content=content)
         try:
-            await self._stub.WriteFile(request, timeout=_CONTROL_S)
+            await self._ask(self._stub.WriteFile, request)
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from None
 
@@ -140,13 +147,13 @@ class CellLink:
         """Raises `FileRefused`, `CellLost`."""
         request = cell_pb2.ReadFileRequest(session_id=session_id, path=path, max_bytes=max_bytes)
         try:
-            return bytes((await self._stub.ReadFile(request, timeout=_CONTROL_S)).content)
+            return bytes((await self._ask(self._stub.ReadFile, request)).content)
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from None
 
     async def list_files(self, session_id: str) -> Files:
         try:
-            answer = await self._stub.ListFiles(cell_pb2.SessionRequest(session_id=session_id), timeout=_CONTROL_S)
+            answer = await self._ask(self._stub.ListFiles, cell_pb2.SessionRequest(session_id=session_id))
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from None
         found = [FileInfo(path=f.path, size=f.size, modified=f.modified) for f in answer.files]
@@ -154,16 +161,33 @@ class CellLink:
 
     async def close_session(self, session_id: str) -> bool:
         try:
-            answer = await self._stub.Close(cell_pb2.CloseRequest(session_id=session_id), timeout=_CONTROL_S)
+            answer = await self._ask(self._stub.Close, cell_pb2.CloseRequest(session_id=session_id))
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
         return bool(answer.existed)
 
     async def status(self) -> cell_pb2.StatusReply:
         try:
-            return await self._stub.Status(cell_pb2.StatusRequest(), timeout=_CONTROL_S)
+            return await self._ask(self._stub.Status, cell_pb2.StatusRequest())
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
+
+    async def _ask(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        async with self._open_channel():
+            return await method(request, timeout=_CONTROL_S)
+
+    @asynccontextmanager
+    async def _open_channel(self) -> AsyncIterator[None]:
+        """`CellLost` for a call on a channel that is closed already, or is closed under it: the pool has just given the
+        cell up, and the owner of this session has not heard of it yet."""
+        try:
+            yield
+        except grpc.aio.UsageError as error:
+            raise CellLost(f"cell {self.cell.cell_id}: {error}") from None
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            raise CellLost(f"cell {self.cell.cell_id}: its channel was closed") from None
 
     def _refused(self, error: grpc.aio.AioRpcError) -> FileRefused | CellLost:
         code = _FILE_STATUS.get(error.code())

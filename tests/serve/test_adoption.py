@@ -15,7 +15,7 @@ from sandboxes import BACKENDS, ISOLATED, Session, cells, new_node, open_session
 
 from serve import janitor, owner
 from serve.cells import BackendUnavailable, CellSettings, choose_backend, socket_root
-from serve.errors import SessionGone
+from serve.errors import SandboxUnavailable, SessionGone
 from serve.pool import SandboxPool
 from serve.schema import State, Status
 
@@ -264,3 +264,26 @@ async def test_a_pool_that_leaves_hands_its_sessions_over_and_takes_an_empty_fle
     await second.close(session.id)
     await second.leave()
     assert not (Path(sockets) / second.owner).exists()
+
+
+@pytest.mark.parametrize("backend", ISOLATED)
+async def test_a_call_that_outlasts_its_pool_is_answered_by_the_next_one(
+    backend: str, sockets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.pool._END_S", 0.2)
+    node = new_node()
+    first = await start_pool(backend, node=node, socket_root=sockets)
+    session = await open_session(first)
+    code = "import os, time\nopen('begun', 'x').close()\nwhile not os.path.exists('go on'): time.sleep(.05)\n'done'"
+    call = asyncio.create_task(session.run(code, call_id="long", timeout_s=60))
+    async with asyncio.timeout(20):
+        while not (await first.list_files(session.id)).files:
+            pass
+    await first.leave()
+    with pytest.raises(SandboxUnavailable):
+        await call
+    second = await start_pool(backend, node=node, socket_root=sockets)
+    await second.write_file(session.id, "go on", b"")
+    answer = await Session(second, session.id).run(code, call_id="long")
+    assert (answer.result, answer.cell) == ("done", 1)
+    await second.stop()
