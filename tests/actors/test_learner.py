@@ -178,12 +178,12 @@ def test_rl_gradient_equals_autograd_through_plain_transformers(model_dir):
     hf = _hf(model_dir)
     parts = []
     for s in samples:
+        on = torch.tensor(s.mask[1:])
         losses, _ = policy_loss(
-            hf_log_probs(hf, s),
-            old_R=torch.tensor(s.old_logprobs[1:]),
-            behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
-            advantages_R=torch.full((len(s) - 1,), s.advantage),
-            mask_R=torch.tensor(s.mask[1:]),
+            hf_log_probs(hf, s)[on],
+            old_N=torch.tensor(s.old_logprobs[1:])[on],
+            behaviour_N=torch.tensor(s.behaviour_logprobs[1:])[on],
+            advantages_N=torch.full((int(on.sum()),), s.advantage),
             algo=AlgoConfig(),
         )
         parts.append(losses.sum())
