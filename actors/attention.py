@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -59,16 +58,16 @@ def choose(attention: str, *, device: torch.device, dtype: torch.dtype) -> str:
     if attention == "auto":
         if not half_on_cuda:
             return "sdpa"
-        return "flash" if _has_flash() else "varlen"
+        return "varlen" if _without_flash() else "flash"
     if attention in {"flash", "varlen"}:
         if not half_on_cuda:
             raise ConfigError(
                 f"model.attention={attention} needs CUDA and model.compute_dtype=bfloat16, here they are {device.type} "
                 f"and {str(dtype).removeprefix('torch.')}: use auto or sdpa"
             )
-        if attention == "flash" and not _has_flash():
+        if attention == "flash" and (problem := _without_flash()):
             raise ConfigError(
-                "model.attention=flash needs the flash-attn package (uv pip install --no-build-isolation "
+                f"model.attention=flash needs the flash-attn package ({problem}; uv pip install --no-build-isolation "
                 "flash-attn): use varlen, torch's own, or auto"
             )
     if attention == "flex" and device.type != "cuda":
@@ -191,8 +190,14 @@ KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "flash": flash, "varlen": varlen, "f
 
 
 @lru_cache(maxsize=1)
-def _has_flash() -> bool:
-    return find_spec("flash_attn") is not None
+def _without_flash() -> str:
+    """Why the flash-attn package cannot be used; "" = it can. Imported, not only looked for: one that was built for
+    another torch is there, and would fail in the first forward pass."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401 - whether it can be had is the question
+    except ImportError as error:
+        return str(error)
+    return ""
 
 
 def _left_right(window: int | None) -> tuple[int, int]:

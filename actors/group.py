@@ -89,7 +89,13 @@ class RayLearnerGroup:
     """`roles.LearnerGroup` over Ray actors."""
 
     def __init__(
-        self, ranks: Sequence[Any], *, placement: PlacementGroup | None, timeout_s: float, context_parallel: int = 1
+        self,
+        ranks: Sequence[Any],
+        *,
+        placement: PlacementGroup | None,
+        timeout_s: float,
+        publish_timeout_s: float = 300.0,
+        context_parallel: int = 1,
     ) -> None:
         """Use `spawn`. `placement` is released with the gang; None where it belongs to somebody else."""
         self.dp_size = len(ranks) // context_parallel
@@ -98,6 +104,7 @@ class RayLearnerGroup:
         self._ranks = list(ranks)
         self._placement = placement
         self._timeout_s = timeout_s
+        self._publish_timeout_s = publish_timeout_s
         self._failure: GangFailure | None = None
         self._saving = False  # a checkpoint may be under way
 
@@ -137,6 +144,7 @@ class RayLearnerGroup:
             ranks,
             placement=own,
             timeout_s=recipe.learner.step_timeout_s,
+            publish_timeout_s=recipe.rollout.publish_timeout_s,
             context_parallel=recipe.learner.context_parallel,
         )
         try:
@@ -180,7 +188,7 @@ class RayLearnerGroup:
         return stats[0]
 
     def weight_source(self) -> RayWeightSource:
-        return RayWeightSource(self._ranks, timeout_s=self._timeout_s, died=self._fail)
+        return RayWeightSource(self._ranks, timeout_s=self._publish_timeout_s, died=self._fail)
 
     async def save(self, path: str) -> None:
         """Returns when every rank has its copy in host memory. See `saved`."""

@@ -145,7 +145,8 @@ def write_hf(
     path: str, tensors: Iterable[tuple[str, torch.Tensor]], *, metadata: Sequence[TensorMeta], source: Path
 ) -> None:
     """A model directory of CPU tensors in the order and dtype of `metadata`, with the other files of `source`."""
-    partial = Path(f"{path}.tmp")
+    final = Path(path)
+    partial = final.with_name(final.name + ".tmp")  # beside it, also where the path ends in a slash
     shutil.rmtree(partial, ignore_errors=True)
     copy_model_files(source, partial)
     _write_config(partial / "config.json", dtype=metadata[0].dtype)
@@ -166,7 +167,7 @@ def write_hf(
             "weight_map": {m.name: file for file, entries in files.items() for m in entries},
         }
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
-    replace_directory(partial, Path(path))
+    replace_directory(partial, final)
 
 
 def replace_directory(partial: Path, final: Path) -> None:

@@ -87,7 +87,8 @@ class Saver:
         self, path: str, tensors: dict[str, torch.Tensor], rng: dict[str, torch.Tensor], counters: dict[str, Any]
     ) -> None:
         """In the thread. Written beside `path` and renamed by rank 0 when every rank is done."""
-        partial = Path(f"{path}.tmp")
+        final = Path(path)
+        partial = final.with_name(final.name + ".tmp")
         rank = dist.get_rank()
 
         def prepare() -> None:
@@ -103,7 +104,7 @@ class Saver:
         def finish() -> None:
             if rank == 0:
                 (partial / persist.COUNTERS).write_text(json.dumps(counters), "utf-8")
-                persist.replace_directory(partial, Path(path))
+                persist.replace_directory(partial, final)
 
         self._together(prepare)
         dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)  # agrees on errors by itself

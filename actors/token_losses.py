@@ -3,7 +3,7 @@
 What stands between a micro-batch (numpy, log-probs that may be absent) and the formulas of `aster.algo.losses`
 (tensors, complete). The denominators are the learner's business.
 
-Shape legend: R tokens of a packed row · N of them under the loss mask.
+Shape legend: N tokens of a packed row, those under the loss mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from aster.algo.losses import kl_penalty, policy_loss, sft_loss
+from aster.algo.losses import kl_penalty, policy_loss
 from aster.config import Recipe
 from aster.types import MicroBatch
 
@@ -28,10 +28,9 @@ def token_losses(
     Raises `ValueError` when a log-prob that the algorithm needs was not recorded or not recomputed.
     """
     mask = microbatch.loss_mask
-    on = torch.ones_like(logprobs_N, dtype=torch.bool)
     nothing = torch.zeros((), device=logprobs_N.device)
     if recipe.stage == "sft":
-        return sft_loss(logprobs_N, mask_R=on), (nothing,) * SUMS
+        return -logprobs_N, (nothing,) * SUMS
     algo = recipe.algo
     old, behaviour = _old_and_behaviour(microbatch, proximal=algo.proximal_pass, tis=algo.tis_cap is not None)
 
@@ -40,11 +39,10 @@ def token_losses(
 
     losses, sums = policy_loss(
         logprobs_N,
-        old_R=tensor(old),
-        behaviour_R=tensor(behaviour),
-        advantages_R=tensor(microbatch.advantages[mask]),
-        mask_R=on,
-        segments_R=tensor(microbatch.segment_ids[mask].astype(np.int64)),
+        old_N=tensor(old),
+        behaviour_N=tensor(behaviour),
+        advantages_N=tensor(microbatch.advantages[mask]),
+        segments_N=tensor(microbatch.segment_ids[mask].astype(np.int64)),
         algo=algo,
     )
     if algo.kl_coef == 0.0:

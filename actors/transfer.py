@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.ipc import IpcGroup
-from actors.wire import Bucket, Wire, WireGroup, address_towards, damaged, join_store, plan_buckets, view
+from actors.wire import Bucket, Pending, Wire, WireGroup, address_towards, damaged, join_store, plan_buckets, view
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
@@ -137,13 +137,14 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         Each in memory of its own: vLLM keeps views of the tensors of a fused layer until the layer is complete.
         """
-
-        posted = ((bucket, group.receive(bucket.size)) for bucket in buckets)
-        current = next(posted, None)
-        while current is not None:
-            following = next(posted, None)
-            yield current[0], current[1].wait()
-            current = following
+        before: tuple[Bucket, Pending] | None = None
+        for bucket in buckets:
+            pending = group.receive(bucket.size)
+            if before is not None:
+                yield before[0], before[1].wait()
+            before = bucket, pending
+        if before is not None:
+            yield before[0], before[1].wait()
 
     def _load(self, bucket: Bucket, buffer: torch.Tensor) -> Exception | None:
         if names := damaged(buffer, bucket):

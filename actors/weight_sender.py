@@ -83,8 +83,8 @@ class WeightSender:
         return ray.util.get_node_ip_address(), self._store.port
 
     def open(self, *, backend: str, host: str, port: int, world_size: int, timeout_s: float, senders: int = 1) -> None:
-        """Rank 0: join the group as its rank 0; blocks until all engine workers joined. Other ranks: nothing, but with
-        `ipc` all `senders` join and lend on their own devices."""
+        """Rank 0: join the group as its rank 0; blocks until all engine workers joined (`nccl`: not yet). Other ranks:
+        nothing, but with `ipc` all `senders` join and lend on their own devices."""
         if backend == "ipc":
             self._group = IpcGroup(
                 store=self._store or join_store(host, port, timeout_s=timeout_s),
@@ -117,7 +117,8 @@ class WeightSender:
         """One pass over the weights. Rank 0 returns a fingerprint of every bucket (none with `vllm_nccl`), others [].
 
         `hold`: rank 0 holds a copy of what it sends, for `keep`. On any failure the group is dropped first, so that the
-        receivers fail now rather than at their timeout; then the gathering goes on to its end, for the other ranks.
+        receivers fail now rather than at their timeout (NCCL's may not); then the gathering goes on to its end, for the
+        other ranks.
         """
         self._free()
         self._gathering = self._tensors()

@@ -42,6 +42,7 @@ __all__ = ["RayWeightSource", "WeightSender", "WeightSync"]
 
 log = logging.getLogger("aster")
 
+_MARGIN_S = 30.0  # a call inside an actor must end first, so that its own words arrive instead of our timeout
 _CANARY_TOKENS = 16  # both sides compute them while nothing else runs; one wrong tensor moves them all
 _EXACT_NATS = 1e-4  # fp32 on both sides: 4e-5 was the largest difference in 768 tokens of a 135M model
 _EXACT_RELATIVE = 1e-5  # of the log-prob itself, for ids that the model finds absurd
@@ -56,7 +57,7 @@ class RayWeightSource:
     """
 
     ranks: Sequence[Any]  # actor handles of `Learner`, rank by rank
-    timeout_s: float = 600.0
+    timeout_s: float = 600.0  # of the wire inside a call; the call itself gets `_MARGIN_S` more
     died: Callable[[GangFailure], None] | None = None  # ends the others, which wait for the dead one in a collective
     _tensors: list[TensorMeta] = field(default_factory=list, repr=False)
 
@@ -109,10 +110,11 @@ class RayWeightSource:
         return list(await asyncio.gather(*(self._call(r, method, *args, **kwargs) for r in range(len(self.ranks)))))
 
     async def _call(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        deadline_s = self.timeout_s + _MARGIN_S
         try:
-            return await asyncio.wait_for(getattr(self.ranks[rank], method).remote(*args, **kwargs), self.timeout_s)
+            return await asyncio.wait_for(getattr(self.ranks[rank], method).remote(*args, **kwargs), deadline_s)
         except TimeoutError:
-            raise WeightSyncError(f"learner rank {rank}: {method} did not return within {self.timeout_s:g} s") from None
+            raise WeightSyncError(f"learner rank {rank}: {method} did not return within {deadline_s:g} s") from None
         except RayActorError as error:
             failure = GangFailure(rank, str(error))
             if self.died is not None:
@@ -165,8 +167,7 @@ class WeightSync:
         """`canary_ids` [n] int; null = fixed random ids. `canary_nats`: largest (fp32) or mean (bf16) difference of
         log-probs that passes; null = 1e-4 or 0.2. `rollback`: learner rank 0 holds a copy of what was published, to
         send it again after a failure (`weight_sender.py` says what it weighs). `handover`: of devices that both sides
-        share. `timeout_s` bounds every single step and
-        every broadcast."""
+        share. `timeout_s` bounds every single step and every broadcast."""
         assert engines, "an engine at least"
         actual = engines[0].weight_backend
         if backend not in ("auto", actual):
@@ -354,7 +355,7 @@ class WeightSync:
             await self._one(engine, "weight_receive", tensors)
             await self._one(engine, "weight_commit", version)
         except BaseException:
-            await self._quietly(self._one(engine, "weight_close"))  # so that the sender does not wait for this engine
+            await self._quietly(self._one(engine, "weight_close"))  # with gloo the sender then stops waiting for it
             raise
 
     async def _verify(self, engines: Sequence[RayEngine], ours: np.ndarray, version: int) -> float:
@@ -392,8 +393,7 @@ class WeightSync:
         await self._quietly(source.close(), *(self._one(engine, "weight_close") for engine in engines))
 
     async def _one(self, engine: RayEngine, method: str, *args: Any) -> Any:
-        # The call inside the actor must end first, so that its own words arrive instead of our timeout.
-        call = engine.call(method, *args, timeout_s=self._timeout_s, deadline_s=self._timeout_s + 30)
+        call = engine.call(method, *args, timeout_s=self._timeout_s, deadline_s=self._timeout_s + _MARGIN_S)
         return await self._timed(method.removeprefix("weight_"), call)
 
     async def _timed(self, phase: str, call: Awaitable[Any]) -> Any:

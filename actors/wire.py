@@ -179,10 +179,11 @@ class WireGroup:
         ip: str,
         memory: Memory | None = None,
     ) -> None:
-        """Blocks until all `world_size` ranks are here. `ip` is this machine's address towards the others.
+        """With gloo it blocks until all `world_size` ranks are here, RuntimeError after `timeout_s`. With NCCL it
+        returns at once, and the first broadcast waits for all of them.
 
-        `memory`: of rank 0 over gloo, so that ranks on its machine can read it in place. Raises RuntimeError after
-        `timeout_s`.
+        `ip` is this machine's address towards the others. `memory`: of rank 0 over gloo, so that ranks on its machine
+        can read it in place.
         """
         self.device = torch.device("cpu") if backend == "gloo" else device
         self._store: dist.Store | None = dist.PrefixStore("aster/weights", store)  # the group only borrows it
@@ -255,7 +256,8 @@ class WireGroup:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:
-        """Drops the connections now: a peer that waits for us fails at once instead of at its timeout.
+        """Drops the connections now. With gloo a peer that waits for us fails at once instead of at its timeout; with
+        NCCL our own operations end, and the peer may still wait until its timeout.
 
         Gloo does that only when the last reference to the group is gone, and a started operation is one; hence the
         table of works here, instead of works in the hands (and tracebacks) of the callers.
@@ -310,7 +312,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def process_group(backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta, ip: str) -> Any:
-    """A gloo or NCCL group beside torch's default one. Blocks until all ranks are here."""
+    """A gloo or NCCL group beside torch's default one. Gloo's blocks until all ranks are here."""
     if backend == "gloo":
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         # The default device is found by resolving the host name, which on a cluster may give a loopback address.

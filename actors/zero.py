@@ -250,13 +250,10 @@ class ZeroPolicy:
             self.fill(name, tensor.float())
 
     def _hold_head(self, module: Policy) -> None:
-        """Gather the head with the root, once per pass, and call it without DeepSpeed's hooks, once per chunk."""
+        """Gather the head with the root, once per pass: the log-probs read its weight and never call it."""
         head = module.hf.get_output_embeddings()
         assert head.bias is None, "no causal LM of transformers that we know has one"
-        weight = head.weight
-        self._deepspeed.zero.register_external_parameter(module, weight)
-        unhooked: Any = module.hf
-        unhooked.get_output_embeddings = lambda: lambda hidden: nn.functional.linear(hidden, weight)
+        self._deepspeed.zero.register_external_parameter(module, head.weight)
 
     def _partitioner(self, config: dict[str, Any]) -> Any:
         return lambda module: self._deepspeed.zero.Init(module=module, config_dict_or_path=config)

@@ -67,9 +67,14 @@ class DirectoryCheckpointer:
         return str(self.directory / f"global_step_{step}")
 
     async def finish(self) -> None:
-        saving, self._saving = self._saving, None
+        """Wait for the save under way, if there is one. A caller that is cancelled meanwhile does not take it along."""
+        saving = self._saving
         if saving is not None:
-            await saving
+            try:
+                await asyncio.shield(saving)
+            finally:
+                if saving.done() and self._saving is saving:
+                    self._saving = None
 
     async def _appear(
         self,

@@ -157,6 +157,9 @@ class RolloutConfig(_Section):
     """Learner rank 0 holds the last published weights in host memory (the wire's bytes once, twice while publishing;
     over gloo always twice, and once when this is off), to give them back to the engines when a publication fails. Off:
     they stay shut then. Not with vllm_nccl."""
+    publish_timeout_s: float = Field(default=300.0, gt=0)
+    """One step of a publication (the group opens, the weights go over the wire, they are loaded, the canary), and one
+    bucket on the wire: so long the learner waits for an engine that died under NCCL. More than a micro-batch takes."""
     tree_turns: tuple[int, ...] = ()
     """Before each of these turns (the first is 0) a training trajectory splits into `tree_factor`, tokens and session,
     so that `group_size` leaves grow from group_size / tree_factor^len(tree_turns) trunks; () = each sample by itself.

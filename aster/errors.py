@@ -66,7 +66,8 @@ class CollapseStopped(AsterError):
 
 
 class GangFailure(AsterError):
-    """A learner rank is dead. The whole gang restarts from the checkpoint; NCCL and gloo cannot heal."""
+    """A learner rank is dead, which ends the run: NCCL and gloo cannot heal. Started again, it resumes from the newest
+    checkpoint."""
 
     def __init__(self, rank: int, cause: str) -> None:
         super().__init__(rank, cause)

@@ -129,7 +129,7 @@ async def rollouts(
                 backend=recipe.rollout.weight_backend,
                 rollback=recipe.rollout.weight_rollback,
                 handover=turn,
-                timeout_s=recipe.learner.step_timeout_s,
+                timeout_s=recipe.rollout.publish_timeout_s,
             ),
             replace_engine=maker.replace if on is None else None,  # vLLM starts only where the memory is free
             recall=maker.kept.of if maker.kept else None,

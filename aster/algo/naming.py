@@ -21,11 +21,6 @@ def to_hf(name: str) -> str:
     return name.removeprefix(ROOT)
 
 
-def from_hf(name: str) -> str:
-    """The learner's name of a checkpoint tensor (without wrapper markers)."""
-    return ROOT + name
-
-
 def missing_and_unexpected(
     expected: Iterable[str], found: Iterable[str], *, tied: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:

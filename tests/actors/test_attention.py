@@ -11,7 +11,7 @@ import torch
 from learners import hf_log_probs, learner_on, one_row, recipe, some_samples, write_model
 from transformers import AutoModelForCausalLM
 
-from actors.attention import KERNELS, PACKED, Packing, choose, packed_attention
+from actors.attention import KERNELS, PACKED, Packing, _without_flash, choose, packed_attention
 from aster.errors import ConfigError
 
 LENGTHS = [37, 5, 130, 1, 129, 200]  # cuts inside, at and across blocks of 128
@@ -132,7 +132,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_auto_takes_the_fastest_kernel_that_can_run(asked, device, dtype, installed, got, monkeypatch):
-    monkeypatch.setattr("actors.attention._has_flash", lambda: installed)
+    monkeypatch.setattr("actors.attention._without_flash", lambda: "" if installed else "No module named 'flash_attn'")
     assert choose(asked, device=device, dtype=dtype) == got
 
 
@@ -142,13 +142,25 @@ def test_auto_takes_the_fastest_kernel_that_can_run(asked, device, dtype, instal
         ("flash", CPU, torch.bfloat16, "flash needs CUDA and .* here they are cpu and bfloat16: use auto or sdpa"),
         ("varlen", CUDA, torch.float32, "varlen needs CUDA and .* here they are cuda and float32"),
         ("flex", CPU, torch.float32, "flex needs CUDA, since it has no backward"),
-        ("flash", CUDA, torch.bfloat16, r"package \(uv pip install --no-build-isolation flash-attn\)"),
+        ("flash", CUDA, torch.bfloat16, r"package \(No module named 'flash_attn'; uv pip install --no-build-isolation"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_the_cure(asked, device, dtype, words, monkeypatch):
-    monkeypatch.setattr("actors.attention._has_flash", lambda: False)
+    monkeypatch.setattr("actors.attention._without_flash", lambda: "No module named 'flash_attn'")
     with pytest.raises(ConfigError, match=words):
         choose(asked, device=device, dtype=dtype)
+
+
+def test_a_flash_package_that_cannot_be_imported_counts_as_none(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    _without_flash.cache_clear()
+    try:
+        assert choose("auto", device=CUDA, dtype=torch.bfloat16) == "varlen"
+        with pytest.raises(ConfigError, match=r"flash-attn package \(flash_attn_2_cuda.so: undefined symbol; uv pip"):
+            choose("flash", device=CUDA, dtype=torch.bfloat16)
+    finally:
+        _without_flash.cache_clear()
 
 
 # the learner, and what goes wrong without it -------------------------------------------------------------------------

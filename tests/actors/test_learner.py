@@ -23,6 +23,7 @@ from learners import (
 )
 from transformers import AutoModelForCausalLM
 
+from actors import log_probs
 from actors.log_probs import label_log_probs
 from aster.algo.losses import policy_loss
 from aster.algo.packing import denominators, pack, padding_row, unpack
@@ -76,7 +77,7 @@ def test_packed_log_probs_equal_each_sequence_alone(model_dir, temperature):
             np.testing.assert_allclose(ours[1:], np.where(sample.mask[1:], alone, 0.0), atol=5e-6)
 
 
-def test_chunked_log_probs_equal_full_logits_with_gradient_and_entropy():
+def test_chunked_log_probs_equal_full_logits_with_gradient_and_entropy(monkeypatch):
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, requires_grad=True)
     head = torch.nn.Linear(16, 50, bias=False)
@@ -84,12 +85,14 @@ def test_chunked_log_probs_equal_full_logits_with_gradient_and_entropy():
     upstream = torch.randn(23)
     rows_seen = []
 
-    def counting(x):
+    def counting(x, weight, bias):
         rows_seen.append(len(x))
-        return head(x)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(log_probs, "linear", counting)
 
     def run(chunk_tokens):
-        logprobs, entropy = label_log_probs(hidden, labels, counting, temperature=0.7, chunk_tokens=chunk_tokens)
+        logprobs, entropy = label_log_probs(hidden, labels, head, temperature=0.7, chunk_tokens=chunk_tokens)
         assert not entropy.requires_grad
         grads = torch.autograd.grad((logprobs * upstream).sum(), [hidden, head.weight])
         return logprobs, entropy, *grads
@@ -106,14 +109,40 @@ def test_chunked_log_probs_equal_full_logits_with_gradient_and_entropy():
         assert max(rows_seen) <= chunk_tokens
 
 
-def test_the_row_is_cut_into_chunks_without_changing_the_gradient(model_dir):
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bf16_many_chunks_sum_to_as_good_a_gradient_as_one(bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 200, bias=bias, dtype=torch.bfloat16)
+    hidden = torch.randn(1152, 32, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 200, (1152,))
+    upstream = torch.rand(1152)
+
+    def gradients_in(chunks: int, *, of: torch.nn.Linear, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logprobs, _ = label_log_probs(states, labels, of, temperature=0.7, chunk_tokens=1152 // chunks)
+        return torch.autograd.grad((logprobs * upstream).sum(), [states, *of.parameters()])
+
+    exact_head = torch.nn.Linear(32, 200, bias=bias)
+    exact_head.load_state_dict(head.state_dict())
+    exact = gradients_in(1, of=exact_head, states=hidden.detach().float().requires_grad_())
+
+    def errors(chunks: int) -> list[float]:
+        ours = gradients_in(chunks, of=head, states=hidden)
+        return [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+
+    for many, one in zip(errors(144), errors(1), strict=True):
+        assert many < 1.5 * one < 0.01
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_the_row_is_cut_into_chunks_without_changing_the_gradient(model_dir, dtype, gap):
     samples = some_samples()
     grads = {}
     for chunk in (1024, 5):
-        with learner_on(model_dir, recipe(learner={"logprob_chunk_tokens": chunk})) as learner:
+        made = recipe(learner={"logprob_chunk_tokens": chunk}, model={"compute_dtype": dtype})
+        with learner_on(model_dir, made) as learner:
             accumulate(learner, samples, row_tokens=1000)
             grads[chunk] = gradients(learner)
-    assert relative_gap(grads[5], grads[1024]) < 1e-5
+    assert relative_gap(grads[5], grads[1024]) < gap
 
 
 def test_recomputation_does_not_change_the_gradient(model_dir):
@@ -149,12 +178,12 @@ def test_rl_gradient_equals_autograd_through_plain_transformers(model_dir):
     hf = _hf(model_dir)
     parts = []
     for s in samples:
+        on = torch.tensor(s.mask[1:])
         losses, _ = policy_loss(
-            hf_log_probs(hf, s),
-            old_R=torch.tensor(s.old_logprobs[1:]),
-            behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
-            advantages_R=torch.full((len(s) - 1,), s.advantage),
-            mask_R=torch.tensor(s.mask[1:]),
+            hf_log_probs(hf, s)[on],
+            old_N=torch.tensor(s.old_logprobs[1:])[on],
+            behaviour_N=torch.tensor(s.behaviour_logprobs[1:])[on],
+            advantages_N=torch.full((int(on.sum()),), s.advantage),
             algo=AlgoConfig(),
         )
         parts.append(losses.sum())

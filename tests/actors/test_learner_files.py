@@ -89,6 +89,21 @@ def test_a_large_export_is_cut_into_files_with_an_index(model_dir, tmp_path, mon
         assert all(torch.equal(t, ours[n]) for n, t in weights(again).items())
 
 
+def test_a_path_that_ends_in_a_slash_replaces_the_model_that_was_there(model_dir, tmp_path):
+    checkpoints = [f"{tmp_path}/first/", f"{tmp_path}/second/"]
+    with learner_on(model_dir, recipe()) as learner:
+        for checkpoint in checkpoints:
+            train(learner, some_samples())
+            learner.save(checkpoint)
+            learner.saved()
+        trained = weights(learner)
+    for checkpoint in checkpoints:
+        merge_checkpoint(checkpoint, f"{tmp_path}/models/merged/", source=str(model_dir), dtype="float32")
+    on_disk = load_file(tmp_path / "models" / "merged" / "model.safetensors")
+    assert all(torch.equal(on_disk[n], trained[n]) for n in on_disk)
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["merged"]
+
+
 # weights for the engines --------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 from vllm.v1.worker import gpu_worker
 
 from actors.engine import RolloutEngine, _Gate
-from actors.transfer import WorkerExtension
+from actors.transfer import TransferEngine, WorkerExtension
+from actors.wire import plan_buckets
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
 
@@ -113,3 +114,21 @@ async def test_a_session_that_cannot_be_ended_does_not_stand_in_the_way_of_the_n
     await round_of(engine)
     with pytest.raises(WeightSyncError, match="RuntimeError: finish_weight_update called without"):
         await engine.weight_commit(1, timeout_s=5)
+
+
+@pytest.mark.parametrize(("count", "order"), [(0, ""), (1, "r0 w0 l0"), (3, "r0 r1 w0 l0 r2 w1 l1 w2 l2")])
+def test_a_bucket_is_being_received_while_the_one_before_it_loads(count: int, order: str) -> None:
+    """r: the receive is posted, w: waited for, l: the caller has the bytes."""
+    events: list[str] = []
+
+    class Wire:
+        def receive(self, size: int) -> Any:
+            number = sum(event.startswith("r") for event in events)
+            events.append(f"r{number}")
+            return SimpleNamespace(wait=lambda: events.append(f"w{number}") or number)
+
+    buckets = plan_buckets([TensorMeta(f"t{i}", "float32", (4,)) for i in range(count)], bucket_bytes=16)
+    for bucket, number in TransferEngine._received(Wire(), buckets):
+        assert bucket.index == number
+        events.append(f"l{number}")
+    assert " ".join(events) == order

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from gang import run_gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors import group, weight_sync
 from actors.near import Memory, NearReceiver
@@ -743,6 +743,40 @@ async def test_a_rank_that_dies_in_a_publication_ends_the_gang_at_once(
     assert [event for event in events if event.startswith("kill")] == ["kill 0", "kill 1"]
     with pytest.raises(GangFailure, match="rank 1 died"):
         await gang.optim_step()
+
+
+class LateSender(NotingRank):
+    """Its `weight_send` raises what `fails` says after so many seconds."""
+
+    late_s = 0.1
+    fails: Exception = WeightSyncError("bucket 2: no broadcast within 0.05 s")
+
+    def __getattr__(self, method: str) -> Any:
+        plain = super().__getattr__(method)
+
+        async def send(**_: Any) -> list[str]:
+            await asyncio.sleep(self.late_s)
+            raise RayTaskError("weight_send", "", self.fails)
+
+        return SimpleNamespace(remote=send) if method == "weight_send" else plain
+
+
+async def test_a_learner_that_waited_for_a_dead_engine_says_so_before_its_caller_gives_up(events: list[str]) -> None:
+    sync = WeightSync(engines_of(events, 1), timeout_s=5)
+    with pytest.raises(WeightSyncError, match="bucket 2: no broadcast within"):
+        await sync.publish(RayWeightSource([LateSender(events, 0)], timeout_s=0.05), 1)
+
+
+async def test_a_learner_that_hangs_in_a_publication_is_given_the_time_of_a_publication_not_of_a_step(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_sync, "_MARGIN_S", 0.05)
+    rank = LateSender(events, 0)
+    rank.late_s = 3600
+    gang = group.RayLearnerGroup([rank], placement=None, timeout_s=3600, publish_timeout_s=0.05)
+    publication = WeightSync(engines_of(events, 1), timeout_s=0.05).publish(gang.weight_source(), 1)
+    with pytest.raises(WeightSyncError, match=r"learner rank 0: weight_send did not return within 0\.1 s"):
+        await asyncio.wait_for(publication, 10)
 
 
 async def test_the_failure_that_explains_the_others_is_the_one_that_is_raised() -> None:

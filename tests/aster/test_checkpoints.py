@@ -148,6 +148,20 @@ async def test_a_run_that_fails_still_completes_its_checkpoint_and_keeps_its_own
         await run(2, -1, fails=False)
 
 
+async def test_who_is_cancelled_while_it_waits_does_not_take_the_checkpoint_along(tmp_path, model):
+    points = checkpointer(tmp_path, model)
+    learners = FileLearners(1, held=True)
+    path = await points.save(1, learners, {})
+    waiting = asyncio.create_task(points.finish())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    learners.let_go.set()
+    await points.finish()
+    assert points.latest() == path
+
+
 async def test_the_model_files_travel_without_the_weights(tmp_path, model):
     points = checkpointer(tmp_path, model)
     path = await points.save(1, FileLearners(), {})

@@ -90,6 +90,7 @@ def test_a_response_that_is_one_long_turn_has_the_time_it_needs(name):
         ("learner.backend=deepspeed_zero3", "use fsdp2 for RL"),
         ("sampling.temperature=0", "groups of equal samples"),
         ("rollout.max_num_batched_tokens=1000", "raise it to 18432"),
+        ("rollout.publish_timeout_s=0", "greater than 0"),
         ("run.deterministic=true", "rollout.engines=1"),
         ("run.deterministic=true rollout.max_num_seqs=1 rollout.max_staleness=1", "needs rollout.max_staleness=0"),
         ("optim.min_lr=1", "above optim.lr"),

@@ -1,17 +1,19 @@
-"""What a recipe says of its sandbox reaches the service, on either way to it."""
+"""What a recipe's numbers become where its parts are put together."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import pytest
 
+from actors import rollout, weight_sync
 from aster import launch
 from aster.config import Recipe
 from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Session, Status
 
-pytest.importorskip("ray", reason="ray is not installed: pip install aster-rl[cpu]")
+# sandboxes ------------------------------------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -69,3 +71,31 @@ async def test_a_recipe_s_limits_reach_the_session_and_its_calls(url: str | None
 def test_a_session_lives_as_long_as_a_turn_may_take_and_the_service_allows(timeout_s, ttl_s, idle_ttl_s) -> None:
     request = launch.session_request(Recipe.load("eval_90k", [f"budget.trajectory_timeout_s={timeout_s}"]))
     assert (request.ttl_s, request.idle_ttl_s) == (ttl_s, idle_ttl_s)
+
+
+# publication ----------------------------------------------------------------------------------------------------------
+
+
+class Built(Exception):
+    pass
+
+
+async def test_a_publication_has_a_time_of_its_own(monkeypatch, tmp_path):
+    def publisher(engines: Any, **options: Any) -> None:
+        raise Built(options["timeout_s"])
+
+    class Maker:
+        def __init__(self, *args: Any, **options: Any) -> None: ...
+
+        def start(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(rollout, "EngineMaker", Maker)
+    monkeypatch.setattr(weight_sync, "WeightSync", publisher)
+    monkeypatch.setattr(launch.ChatRenderer, "from_model_dir", lambda path: None)
+    (tmp_path / "config.json").touch()
+    recipe = Recipe.load("cpu_quickstart", [f"model.path={tmp_path}", "rollout.publish_timeout_s=7"])
+    with pytest.raises(Built) as built:
+        async with launch.rollouts(recipe, sandboxes=None):
+            pass
+    assert built.value.args == (7,)

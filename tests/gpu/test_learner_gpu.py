@@ -68,12 +68,12 @@ def reference(model_dir):
     for s in samples:
         current = hf_log_probs(hf, s)
         log_probs.append(np.where(s.mask[1:], current.detach().numpy(), 0.0))
+        on = torch.tensor(s.mask[1:])
         losses, _ = policy_loss(
-            current,
-            old_R=torch.tensor(s.old_logprobs[1:]),
-            behaviour_R=torch.tensor(s.behaviour_logprobs[1:]),
-            advantages_R=torch.full((len(s) - 1,), s.advantage),
-            mask_R=torch.tensor(s.mask[1:]),
+            current[on],
+            old_N=torch.tensor(s.old_logprobs[1:])[on],
+            behaviour_N=torch.tensor(s.behaviour_logprobs[1:])[on],
+            advantages_N=torch.full((int(on.sum()),), s.advantage),
             algo=AlgoConfig(),
         )
         parts.append(losses.sum())
