@@ -5,7 +5,7 @@ import base64
 import time
 
 import pytest
-from sandboxes import Session
+from sandboxes import Session, there
 
 from serve.cells.link import CellLost
 from serve.pool import SandboxPool
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def started(session: Session, code: str, **options: float) -> asyncio.Task[ExecuteResponse]:
     """A call whose cell has begun."""
     call = asyncio.create_task(session.run(f"open('begun', 'w').close()\n{code}", **options))  # type: ignore[arg-type]  # only floats are given
-    async with asyncio.timeout(20):
-        while not any(file.path == "begun" for file in (await session.pool.list_files(session.id)).files):
-            pass
+    await there(session, "begun")
     return call
 
 
@@ -39,8 +37,8 @@ async def test_an_interrupt_is_a_ctrl_c_and_keeps_the_state(pool: SandboxPool, s
 
 
 async def test_an_interrupt_reaches_a_child_that_is_waited_for(pool: SandboxPool, session: Session) -> None:
-    call = await started(session, "import subprocess; r = subprocess.run(['sleep', '60'])")
-    await asyncio.sleep(0.2)
+    call = await started(session, "import subprocess; r = subprocess.run(['sh', '-c', 'touch child; exec sleep 60'])")
+    await there(session, "child")
     assert (await pool.interrupt(session.id)).was_running
     assert (await call).status is Status.ERROR
 
@@ -156,8 +154,9 @@ async def test_a_stream_is_bounded_and_the_response_keeps_head_and_tail(session:
 
 
 async def test_what_a_thread_printed_between_cells_is_streamed_with_the_next(session: Session) -> None:
-    await session.run("import threading\nthreading.Timer(0.05, lambda: print('late')).start()")
-    await asyncio.sleep(0.3)
+    late = "lambda: [print('late', flush=True), open('printed', 'w').close()]"
+    await session.run(f"import threading\nthreading.Timer(0.05, {late}).start()")
+    await there(session, "printed")
     chunks, answer, _ = await watch(session, "print('now')")
     assert told(chunks, "stdout") == answer.stdout == "late\nnow\n"
 
