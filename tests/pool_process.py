@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from waiting import until
+
 ROOT = Path(__file__).parents[1]
 _START_S = 120.0
 _ANSWER_S = 60.0
@@ -46,7 +48,7 @@ class PoolProcess:
                 self._answers[number].set_result(value)
 
     def call(self, method: str, *args: object) -> asyncio.Future[Any]:
-        """`create`: the id. `execute(id, {...})`: the answer as a dict."""
+        """`create`: the id. `execute(id, {...})`: the answer as a dict. `list_files(id)`: their names."""
         number = next(self._numbers)
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None
@@ -59,6 +61,14 @@ class PoolProcess:
     async def run(self, session_id: str, code: str, **body: object) -> dict[str, Any]:
         answer = await asyncio.wait_for(self.call("execute", session_id, {"code": code, **body}), _ANSWER_S)
         return dict(answer)
+
+    async def there(self, session_id: str, path: str) -> None:
+        """Until the session has a file of that name."""
+
+        async def listed() -> bool:
+            return path in await self.call("list_files", session_id)
+
+        await until(listed, seconds=20)
 
     async def kill(self) -> None:
         """As a crash: nothing of the pool runs any more."""
@@ -84,6 +94,8 @@ async def _main(backend: str, node: str, settings: dict[str, Any]) -> None:
                 tell(number, "", (await pool.create(CreateSession(**args[0]))).session_id)
             elif method == "execute":
                 tell(number, "", (await pool.execute(args[0], ExecuteRequest(**args[1]))).model_dump(mode="json"))
+            elif method == "list_files":
+                tell(number, "", [file.path for file in (await pool.list_files(*args)).files])
             else:
                 tell(number, "", await getattr(pool, method)(*args))
         except Exception as error:

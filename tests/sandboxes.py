@@ -6,6 +6,7 @@ import signal
 from itertools import count
 
 import pytest
+from waiting import until
 
 from serve.cells import BackendUnavailable, Cell
 from serve.pool import PoolSettings, SandboxPool
@@ -34,6 +35,30 @@ class Session:
 
 async def open_session(pool: SandboxPool, **limits: int) -> Session:
     return Session(pool, (await pool.create(CreateSession(limits=Limits(**limits)))).session_id)
+
+
+async def there(session: Session, path: str) -> None:
+    """Until the session has a file of that name: what its code writes to say how far it is."""
+
+    async def listed() -> bool:
+        return any(file.path == path for file in (await session.pool.list_files(session.id)).files)
+
+    await until(listed, seconds=20)
+
+
+async def gone(session: Session) -> None:
+    """Until the session's interpreter has died and its supervisor has waited for it. A neighbour in the cell looks."""
+    cell = session.pool._sessions[session.id].cell
+    assert cell is not None
+    (pid,) = [told.pid for told in (await cell.link.status()).sessions if told.session_id == session.id]
+    neighbour = await open_session(session.pool)
+    assert session.pool._sessions[neighbour.id].cell is cell
+
+    async def ended() -> bool:
+        return (await neighbour.run(f"import os; os.path.exists('/proc/{pid}')")).result == "False"
+
+    await until(ended, seconds=20)
+    await neighbour.close()
 
 
 def new_node() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,9 +34,10 @@ TWO = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir="/tmp/aster-g", log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ag", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=directory, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

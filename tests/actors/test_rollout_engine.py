@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import publishing
 import pytest
+from waiting import until
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
 
@@ -86,6 +87,16 @@ async def generate(engine: RayEngine, ids: np.ndarray = PROMPT, **changes: Any) 
         "request_id": os.urandom(4).hex(),
     }
     return await engine.call("generate", ids, deadline_s=60, **(request | changes))
+
+
+async def generating(engine: RayEngine, requests: int = 1) -> None:
+    """Until vLLM has so many requests of this engine, and a token of one of them."""
+
+    def busy(actor: Any) -> bool:
+        states = actor._engine.output_processor.request_states.values()
+        return len(states) >= requests and any(not state.is_prefilling for state in states)
+
+    await until(lambda: engine._actor.__ray_call__.remote(busy), seconds=30)
 
 
 def copy_of(model: Any) -> Any:
@@ -162,8 +173,10 @@ async def test_recorded_log_probs_are_those_of_the_sampling_distribution(
     expected = publishing.log_probs(world.model, ids, temperature=temperature, top_p=top_p)[len(PROMPT) - 1 :]
     assert out.ids.dtype == np.int32
     assert out.logprobs.dtype == np.float32
-    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
-    if temperature != 1.0:  # the raw ones would be far off, so the line above can tell
+    # where the nucleus ends hangs on the last bit of a probability: a token more or less in it shifts all others
+    wrong = np.abs(out.logprobs - expected) > 1e-4
+    assert wrong.sum() <= (2 if top_p < 1 else 0), (out.logprobs - expected)[wrong]
+    if temperature != 1.0:  # the raw ones would be far off, so the lines above can tell
         raw = publishing.log_probs(world.model, ids)[len(PROMPT) - 1 :]
         assert np.abs(raw - out.logprobs).max() > 0.1
 
@@ -181,7 +194,7 @@ async def test_a_turn_ends_with_its_stop_id_and_keeps_it(world: World) -> None:
 async def test_the_model_directory_s_eos_does_not_end_a_turn_that_did_not_ask_for_it(world: World) -> None:
     flat = Sampling(temperature=2.0)
     eos_runs = await asyncio.gather(
-        *(generate(world.engines[0], seed=s, max_tokens=400, sampling=flat) for s in range(8))
+        *(generate(world.engines[0], seed=s, max_tokens=400, sampling=flat) for s in range(32))
     )
     assert any(publishing.STOP in run.ids[:-1] for run in eos_runs)
     assert {run.finish_reason for run in eos_runs} == {"length"}
@@ -211,12 +224,13 @@ async def test_an_episode_runs_in_the_actor(world: World) -> None:
 
 async def test_cancelled_episodes_come_home_cancelled(world: World) -> None:
     long = replace(task().budget, max_response_tokens=880)
-    running = [asyncio.ensure_future(world.engines[1].run(task(budget=long, seed=s))) for s in range(3)]
-    await asyncio.sleep(0.3)
+    running = [asyncio.ensure_future(world.engines[1].run(task(budget=long, seed=s))) for s in range(16)]
+    await generating(world.engines[1], 8)
     await world.engines[1].cancel_all()
-    trajectories = await asyncio.wait_for(asyncio.gather(*running), 10)
-    assert {t.cause for t in trajectories} <= {Cause.CANCELLED, Cause.ANSWERED}
-    assert Cause.CANCELLED in {t.cause for t in trajectories}
+    trajectories = await asyncio.wait_for(asyncio.gather(*running), 30)
+    causes = {t.cause for t in trajectories}  # a random model may have ended some by itself
+    assert Cause.CANCELLED in causes
+    assert all(cause is Cause.CANCELLED or not cause.is_ours for cause in causes)
 
 
 async def test_after_each_publication_both_engines_compute_the_new_policy(world: World) -> None:
@@ -251,7 +265,7 @@ async def test_an_output_head_that_kept_the_old_embedding_would_be_noticed(world
 async def test_a_request_in_flight_goes_on_under_the_new_weights_and_says_which_token_is_whose(world: World) -> None:
     old = copy_of(world.model)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
-    await asyncio.sleep(0.5)
+    await generating(world.engines[0])
     await world.publish()
     out = await flying
     switch = int(np.searchsorted(out.versions, world.version))
@@ -270,7 +284,7 @@ async def test_a_damaged_bucket_is_named_and_rolled_back_before_a_token_is_sampl
     await sync.publish(world.source, world.train())
     good, old = world.version, copy_of(world.model)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
-    await asyncio.sleep(0.3)
+    await generating(world.engines[0])
     ray.get(world.learner.damage_bucket.remote(2), timeout=30)
     tensor = r"model\.layers\.\d\.[a-z_.]+\.weight"
     message = (
@@ -329,7 +343,7 @@ async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: Wor
     await sync.publish(world.source, world.train())
     good, old = world.version, publishing.log_probs(world.model, PROMPT)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=900))
-    await asyncio.sleep(0.3)
+    await generating(world.engines[0])
     ray.get(world.learner.disagree.remote(0.01), timeout=30)
     with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 15") as error:
         await sync.publish(world.source, world.train())
@@ -344,9 +358,9 @@ async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: Wor
 
 async def test_a_full_engine_still_answers_the_canary(world: World) -> None:
     flying = [asyncio.ensure_future(generate(world.engines[0], max_tokens=600, seed=s)) for s in range(12)]
-    await asyncio.sleep(0.4)
-    report = await world.publish()
-    assert report.seconds < 10
+    await generating(world.engines[0], 12)
+    await world.publish()
+    assert not all(run.done() for run in flying), "the canary waited for all of them"
     assert {len((await run).ids) for run in flying} == {600}
 
 
@@ -376,7 +390,7 @@ async def test_an_engine_killed_between_two_buckets_loses_its_requests_and_the_o
     crowd = asyncio.gather(*(generate(victim, max_tokens=900) for _ in range(32)), return_exceptions=True)
     long = task(budget=replace(task().budget, max_response_tokens=880))
     episodes = asyncio.gather(*(victim.run(replace(long, sample=i)) for i in range(8)))
-    await asyncio.sleep(0.5)
+    await generating(victim, 32)
     ray.get(world.learner.stall_at_bucket.remote(2), timeout=30)
     publication = asyncio.ensure_future(sync.publish(world.source, world.train()))
     await asyncio.sleep(publishing.STALL_S / 2)
@@ -387,9 +401,9 @@ async def test_an_engine_killed_between_two_buckets_loses_its_requests_and_the_o
     for outcome in await crowd:
         assert isinstance(outcome, EngineLost), outcome
         assert "engine-0" in str(outcome)
-    causes = [trajectory.cause for trajectory in await episodes]  # a random model may have ended one by then
+    causes = {trajectory.cause for trajectory in await episodes}  # a random model may have ended some by then
     assert Cause.ENGINE_LOST in causes
-    assert set(causes) <= {Cause.ENGINE_LOST, Cause.ANSWERED}
+    assert all(cause is Cause.ENGINE_LOST or not cause.is_ours for cause in causes)
     assert time.monotonic() - began < 20
     assert (await victim.run(task())).cause is Cause.ENGINE_LOST
     report = await publication

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from waiting import until
 
 from actors import router
 from actors.attempts import Draw, Group, sample_seed
@@ -323,8 +324,7 @@ class TestRewards:
         pool = make(engine, rewards=Slow())
         pool.submit(work("a", n=3))
         await asyncio.wait_for(scoring.wait(), 5)
-        await asyncio.sleep(0.02)
-        assert len(engine.ran) == 3
+        await until(lambda: len(engine.ran) == 3)
         go.set()
         await take(pool, 1)
 
@@ -405,6 +405,7 @@ class TestOurFailures:
         pool = make(good, bad)
         pool.submit(work("first", n=1))
         pool.submit(work("a", n=1))
+        await until(lambda: pool.waiting == 1)
         await asyncio.sleep(0.05)
         assert (len(bad.ran), pool.waiting) == (1, 1)
         busy.set()
@@ -512,7 +513,7 @@ class TestRoomInTokens:
         unknown.rule = small.rule
         for i in range(40):
             pool.submit(work(str(i), n=1))
-        await asyncio.sleep(0.01)
+        await until(lambda: unknown.now >= 4 and small.now >= 7)
         assert unknown.now == unknown.capacity == 4
         assert small.now == 7, "7 x 40 + 2 x sqrt(7) x 20 = 386; with the eighth 433"
 
@@ -547,6 +548,7 @@ class TestRoomInTokens:
         pool.submit(work("runs", n=1))
         pool.submit(work("large", n=1))  # 2 x 40 + 2 x sqrt(2) x 20 = 137
         pool.submit(small)  # 40 + 10 + 2 x sqrt(400 + 25) = 91: would fit beside the first
+        await until(lambda: engine.ran)
         await asyncio.sleep(0.01)
         assert [t.row_id for t in engine.ran] == ["runs"]
         go.set()
@@ -558,7 +560,7 @@ class TestRoomInTokens:
         pool = make(seats, tokens)
         for i in range(3):
             pool.submit(work(str(i), n=1))
-        await asyncio.sleep(0.01)
+        await until(lambda: seats.now + tokens.now == 3)
         assert (seats.now, tokens.now) == (1, 2), "one seat of four is 25 %; one of 800 tokens 10 %, two 17 %"
 
 
@@ -821,7 +823,7 @@ class TestTheEnd:
         pool = make(engine)
         pool.submit(work("a", n=3))
         pool.submit(work("b", n=3))
-        await asyncio.sleep(0.02)
+        await until(lambda: (len(engine.ran), pool.ledger.totals[Cause.ANSWERED]) == (5, 2))
         partial = await asyncio.wait_for(pool.drain(), 5)
         assert sorted((t.row_id, t.sample, t.cause) for t in partial) == [
             ("a", 0, Cause.ANSWERED),
@@ -845,7 +847,7 @@ class TestTheEnd:
         other = FakeEngine("e1", lambda t: asyncio.Event())
         pool = make(Stubborn("e0", lambda t: asyncio.Event()), other)
         pool.submit(work("a", n=8))
-        await asyncio.sleep(0.01)
+        await until(lambda: other.now == 4)
         await asyncio.wait_for(pool.close(), 5)
         assert (other.closed, other.now, pool.in_flight) == (1, 0, 0)
         assert "closing e0: OSError('gone')" in caplog.text

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from test_router import FakeEngine, FakePublisher, make, take, work
+from waiting import until
 
 from aster.types import Cause, PublishReport
 
@@ -18,7 +19,7 @@ async def test_a_group_is_given_up_by_the_first_publication_that_makes_it_useles
     pool = make(engine, publisher=FakePublisher(), max_staleness=staleness)
     await pool.publish(None, 0)
     pool.submit(work("slow"))
-    await asyncio.sleep(0.02)
+    await until(lambda: (pool.in_flight, engine.now) == (1, 1))
     for version in range(1, staleness + 1):
         await pool.publish(None, version)
     await asyncio.sleep(0.02)
@@ -28,8 +29,8 @@ async def test_a_group_is_given_up_by_the_first_publication_that_makes_it_useles
     assert [t.cause for t in group.trajectories] == [Cause.STALE] * 2
     assert all(t.reward is None for t in group.trajectories)
     assert f"began under version 0, {staleness + 1} is out, max_staleness={staleness}" in group.trajectories[1].error
-    await asyncio.sleep(0.02)
-    assert (pool.in_flight, engine.now, pool.ledger.totals[Cause.STALE]) == (0, 0, 2)
+    await until(lambda: (pool.in_flight, engine.now) == (0, 0))
+    assert pool.ledger.totals[Cause.STALE] == 2
 
 
 @pytest.mark.parametrize("ran", [["slow", "next"], ["next"]])
@@ -40,7 +41,7 @@ async def test_its_place_goes_to_other_work_also_when_it_was_not_yet_running(mak
     pool.submit(work("slow", n=3))
     pool.submit(work("next", n=1))
     if "slow" in ran:
-        await asyncio.sleep(0.01)
+        await until(lambda: engine.ran)
     await pool.publish(None, 1)
     stale, other = await take(pool, 2)
     assert (stale.row.row_id, other.row.row_id) == ("slow", "next")
@@ -63,9 +64,10 @@ async def test_what_had_not_begun_and_what_is_validated_stays(make) -> None:
 class SlowPublisher(FakePublisher):
     def __init__(self) -> None:
         super().__init__()
-        self.let_go = asyncio.Event()
+        self.asked, self.let_go = asyncio.Event(), asyncio.Event()
 
     async def publish(self, source: object, version: int) -> PublishReport:
+        self.asked.set()
         await self.let_go.wait()
         return await super().publish(source, version)
 
@@ -74,7 +76,7 @@ async def test_what_starts_during_a_publication_is_taken_for_as_new_as_its_weigh
     publisher, done = SlowPublisher(), asyncio.Event()
     pool = make(FakeEngine("e0", lambda task: done), publisher=publisher, max_staleness=0)
     publishing = asyncio.create_task(pool.publish(None, 1))
-    await asyncio.sleep(0.01)
+    await publisher.asked.wait()
     pool.submit(work("row"))
     publisher.let_go.set()
     await publishing
@@ -102,4 +104,4 @@ async def test_a_verdict_that_comes_too_late_is_not_booked(make) -> None:
     answer.set()
     await asyncio.sleep(0.02)
     assert [t.cause for t in group.trajectories] == [Cause.STALE] * 2
-    assert pool.in_flight == 0
+    await until(lambda: pool.in_flight == 0)

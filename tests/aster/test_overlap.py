@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fakes import FakeLearners, FakePool, MemoryLog, row, trajectory, work
 from test_driver import loop, recipe
+from waiting import until
 
 from aster.checkpoints import DirectoryCheckpointer, read_state
 from aster.data.journal import JournalPlace, TurnJournal
@@ -142,14 +143,6 @@ class Slow:
     def __call__(self, ids, *, skip_special=False):
         assert self.let_go.wait(5)
         return " ".join(map(str, ids))
-
-
-async def until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 async def test_the_next_steps_go_on_while_a_step_is_written_two_at_most(tmp_path):

@@ -56,7 +56,7 @@ def test_setup_does_nothing_and_quickly_when_nothing_changed(checkout: Path) -> 
     done = _make("setup", directory=checkout)
     assert done.returncode == 0
     assert "Nothing to be done" in done.stdout
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 10  # an installation takes minutes
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "deploy/requirements/cpu.lock.txt"])

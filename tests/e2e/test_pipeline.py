@@ -163,7 +163,7 @@ def test_the_third_step_grew_trees_whose_sessions_were_forked(pipeline):
         if len(leaf.turns) == 1:
             assert np.array_equal(leaf.ids, trunk.ids), "it ended before it could part"
         parted += len(leaf.turns) > 1 and leaf.calls[0].outcome == "success"
-    assert parted > 2
+    assert parted >= 1, "no leaf went on in a forked session"
 
 
 def test_rollouts_and_validation_are_written_under_the_references_names(pipeline):

@@ -5,13 +5,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from pool_process import PoolProcess
 from sandboxes import BACKENDS, ISOLATED, Session, cells, new_node, open_session, start_pool
+from waiting import until
 
 from serve import janitor, owner
 from serve.cells import BackendUnavailable, CellSettings, choose_backend, socket_root
@@ -46,12 +47,6 @@ async def succeed(process: PoolProcess, backend: str, sockets: str, **settings: 
     pool = await start_pool(backend, node=process.owner.rpartition("-")[0], socket_root=sockets, **settings)
     assert pool.owner == process.owner
     return pool
-
-
-async def until(done: Callable[[], bool], *, seconds: float) -> None:
-    async with asyncio.timeout(seconds):
-        while not done():  # noqa: ASYNC110 - what other processes do is no event here
-            await asyncio.sleep(0.1)
 
 
 def processes_in(directory: str) -> list[int]:
@@ -99,12 +94,13 @@ async def test_a_session_lives_on_when_its_pool_is_killed_between_two_calls(back
 
 @pytest.mark.parametrize("backend", ISOLATED)
 async def test_a_call_that_was_under_way_runs_once_and_its_answer_is_kept(backend: str, sockets: str) -> None:
-    code = "import time; time.sleep(1.5); n = globals().get('n', 0) + 1\nn"
+    code = "open('begun', 'w').close(); import time; time.sleep(1.5); n = globals().get('n', 0) + 1\nn"
     async with crashed(backend, sockets) as process:
         asked, silent = await process.create(), await process.create()
         for session_id in (asked, silent):
             process.call("execute", session_id, {"code": code, "call_id": "slow"})
-        await asyncio.sleep(0.7)
+        for session_id in (asked, silent):
+            await process.there(session_id, "begun")
         await process.kill()
         pool = await succeed(process, backend, sockets)
         try:

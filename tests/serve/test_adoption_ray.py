@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from serve.cells import BackendUnavailable, CellSettings, choose_backend
 from serve.schema import CreateSession, ExecuteRequest, State
@@ -61,9 +62,13 @@ async def test_a_session_outlives_its_replica_and_calls_wait_for_the_next_one(so
         await pool.execute(session_id, ExecuteRequest(code=f"import threading; l = threading.Lock(); x = {number}"))
     victim = owners[sessions[0]]
     (pid,) = [node["pid"] for node in await pool.node_stats() if node["owner"] == victim]
-    slow = ExecuteRequest(code="import time; time.sleep(2); n = globals().get('n', 0) + 1\nn", call_id="slow")
-    under_way = asyncio.create_task(pool.execute(sessions[0], slow))
-    await asyncio.sleep(1)
+    code = "open('begun', 'w').close(); import time; time.sleep(2); n = globals().get('n', 0) + 1\nn"
+    under_way = asyncio.create_task(pool.execute(sessions[0], ExecuteRequest(code=code, call_id="slow")))
+
+    async def begun() -> bool:
+        return any(file.path == "begun" for file in (await pool.list_files(sessions[0])).files)
+
+    await until(begun, seconds=30)
     os.kill(pid, signal.SIGKILL)
     answer = await under_way  # asked again of the successor under its call id, which finds that it has run
     assert (answer.result, answer.state) == ("1", State.KEPT)

@@ -1,6 +1,7 @@
 """A session forks: copies with its whole state, apart from each other; what has no copy is refused by name."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from serve.pool import SandboxPool
 from serve.schema import ForkSession, State, Status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+_SLEEP = f"87654.{os.getpid()}"  # seconds, and a name among all processes of this machine
 
 
 async def fork(session: Session, count: int = 1) -> list[Session]:
@@ -193,7 +196,8 @@ async def test_a_member_s_death_is_its_own(session: Session, code: str, status: 
     await session.run("x = 1; n = open('kept', 'w').write('y')")
     one, other = await fork(session, 2)
     answer = await one.run(
-        f"import subprocess; p = subprocess.Popen(['sleep', '87654'], start_new_session=True)\n{code}", timeout_s=0.5
+        f"import subprocess; p = subprocess.Popen(['sleep', '{_SLEEP}'], start_new_session=True)\n{code}",
+        timeout_s=2 if status is Status.TIMEOUT else 20,
     )
     assert (answer.status, answer.state) == (status, State.LOST)
     after = await one.run("'x' in globals(), __import__('os').listdir('.')")
@@ -212,7 +216,7 @@ def sleepers() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"sleep\x0087654\x00":
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes() == f"sleep\0{_SLEEP}\0".encode():
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -240,7 +244,7 @@ async def test_reset_of_a_member_leaves_its_siblings_alone(pool: SandboxPool, se
 
 async def test_a_closed_member_leaves_no_process_and_no_file(pool: SandboxPool, session: Session) -> None:
     (copy,) = await fork(session)
-    await copy.run("import subprocess; p = subprocess.Popen(['sleep', '87654'], start_new_session=True)")
+    await copy.run(f"import subprocess; p = subprocess.Popen(['sleep', '{_SLEEP}'], start_new_session=True)")
     home = await value(copy, "import os; n = open('f', 'w').write('x'); os.chmod('.', 0); os.environ['HOME']")
     assert len(sleepers()) == 1
     await copy.close()

@@ -249,7 +249,7 @@ async def test_a_past_that_cannot_be_repeated_is_a_lost_session_and_leaves_nothi
     two: TwoPools, cell: str, why: str
 ) -> None:
     session = await AsyncSession.open(two)  # type: ignore[arg-type]
-    await session.execute(cell, timeout_s=0.3)
+    await session.execute(cell, timeout_s=1 if "sleep" in cell else 20)
     await two.lose_the_first()
     for _ in range(2):
         with pytest.raises(SessionLost, match=why):

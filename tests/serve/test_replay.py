@@ -5,9 +5,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from sandboxes import BACKENDS, Session, cells, kill_supervisor, open_session, start_pool
+from sandboxes import BACKENDS, Session, cells, kill_supervisor, open_session, start_pool, there
+from waiting import until
 
 from serve.errors import SessionGone
+from serve.fleet import FleetCell
 from serve.pool import SandboxPool
 from serve.schema import ExecuteRequest, ForkSession, State, Status
 
@@ -32,12 +34,6 @@ def kill_cell_of(session: Session) -> None:
     cell = session.pool._sessions[session.id].cell
     assert cell is not None
     kill_supervisor(session.pool, cell.link.cell)
-
-
-async def begun(session: Session, seconds: float = 0.3) -> None:
-    """Time for a call that was just made to be under way."""
-    await asyncio.sleep(seconds)
-    assert session.pool._sessions[session.id].calls == 1
 
 
 async def test_a_session_is_rebuilt_at_its_next_call_and_says_so_once(pool: SandboxPool, session: Session) -> None:
@@ -68,8 +64,9 @@ async def test_a_repeated_call_that_finds_its_cell_lost_gets_the_first_answer(se
 
 async def test_a_call_under_way_runs_once_more_in_the_rebuilt_session(session: Session) -> None:
     await session.run("x = 41")
-    call = asyncio.create_task(session.run("import time; time.sleep(1); x += 1\nx", call_id="c"))
-    await begun(session)
+    code = "open('begun', 'w').close(); import time; time.sleep(2); x += 1\nx"
+    call = asyncio.create_task(session.run(code, call_id="c"))
+    await there(session, "begun")
     kill_cell_of(session)
     answer = await call
     assert (answer.result, answer.state, answer.status) == ("42", State.REPLAYED, Status.OK)
@@ -91,9 +88,12 @@ async def test_all_sessions_of_a_cell_come_back_also_the_idle_one(pool: SandboxP
 async def test_a_cell_that_ended_between_calls_is_noticed_by_the_heartbeat(pool: SandboxPool, session: Session) -> None:
     await session.run("x = 1")
     kill_cell_of(session)
-    await asyncio.sleep(0.1)
-    await pool._heartbeat()
-    assert pool._sessions[session.id].cell is None
+
+    async def noticed() -> bool:
+        await pool._heartbeat()
+        return pool._sessions[session.id].cell is None
+
+    await until(noticed)
     assert (await session.run("x")).state is State.REPLAYED
 
 
@@ -120,14 +120,18 @@ async def test_what_cannot_be_had_again_is_a_lost_session_with_the_reason(
 
 
 async def test_a_second_loss_during_the_rebuilding_is_the_end(pool: SandboxPool, session: Session) -> None:
-    await session.run("import time; time.sleep(1.5); x = 1")
+    await session.run("import time; time.sleep(2.5); x = 1")
     old = pool._sessions[session.id].cell
     kill_cell_of(session)
     call = asyncio.create_task(session.run("x"))
-    async with asyncio.timeout(20):
-        while not (new := [c for c in pool.fleet.cells if session.id in c.sessions and c is not old]):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-    await asyncio.sleep(0.3)
+    new: list[FleetCell] = []
+
+    async def replaying() -> bool:
+        new[:] = [cell for cell in pool.fleet.cells if session.id in cell.sessions and cell is not old]
+        told = [one for cell in new for one in (await cell.link.status()).sessions]
+        return any(one.session_id == session.id and one.running for one in told)
+
+    await until(replaying, seconds=20)
     kill_supervisor(pool, new[0].link.cell)
     with pytest.raises(SessionGone, match="lost twice"):
         await call
@@ -153,8 +157,8 @@ async def test_a_journal_without_room_is_no_journal(pool: SandboxPool, session: 
 
 async def test_a_reset_session_is_rebuilt_from_what_came_after(session: Session) -> None:
     await session.run("import time; print(time.time_ns()); x = 1")
-    stubborn = asyncio.create_task(session.run("import time; time.sleep(20)"))
-    await begun(session)
+    stubborn = asyncio.create_task(session.run("open('begun', 'w').close(); time.sleep(20)"))
+    await there(session, "begun")
     await session.pool.reset(session.id)
     assert (await stubborn).state is State.LOST
     kill_cell_of(session)
@@ -174,8 +178,9 @@ async def test_what_came_from_outside_cannot_be_rebuilt(session: Session) -> Non
 
 
 async def test_an_interrupted_cell_is_not_run_again(session: Session) -> None:
-    call = asyncio.create_task(session.run("import time; n = 0\nwhile True: time.sleep(.01); n += 1"))
-    await begun(session)
+    code = "import time; n = 0; open('begun', 'w').close()\nwhile True: time.sleep(.01); n += 1"
+    call = asyncio.create_task(session.run(code))
+    await there(session, "begun")
     assert (await session.pool.interrupt(session.id)).was_running
     assert (await call).state is State.KEPT
     kill_cell_of(session)
@@ -185,7 +190,7 @@ async def test_an_interrupted_cell_is_not_run_again(session: Session) -> None:
 
 async def test_a_stream_whose_cell_is_lost_begins_again(session: Session) -> None:
     await session.run("x = 1")
-    request = ExecuteRequest(code="import time\nfor i in range(3): print(i); time.sleep(.3)\nx")
+    request = ExecuteRequest(code="import time\nfor i in range(3): print(i); time.sleep(1)\nx")
     events = []
     async for event in session.pool.execute_stream(session.id, request):
         events.append(event)

@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from sandboxes import Session, open_session
+from sandboxes import Session, gone, open_session, there
 
 from serve.errors import SessionGone
 from serve.pool import SandboxPool
 from serve.schema import State, Status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+_SLEEP = f"98765.{os.getpid()}"  # seconds, and a name among all processes of this machine
 
 
 async def test_preamble_names_are_there_without_import(session: Session) -> None:
@@ -118,8 +120,9 @@ async def test_bytes_that_are_no_text_are_escaped(session: Session) -> None:
 
 
 async def test_what_a_thread_prints_after_its_cell_belongs_to_the_next_one(session: Session) -> None:
-    await session.run("import threading\nthreading.Timer(0.05, lambda: print('late')).start()")
-    await asyncio.sleep(0.3)
+    late = "lambda: [print('late', flush=True), open('printed', 'w').close()]"
+    await session.run(f"import threading\nthreading.Timer(0.05, {late}).start()")
+    await there(session, "printed")
     assert (await session.run("print('now')")).text == "late\nnow\n"
 
 
@@ -129,15 +132,15 @@ async def test_what_a_thread_prints_after_its_cell_belongs_to_the_next_one(sessi
 async def test_a_timeout_interrupts_and_keeps_the_state(session: Session) -> None:
     await session.run("x = 1")
     began = time.monotonic()
-    answer = await session.run("import time\nprint('begun')\nx = 2\ntime.sleep(60)", timeout_s=0.3)
+    answer = await session.run("import time\nprint('begun')\nx = 2\ntime.sleep(60)", timeout_s=2)
     assert (answer.status, answer.state) == (Status.TIMEOUT, State.KEPT)
     assert answer.text.startswith("begun\n")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     assert (await session.run("x")).result == "2"
 
 
 async def test_a_loop_in_python_is_interrupted(session: Session) -> None:
-    answer = await session.run("n = 0\nwhile True:\n    n += 1", timeout_s=0.3)
+    answer = await session.run("n = 0\nwhile True:\n    n += 1", timeout_s=1)
     assert (answer.status, answer.state) == (Status.TIMEOUT, State.KEPT)
     assert int((await session.run("n")).result or 0) > 1000
 
@@ -159,9 +162,9 @@ async def test_a_cell_that_ignores_interrupts_is_killed_two_seconds_late_and_tha
     session: Session, code: str
 ) -> None:
     await session.run("x = 1")
-    answer = await session.run(code, timeout_s=0.3)
+    answer = await session.run(code, timeout_s=1)
     assert (answer.status, answer.state) == (Status.TIMEOUT, State.LOST)
-    assert 2.2 < answer.duration_s < 5
+    assert 2.9 < answer.duration_s < 20
     after = await session.run("'x' in globals()")
     assert (after.result, after.state) == ("False", State.LOST)
     assert after.reason
@@ -170,11 +173,11 @@ async def test_a_cell_that_ignores_interrupts_is_killed_two_seconds_late_and_tha
 
 async def test_an_alarm_of_an_earlier_cell_that_raises_between_two_harms_neither(session: Session) -> None:
     code = (
-        "import signal\ndef late(*_): raise TimeoutError('too late')\n"
+        "import signal\ndef late(*_):\n    open('alarmed', 'w').close()\n    raise TimeoutError('too late')\n"
         "old = signal.signal(signal.SIGALRM, late); t = signal.setitimer(signal.ITIMER_REAL, .1); x = 1"
     )
     assert (await session.run(code)).status is Status.OK
-    await asyncio.sleep(0.4)
+    await there(session, "alarmed")
     answer = await session.run("x")
     assert (answer.status, answer.result, answer.state) == (Status.OK, "1", State.KEPT)
     assert "TimeoutError: too late" in answer.stderr
@@ -205,7 +208,7 @@ async def test_a_death_is_told_and_the_next_call_is_fresh(session: Session, code
 
 async def test_a_flood_between_two_calls_is_a_death_with_its_reason(session: Session) -> None:
     await session.run("import threading, os\nthreading.Timer(.1, lambda: os.write(1, b'x' * (80 << 20))).start()")
-    await asyncio.sleep(2)
+    await gone(session)
     answer = await session.run("1 + 1")
     assert (answer.result, answer.state) == ("2", State.LOST)
     assert "printed more than 64 MB" in answer.reason
@@ -213,7 +216,7 @@ async def test_a_flood_between_two_calls_is_a_death_with_its_reason(session: Ses
 
 async def test_a_death_between_two_calls_is_told_by_the_second(session: Session) -> None:
     await session.run("import os, threading\nthreading.Timer(0.05, lambda: os._exit(9)).start()")
-    await asyncio.sleep(0.4)
+    await gone(session)
     answer = await session.run("1 + 1")
     assert (answer.status, answer.result, answer.state) == (Status.OK, "2", State.LOST)
     assert "exited with 9" in answer.reason
@@ -267,7 +270,7 @@ async def test_a_forged_frame_is_a_protocol_error_and_ends_the_interpreter(sessi
 async def test_a_frame_that_nobody_asked_for_ends_the_interpreter(session: Session) -> None:
     late = "lambda: [os.write(c, b'\\x00\\x00\\x00\\x02{}') for c in channels]"
     await session.run(f"{FIND_CHANNEL}\nimport threading\nthreading.Timer(0.1, {late}).start()")
-    await asyncio.sleep(0.4)
+    await gone(session)
     answer = await session.run("'channels' in globals()")
     assert (answer.result, answer.state) == ("False", State.LOST)
 
@@ -300,8 +303,9 @@ async def test_a_caller_that_hangs_up_does_not_stop_the_cell_and_finds_its_answe
 
 
 async def test_calls_of_one_session_are_serialised_and_waiting_is_not_run_time(session: Session) -> None:
+    began = time.monotonic()
     answers = await asyncio.gather(*(session.run("import time; time.sleep(.2)") for _ in range(3)))
-    assert all(answer.duration_s < 1.0 for answer in answers)
+    assert sum(answer.duration_s for answer in answers) < time.monotonic() - began
     assert max(answer.queue_s for answer in answers) > 0.35
     assert sorted(answer.cell for answer in answers) == [1, 2, 3]
 
@@ -326,14 +330,14 @@ async def test_a_closed_session_is_gone_and_leaves_no_process_and_no_file(pool: 
     session = await open_session(pool)
     code = (
         "import os, subprocess\nos.makedirs('a/b'); n = open('a/b/c', 'w').write('x'); os.chmod('a', 0)\n"
-        "p = [subprocess.Popen(['sleep', '98765'], start_new_session=True) for _ in range(3)]\n"
+        f"p = [subprocess.Popen(['sleep', '{_SLEEP}'], start_new_session=True) for _ in range(3)]\n"
         "import multiprocessing as mp\nos.getcwd()"
     )
     assert (await session.run(code)).status is Status.OK
     assert _sleepers() == 3
     began = time.monotonic()
     await session.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert _sleepers() == 0
     with pytest.raises(SessionGone, match="closed by its client"):
         await session.run("1")
@@ -344,7 +348,7 @@ def _sleepers() -> int:
     found = 0
     for entry in Path("/proc").iterdir():
         try:
-            found += entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"sleep\x0098765\x00"
+            found += entry.name.isdigit() and (entry / "cmdline").read_bytes() == f"sleep\0{_SLEEP}\0".encode()
         except OSError:
             continue
     return found

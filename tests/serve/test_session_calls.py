@@ -5,7 +5,7 @@ import base64
 import time
 
 import pytest
-from sandboxes import Session
+from sandboxes import Session, there
 
 from serve.cells.link import CellLost
 from serve.pool import SandboxPool
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def started(session: Session, code: str, **options: float) -> asyncio.Task[ExecuteResponse]:
     """A call whose cell has begun."""
     call = asyncio.create_task(session.run(f"open('begun', 'w').close()\n{code}", **options))  # type: ignore[arg-type]  # only floats are given
-    async with asyncio.timeout(20):
-        while not any(file.path == "begun" for file in (await session.pool.list_files(session.id)).files):
-            pass
+    await there(session, "begun")
     return call
 
 
@@ -39,8 +37,8 @@ async def test_an_interrupt_is_a_ctrl_c_and_keeps_the_state(pool: SandboxPool, s
 
 
 async def test_an_interrupt_reaches_a_child_that_is_waited_for(pool: SandboxPool, session: Session) -> None:
-    call = await started(session, "import subprocess; r = subprocess.run(['sleep', '60'])")
-    await asyncio.sleep(0.2)
+    call = await started(session, "import subprocess; r = subprocess.run(['sh', '-c', 'touch child; exec sleep 60'])")
+    await there(session, "child")
     assert (await pool.interrupt(session.id)).was_running
     assert (await call).status is Status.ERROR
 
@@ -112,16 +110,18 @@ async def test_a_reset_heals_a_dead_session(pool: SandboxPool, session: Session)
 
 
 async def watch(
-    session: Session, code: str, **options: object
-) -> tuple[list[OutputChunk], ExecuteResponse, list[float]]:
+    session: Session, code: str, *, go: str = "", **options: object
+) -> tuple[list[OutputChunk], ExecuteResponse]:
+    """`go`: a file that the cell may wait for, written when its first output has come."""
     request = ExecuteRequest(code=code, **{"timeout_s": 20.0, **options})  # type: ignore[arg-type]
-    chunks, times = [], []
+    chunks: list[OutputChunk] = []
     async with asyncio.timeout(60):
         async for event in session.pool.execute_stream(session.id, request):
             if isinstance(event, ExecuteResponse):
-                return chunks, event, times
+                return chunks, event
+            if go and not chunks:
+                await session.pool.write_file(session.id, go, b"")
             chunks.append(event)
-            times.append(time.monotonic())
     raise AssertionError("no response")
 
 
@@ -130,9 +130,11 @@ def told(chunks: list[OutputChunk], stream: str) -> str:
 
 
 async def test_output_comes_as_it_is_printed_and_the_response_last(session: Session) -> None:
-    code = "import sys, time\nfor i in range(3):\n    print(i); print('e', i, file=sys.stderr); time.sleep(.2)\n'end'"
-    chunks, answer, times = await watch(session, code)
-    assert times[-1] - times[0] > 0.3
+    code = (
+        "import os, sys, time\nfor i in range(3):\n    print(i); print('e', i, file=sys.stderr)\n"
+        "    while not os.path.exists('go'): time.sleep(.01)\n'end'"
+    )
+    chunks, answer = await watch(session, code, go="go")
     assert told(chunks, "stdout") == answer.stdout == "0\n1\n2\nend\n"
     assert told(chunks, "stderr") == answer.stderr == "e 0\ne 1\ne 2\n"
     assert (answer.status, answer.result) == (Status.OK, "end")
@@ -143,30 +145,31 @@ async def test_a_streamed_character_is_never_split_and_what_is_none_is_escaped(s
         "import os, time\nfor b in '€𝄞'.encode() + b'\\xff\\xe2\\x82':\n"
         "    n = os.write(1, bytes([b])); time.sleep(.02)"
     )
-    chunks, answer, _ = await watch(session, code)
+    chunks, answer = await watch(session, code)
     assert told(chunks, "stdout") == answer.stdout == "€𝄞\\xff\\xe2\\x82"
     assert {"€", "𝄞"} <= {character for chunk in chunks for character in chunk.text}
 
 
 async def test_a_stream_is_bounded_and_the_response_keeps_head_and_tail(session: Session) -> None:
-    chunks, answer, _ = await watch(session, "print('x' * 3_000_000 + 'end')", max_output_bytes=1000)
+    chunks, answer = await watch(session, "print('x' * 3_000_000 + 'end')", max_output_bytes=1000)
     assert told(chunks, "stdout") == "x" * 1000
     assert answer.truncated
     assert answer.stdout.endswith("end\n")
 
 
 async def test_what_a_thread_printed_between_cells_is_streamed_with_the_next(session: Session) -> None:
-    await session.run("import threading\nthreading.Timer(0.05, lambda: print('late')).start()")
-    await asyncio.sleep(0.3)
-    chunks, answer, _ = await watch(session, "print('now')")
+    late = "lambda: [print('late', flush=True), open('printed', 'w').close()]"
+    await session.run(f"import threading\nthreading.Timer(0.05, {late}).start()")
+    await there(session, "printed")
+    chunks, answer = await watch(session, "print('now')")
     assert told(chunks, "stdout") == answer.stdout == "late\nnow\n"
 
 
 async def test_a_repeated_call_id_streams_nothing_and_runs_nothing(session: Session) -> None:
     code = "n = globals().get('n', 0) + 1; print(n)\nn"
-    first, answer, _ = await watch(session, code, call_id="s")
+    first, answer = await watch(session, code, call_id="s")
     assert told(first, "stdout") == "1\n1\n"
-    again, repeated, _ = await watch(session, code, call_id="s")
+    again, repeated = await watch(session, code, call_id="s")
     assert again == []
     assert repeated.model_copy(update={"queue_s": 0.0}) == answer.model_copy(update={"queue_s": 0.0})
     assert (await session.run("n", call_id="t")).result == "1"
@@ -186,7 +189,7 @@ async def test_a_watcher_that_hangs_up_stops_nothing_and_finds_the_answer(sessio
 
 
 async def test_a_death_ends_the_stream_with_its_reason(session: Session) -> None:
-    chunks, answer, _ = await watch(session, "import os\nprint('last words', flush=True)\nos._exit(3)")
+    chunks, answer = await watch(session, "import os\nprint('last words', flush=True)\nos._exit(3)")
     assert told(chunks, "stdout") == "last words\n"
     assert (answer.status, answer.reason) == (Status.SESSION_DIED, "the interpreter exited with 3")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_rollout import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, ok
+from waiting import until
 
 from aster.agent.rollout import run_episode, turn_seed
 from aster.config import ToolConfig
@@ -67,31 +69,46 @@ def same_tokens(one: Trajectory, other: Trajectory) -> None:
     ]
 
 
-async def killed_in_turn(renderer, number: int, folder: Path, **more) -> None:
-    """Run until the engine answers turn `number` no more, and then cut it off."""
+class Silent(ScriptedEngine):
+    """Says the given turns, and hangs when it is asked for another."""
 
-    class Silent(ScriptedEngine):
-        async def __call__(self, ids, **kw):
-            if len(self.asked) == number:
-                await asyncio.sleep(60)
-            return await super().__call__(ids, **kw)
+    hangs = False
 
-    sandbox = more.pop("sandbox", None) or ScriptedSandbox(echo)
-    journal = TurnJournal(JournalPlace(folder, "c"), engine="e0")
+    async def __call__(self, ids, **kw):
+        if len(self.asked) == len(self.turns):
+            self.hangs = True
+            await asyncio.sleep(60)
+        return await super().__call__(ids, **kw)
+
+
+async def cut_off(
+    engine: ScriptedEngine,
+    folder: Path,
+    *,
+    when: Callable[[], bool],
+    sandbox: ScriptedSandbox | None = None,
+    task: Task | None = None,
+    name: str = "e0",
+) -> None:
     episode = asyncio.create_task(
         run_episode(
-            a_task(),
-            generate=Silent(renderer, TURNS),
-            sandboxes=sandbox,
-            renderer=renderer,
+            task or a_task(),
+            generate=engine,
+            sandboxes=sandbox or ScriptedSandbox(echo),
+            renderer=engine.renderer,
             tool=ToolConfig(),
-            journal=journal,
-            **more,
+            journal=TurnJournal(JournalPlace(folder, "c"), engine=name),
         )
     )
-    await asyncio.sleep(0.2)
+    await until(when)
     episode.cancel()
     assert (await episode).cause is Cause.CANCELLED
+
+
+async def killed_in_turn(renderer, number: int, folder: Path, **more) -> None:
+    """Run until the engine answers turn `number` no more, and then cut it off."""
+    engine = Silent(renderer, TURNS[:number])
+    await cut_off(engine, folder, when=lambda: engine.hangs, **more)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -121,28 +138,8 @@ async def test_a_trajectory_that_had_ended_ends_again_without_an_engine(hybrid, 
 async def test_killed_twice_it_still_goes_on(hybrid, tmp_path) -> None:
     whole, _, _ = await run(hybrid, TURNS, tmp_path / "whole")
     await killed_in_turn(hybrid, 1, tmp_path)
-    task = left_in(tmp_path)
-    journal = TurnJournal(JournalPlace(tmp_path, "c"), engine="e1")
-
-    class Silent(ScriptedEngine):
-        async def __call__(self, ids, **kw):
-            if self.asked:
-                await asyncio.sleep(60)
-            return await super().__call__(ids, **kw)
-
-    episode = asyncio.create_task(
-        run_episode(
-            task,
-            generate=Silent(hybrid, TURNS[1:]),
-            sandboxes=ScriptedSandbox(echo),
-            renderer=hybrid,
-            tool=ToolConfig(),
-            journal=journal,
-        )
-    )
-    await asyncio.sleep(0.2)
-    episode.cancel()
-    await episode
+    second = Silent(hybrid, TURNS[1:2])
+    await cut_off(second, tmp_path, when=lambda: second.hangs, task=left_in(tmp_path), name="e1")
     out, engine, _ = await run(hybrid, TURNS[2:], tmp_path, task=left_in(tmp_path))
     same_tokens(out, whole)
     assert (out.recalled_turns, len(engine.asked)) == (2, 2)
@@ -213,7 +210,8 @@ async def test_half_a_turn_is_no_turn(hybrid, tmp_path) -> None:
         await asyncio.sleep(60)
         raise AssertionError
 
-    await killed_in_turn(hybrid, 9, tmp_path, sandbox=ScriptedSandbox(never))
+    sandbox = ScriptedSandbox(never)
+    await cut_off(ScriptedEngine(hybrid, TURNS), tmp_path, when=lambda: len(sandbox.cells) == 2, sandbox=sandbox)
     assert len(left_in(tmp_path).past.turns) == 1
 
 

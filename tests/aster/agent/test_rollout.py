@@ -548,16 +548,16 @@ class TestOurFailures:
 
     async def test_back_pressure_until_the_deadline_is_a_lost_sandbox(self, hybrid) -> None:
         sandbox = ScriptedSandbox(ok(), open_errors=[BackPressure(60.0, "512 sessions")])
-        task = a_task(replace(BUDGET, trajectory_timeout_s=0.5))
+        task = a_task(replace(BUDGET, trajectory_timeout_s=1))
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert out.cause is Cause.SANDBOX_LOST
         assert "the sandbox was full (512 sessions) and the trajectory's time was over" in out.error
 
     async def test_the_deadline_of_a_trajectory_blames_whom_it_waited_for(self, hybrid) -> None:
-        task = a_task(replace(BUDGET, trajectory_timeout_s=0.1))
-        out, _, _ = await episode(hybrid, [], engine=ScriptedEngine(hybrid, ["x"], delay_s=5), task=task)
+        task = a_task(replace(BUDGET, trajectory_timeout_s=1))
+        out, _, _ = await episode(hybrid, [], engine=ScriptedEngine(hybrid, ["x"], delay_s=60), task=task)
         assert (out.cause, "still generating" in out.error) == (Cause.ENGINE_LOST, True)
-        sandbox = ScriptedSandbox(lambda code: asyncio.sleep(5))
+        sandbox = ScriptedSandbox(lambda code: asyncio.sleep(60))
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert (out.cause, sandbox.closed) == (Cause.SANDBOX_LOST, 1)
         assert "code_interpreter had not answered" in out.error
