@@ -179,7 +179,7 @@ def _refresh_packed_head(model: torch.nn.Module, device: torch.device) -> None:
 
     The head shares the embedding's Parameter but computes with a oneDNN-packed copy of it, and the layer-wise reload
     never visits it, because no checkpoint tensor names it: without this the logits keep the old embedding.
-    TODO: remove when vLLM re-processes tied heads on reload (test_weight_sync's tied-embedding test stays green
+    TODO: remove when vLLM re-processes tied heads on reload (test_rollout_engine.py, whose model is tied, stays green
     without this function).
     """
     head: Any = getattr(model, "lm_head", None)

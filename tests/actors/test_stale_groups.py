@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from test_router import FakeEngine, FakePublisher, make, take, work
+from pools import FakeEngine, FakePublisher, make, take, work
 from waiting import until
 
 from aster.types import Cause, PublishReport
