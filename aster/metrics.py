@@ -9,6 +9,7 @@ Legend: P problems (groups) · G scored samples of one · T response tokens of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -165,21 +166,24 @@ def _signal_metrics(scores_PG: Sequence[np.ndarray], rewards_PG: Sequence[np.nda
 
 def _advantage_metrics(scored: Sequence[Trajectory], advantages: Mapping[str, Advantage]) -> dict[str, float]:
     """critic/advantages over the model tokens that the loss is taken on."""
-    of_tokens = [
-        np.broadcast_to(advantages[t.uid], t.num_tokens)[len(t.prompt_ids) :][t.mask]
-        for t in scored
-        if t.uid in advantages and t.mask.any()
-    ]
-    if not of_tokens:
+    total, count, highest, lowest = 0.0, 0, -math.inf, math.inf
+    for t in scored:
+        advantage, tokens = advantages.get(t.uid), t.model_tokens
+        if advantage is None or not tokens:
+            continue
+        if isinstance(advantage, np.ndarray):
+            own = advantage[len(t.prompt_ids) :][t.mask]
+            total += float(own.sum(dtype=np.float64))
+            highest, lowest = max(highest, float(own.max())), min(lowest, float(own.min()))
+        else:  # of a hundred thousand trajectories: no array per trajectory
+            total += advantage * tokens
+            highest, lowest = max(highest, advantage), min(lowest, advantage)
+        count += tokens
+    if not count:
         return {}
-    total, count = sum(float(a.sum(dtype=np.float64)) for a in of_tokens), sum(map(len, of_tokens))
-    spread = {
-        "mean": total / count,
-        "max": float(max(a.max() for a in of_tokens)),
-        "min": float(min(a.min() for a in of_tokens)),
-    }
+    spread = {"mean": total / count, "max": highest, "min": lowest}
     # gamma = lambda = 1 and no critic: the return is the advantage
-    return {f"critic/{name}/{key}": value for name in ("advantages", "returns") for key, value in spread.items()}
+    return {f"critic/{name}/{key}": float(value) for name in ("advantages", "returns") for key, value in spread.items()}
 
 
 def _length_metrics(scored: Sequence[Trajectory]) -> dict[str, float]:

@@ -151,8 +151,10 @@ def collapse_metrics(
 
 def _push_on_calls(trajectory: Trajectory, advantage: Advantage) -> float:
     """Sum over its calls of the advantage at the end of the turn that made each."""
-    advantage_S = np.broadcast_to(advantage, trajectory.num_tokens)[len(trajectory.prompt_ids) :]
     calling = [turn for turn in trajectory.turns if turn.call is not None]
+    if not isinstance(advantage, np.ndarray):
+        return advantage * sum(1 + len(turn.further_calls) for turn in calling)
+    advantage_S = advantage[len(trajectory.prompt_ids) :]
     return sum(float(advantage_S[turn.stop - 1]) * (1 + len(turn.further_calls)) for turn in calling)
 
 
