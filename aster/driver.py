@@ -38,7 +38,7 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages, tree_advantages, tree_paths
-from aster.algo.collapse import EntropyTally
+from aster.algo.collapse import Advantage, EntropyTally
 from aster.algo.importance import stored_gap
 from aster.algo.packing import denominators, packed, unpack_row
 from aster.algo.regions import Markers
@@ -89,7 +89,7 @@ class GrpoLoop:
         self.stale_groups = 0
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
-        self._advantages_taken: Mapping[str, float | np.ndarray] = {}  # by uid, of what this step trains on
+        self._advantages_taken: Mapping[str, Advantage] = {}  # by uid, of what this step trains on
         self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
         self._leftovers = Leftovers(self.recipe)
@@ -307,9 +307,18 @@ class GrpoLoop:
             "training/epoch": float(self.prompts.epoch),
             "training/stale_groups": float(self.stale_groups),
         }
-        write = partial(self._record.step, self.step, groups, {**values, **about}, seconds=seconds)
-        write = partial(write, advantages=self._advantages_taken)
-        await self._recorder.put(partial(write, replaced=self._replaced, stale=self._stale, gaps=self._gaps))
+        write = partial(
+            self._record.step,
+            self.step,
+            groups,
+            {**values, **about},
+            seconds=seconds,
+            replaced=self._replaced,
+            stale=self._stale,
+            advantages=self._advantages_taken,
+            gaps=self._gaps,
+        )
+        await self._recorder.put(write)
 
     async def validate(self) -> None:
         """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*.

@@ -71,7 +71,7 @@ class Fleet:
         self._starting = 0
         self._changed = asyncio.Condition()
         self._background = Background()
-        self._stopped = False
+        self.stopped = False  # then its cells are another pool's business, or nobody's
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -80,11 +80,6 @@ class Fleet:
     def cells(self) -> tuple[FleetCell, ...]:
         return tuple(self._cells)
 
-    @property
-    def stopped(self) -> bool:
-        """Its cells are another pool's business now, or nobody's."""
-        return self._stopped
-
     # slots -----------------------------------------------------------------------------------------------------------
 
     async def place(self, session_id: str, limits: Limits) -> FleetCell:
@@ -92,7 +87,7 @@ class Fleet:
         deadline = time.monotonic() + self._settings.create_timeout_s
         while True:
             cell = max((c for c in self._cells if c.free > 0), key=lambda c: c.slots_taken, default=None)
-            if cell is None or self._stopped:
+            if cell is None or self.stopped:
                 self.refill()
                 await self._wait_for_change(deadline)
                 continue
@@ -129,7 +124,7 @@ class Fleet:
 
     async def _wait_for_change(self, deadline: float) -> None:
         left = deadline - time.monotonic()
-        if left <= 0 or self._stopped:
+        if left <= 0 or self.stopped:
             waited = self._settings.create_timeout_s
             raise PoolFull(_RETRY_AFTER_S, f"no cell had room within {waited:g} s. {self.start_error}")
         async with self._changed:
@@ -150,7 +145,7 @@ class Fleet:
 
     def refill(self) -> None:
         """Start cells in the background until enough slots are free."""
-        if self._stopped:
+        if self.stopped:
             return
         slots = self.backend.slots
         free = sum(cell.free for cell in self._cells) + self._starting * slots
@@ -202,7 +197,7 @@ class Fleet:
 
     async def lose(self, cell: FleetCell, why: str) -> None:
         """The cell does not answer: end it for certain, then tell its sessions. Returns when both are done."""
-        if self._stopped:
+        if self.stopped:
             return
         if cell.end is None:
             cell.end = self._background.run(self._end(cell, why))
@@ -269,14 +264,14 @@ class Fleet:
 
     async def leave(self) -> None:
         """Let go of the cells; they live on until their supervisors miss the heartbeat."""
-        self._stopped = True
+        self.stopped = True
         await self._background.stop()
         await asyncio.gather(*(cell.link.disconnect(grace_s=_GRACE_S) for cell in self._cells))
         await self.backend.close()
 
     async def stop(self) -> bool:
         """Remove every cell; whether none is left."""
-        self._stopped = True
+        self.stopped = True
         await self._background.stop()
         cells, self._cells = self._cells, []
         await asyncio.gather(*(self._remove(cell) for cell in {*self._remains, *(cell.link.cell for cell in cells)}))

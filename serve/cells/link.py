@@ -94,7 +94,7 @@ class CellLink:
         """Output as it is printed; the response comes last."""
         call = None
         try:
-            async with self._open_channel():
+            async with self._lost_when_closed():
                 call = self._stub.ExecuteStream(
                     _message(session_id, request), timeout=request.timeout_s + _KILL_GRACE_S
                 )
@@ -173,11 +173,11 @@ class CellLink:
             raise self._lost(error) from None
 
     async def _ask(self, method: Callable[..., Awaitable[T]], request: object) -> T:
-        async with self._open_channel():
+        async with self._lost_when_closed():
             return await method(request, timeout=_CONTROL_S)
 
     @asynccontextmanager
-    async def _open_channel(self) -> AsyncIterator[None]:
+    async def _lost_when_closed(self) -> AsyncIterator[None]:
         """`CellLost` for a call on a channel that is closed already, or is closed under it: the pool has just given the
         cell up, and the owner of this session has not heard of it yet."""
         try:

@@ -190,8 +190,10 @@ class TestOurFailures:
         assert len(group.scored) == 5
 
     async def test_the_rate_is_per_step(self, make) -> None:
-        rule = lambda t: lost(Cause.SANDBOX_LOST)(t) if t.sample == 0 and "/0/" in t.uid else 0.0  # noqa: E731
-        pool = make(FakeEngine("e0", rule), max_retries=0, max_infra_failed_rate=0.6)
+        def loses_the_first_of_step_0(t: Task) -> Trajectory | float:
+            return lost(Cause.SANDBOX_LOST)(t) if t.sample == 0 and "/0/" in t.uid else 0.0
+
+        pool = make(FakeEngine("e0", loses_the_first_of_step_0), max_retries=0, max_infra_failed_rate=0.6)
         for step in range(4):
             pool.submit(work("a", n=2, step=step))
         assert len(await take(pool, 4)) == 4

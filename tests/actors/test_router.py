@@ -261,7 +261,9 @@ class TestRoomInTokens:
         assert len(await take(pool, 3)) == 3
 
     async def test_the_emptier_engine_by_what_is_scarcer_is_chosen(self, make) -> None:
-        never = lambda t: asyncio.Event()  # noqa: E731
+        def never(t: Task) -> asyncio.Event:
+            return asyncio.Event()
+
         seats, tokens = FakeEngine("e0", never, capacity=4), FakeEngine("e1", never, capacity=100, kv_tokens=800)
         pool = make(seats, tokens)
         for i in range(3):
