@@ -143,11 +143,18 @@ class Browser:
             raise RuntimeError(f"{script[:200]}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, condition: str, *, timeout_s: float = 15.0) -> None:
+    def wait(self, condition: str, *, timeout_s: float = 60.0) -> None:
+        """Also across a navigation, in whose middle there is nobody to answer."""
         deadline = time.monotonic() + timeout_s
-        while not self.evaluate(f"Boolean({condition})"):
+        while True:
+            why = ""
+            try:
+                if self.evaluate(f"Boolean({condition})"):
+                    return
+            except RuntimeError as error:
+                why = f" ({error})"
             if time.monotonic() > deadline:
-                raise TimeoutError(f"never true: {condition}")
+                raise TimeoutError(f"never true: {condition}{why}")
             time.sleep(0.01)
 
     def press(self, key: str) -> None:

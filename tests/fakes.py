@@ -76,7 +76,7 @@ class FakePool:
 
     async def groups(self) -> AsyncIterator[TrajectoryGroup]:
         while True:
-            work, version = await asyncio.wait_for(self.queue.get(), timeout=5)
+            work, version = await asyncio.wait_for(self.queue.get(), timeout=60)
             lost, rewards = Cause.SANDBOX_LOST, [self.reward(work.row, i) for i in range(work.group_size)]
             members = tuple(
                 trajectory(work, i, version=version, reward=r, cause=lost if r is None else Cause.ANSWERED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -14,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_ports
 
 _TESTS = Path(__file__).parent
 
 
-def run_gang(world_size: int, work: Callable[..., Any], *args: Any, folder: Path, timeout_s: float = 120) -> list[Any]:
+def run_gang(world_size: int, work: Callable[..., Any], *args: Any, folder: Path, timeout_s: float = 240) -> list[Any]:
     """`work(rank, world_size, port, *args)` in each of `world_size` processes; what they return, in order of rank.
 
     `work` is a function of a module. A rank that raises, or silence past `timeout_s`, ends all and raises.
     """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_ports(16)[0]  # who opens several groups takes the next ones too
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{rank}.pickle" for rank in range(world_size)]
     context = _context()

@@ -53,7 +53,7 @@ def recipe(stage: str = "rl", **sections: dict[str, Any]) -> Recipe:
         "model": {"compute_dtype": "float32", "gradient_checkpointing": False},
         "optim": {"lr": 1e-2},
         "learner": {"step_timeout_s": 60},
-        "rollout": {"prompts_per_step": 64, "dtype": "float32", "start_timeout_s": 120, "enforce_eager": True},
+        "rollout": {"prompts_per_step": 64, "dtype": "float32", "start_timeout_s": 240, "enforce_eager": True},
     }
     merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
     return Recipe.model_validate({"stage": stage, **merged})

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-def run_on_ranks(function: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120) -> None:
+def run_on_ranks(function: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 240) -> None:
     """`function(rank, world_size, *args)`; it makes its own process group. A rank that fails fails the caller."""
     context = multiprocessing.get_context("spawn")
     ranks = [

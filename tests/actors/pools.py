@@ -26,7 +26,7 @@ from aster.types import (
     Turn,
 )
 
-BUDGET = Budget(max_prompt_tokens=16, max_response_tokens=64, max_tool_calls=4, trajectory_timeout_s=20)
+BUDGET = Budget(max_prompt_tokens=16, max_response_tokens=64, max_tool_calls=4, trajectory_timeout_s=120)
 
 
 def work(row: str = "a", *, n: int = 2, kind: str = "train", step: int = 0, seed: int = 1) -> RolloutWork:
@@ -129,12 +129,12 @@ async def make() -> AsyncIterator[Callable[..., EnginePool]]:
 
     yield build
     for pool in pools:
-        await asyncio.wait_for(pool.close(), 10)
+        await asyncio.wait_for(pool.close(), 60)
 
 
 async def take(pool: EnginePool, n: int) -> list[TrajectoryGroup]:
     groups = pool.groups()
-    return [await asyncio.wait_for(anext(groups), 5) for _ in range(n)]
+    return [await asyncio.wait_for(anext(groups), 60) for _ in range(n)]
 
 
 def lost(cause: Cause, error: str = "gone") -> Callable[[Task], Trajectory]:

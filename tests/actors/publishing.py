@@ -20,7 +20,7 @@ from aster.types import MicroBatch, TensorMeta, TokenScores
 
 VOCAB = 512
 STOP = 2
-STALL_S = 2.0
+STALLED, GO_ON = "stalled", "go_on"  # files by which a sender that stalls and a test speak to each other
 
 
 def build_model() -> Qwen3ForCausalLM:
@@ -70,14 +70,16 @@ class FaultySender(WeightSender):
 
     damaged: int | None = None
     deadly: int | None = None
-    slow: int | None = None
+    slow: tuple[int, Path] | None = None
 
     def _post(self, bucket: Any, buffer: torch.Tensor) -> Any:
         if bucket.index == self.deadly:
             os._exit(1)
-        if bucket.index == self.slow:
-            self.slow = None
-            time.sleep(STALL_S)
+        if self.slow is not None and bucket.index == self.slow[0]:
+            folder, self.slow = self.slow[1], None
+            (folder / STALLED).touch()
+            while not (folder / GO_ON).exists():
+                time.sleep(0.02)
         if bucket.index == self.damaged:
             self.damaged = None
             buffer[40] ^= 1
@@ -140,8 +142,9 @@ class ToyLearner:
     def die_at_bucket(self, index: int) -> None:
         self._sender.deadly = index
 
-    def stall_at_bucket(self, index: int) -> None:
-        self._sender.slow = index
+    def stall_at_bucket(self, index: int, folder: Path) -> None:
+        """Until the file `GO_ON` is in `folder`; `STALLED` is there from the bucket on."""
+        self._sender.slow = index, folder
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         self.model.load_state_dict(state)
@@ -176,8 +179,8 @@ def recipe(model: Path, *, device: str = "cpu", **rollout: Any) -> Recipe:
                 "max_num_seqs": 4,
                 "kv_cache_bytes": 32 << 20,
                 "enforce_eager": True,
-                "start_timeout_s": 240,
-                "generate_timeout_s": 60,
+                "start_timeout_s": 600,  # 20 s alone; more than 240 were seen beside two other test runs
+                "generate_timeout_s": 240,
                 **rollout,
             },
             "algo": {"mini_batch_prompts": 2},

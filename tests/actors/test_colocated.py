@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
+from clock import Clock
 from fakes import FakeLearners, FakePool, MemoryLog, row
+from waiting import until
 
 from actors.colocated import KV_CACHE, WEIGHTS, ColocatedLearners, ColocatedPool, DeviceTurn
 from actors.rollout import share_devices
@@ -139,8 +141,8 @@ HAND_OVER = ["optimizer rests", "engine wakes weights", "weights", "learners res
 
 
 async def test_the_same_driver_runs_in_this_order(tmp_path) -> None:
-    device, _, _, loop = build(tmp_path)
-    await asyncio.wait_for(loop.run(), 20)
+    device, _, _, loop = build(tmp_path, idle_s=3600)  # a slow machine is not idle
+    await asyncio.wait_for(loop.run(), 60)
     step = ["sampled", "engine sleeps", "learners rise", "log_probs", "forward_backward", "optim_step", *HAND_OVER]
     happened = [event for event in device.events if not event.startswith("submit")]
     assert [e.split(" v")[0] if e.startswith("publish") else e for e in happened] == [
@@ -164,12 +166,9 @@ async def test_a_validation_beside_the_step_gets_the_devices_back_before_the_wei
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakePool, "groups", slow_validation)
         running = asyncio.ensure_future(loop.run())
-        for _ in range(400):
-            await asyncio.sleep(0.01)
-            if device.events.count("optim_step") == 2:
-                break
+        await until(lambda: device.events.count("optim_step") == 2, seconds=60)
         held.set()
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 60)
     last = device.events[device.events.index("submit val row-100 at v1") :]
     update, after = last.index("optim_step"), last[last.index("optim_step") :]
     assert "sampled" in after[: after.index("weights")], "what was frozen during the update went on before the weights"
@@ -180,7 +179,7 @@ async def test_a_validation_beside_the_step_gets_the_devices_back_before_the_wei
 async def test_a_publication_that_failed_in_the_middle_can_be_made_again(tmp_path) -> None:
     device, pool, _, loop = build(tmp_path, "run.steps=1")
     pool.failures.append(WeightSyncError("bucket 2", restored=0))
-    await asyncio.wait_for(loop.run(), 20)
+    await asyncio.wait_for(loop.run(), 60)
     assert pool.version == 1
     assert device.on == {WEIGHTS, KV_CACHE}
 
@@ -195,17 +194,20 @@ async def test_a_dead_engine_is_left_alone(tmp_path) -> None:
     assert device.events == ["learners rise"]
 
 
-async def test_a_reader_of_groups_does_not_take_the_devices_between_two_calls_of_a_step(tmp_path) -> None:
-    device, _, turn, _ = build(tmp_path, idle_s=0.2)
-    waiting = None
+async def test_a_reader_of_groups_does_not_take_the_devices_between_two_calls_of_a_step(tmp_path, monkeypatch) -> None:
+    device, _, turn, _ = build(tmp_path, idle_s=1000)
+    clock, waiting = Clock(monkeypatch), None
     for _ in range(5):
         async with turn.learning():
             waiting = waiting or asyncio.ensure_future(turn.sampling())
+            clock.move(5000)
             await asyncio.sleep(0.02)
-        await asyncio.sleep(0.05)
+        clock.move(400)
+        await asyncio.sleep(0.02)
     assert not waiting.done()
     assert device.events == ["engine sleeps", "learners rise"]
-    await asyncio.wait_for(waiting, 5)
+    clock.move(1000)
+    await asyncio.wait_for(waiting, 60)
     assert turn.engines_can_sample
 
 
@@ -223,7 +225,7 @@ async def test_calls_that_are_cancelled_leave_nobody_waiting(tmp_path) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(turn.sampling(), 5)
+    await asyncio.wait_for(turn.sampling(), 60)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from learners import accumulate, learner_on, one_row, recipe, some_samples, train, weights, write_model
 from ray.exceptions import ActorDiedError, RayTaskError
 from safetensors.torch import load_file
+from waiting import until
 
 from actors.group import RayLearnerGroup, _blame
 from actors.placement import learner_bundles, reserve
@@ -69,7 +70,8 @@ def _first_moments(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str,
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster, model_dir, tmp_path):
+async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.group._AFTERMATH_S", 30.0)  # Ray may take its time to say that an actor died
     batches = [some_samples(11, seed=i) for i in range(3)]  # an odd count: one rank gets a row of padding
     one, two = recipe(), recipe(**TWO)
     with learner_on(model_dir, one) as alone:
@@ -132,10 +134,10 @@ async def test_two_ranks_train_like_one_and_carry_on_from_its_checkpoint(cluster
         killer = asyncio.create_task(die())
         began = time.monotonic()
         with pytest.raises(GangFailure, match=r"(?s)learner rank 1 died: in .*worker process has died") as caught:
-            await _train_for(group, batches[0], seconds=30)
+            await _train_for(group, batches[0], seconds=50)
         await killer
         assert caught.value.rank == 1
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 50, "someone sat out the 60 s of a step"
         with pytest.raises(GangFailure, match="rank 1"):
             await group.optim_step()
         for pid in group.pids:
@@ -218,14 +220,14 @@ async def test_an_error_of_one_rank_ends_the_gang_with_that_ranks_traceback(clus
 @pytest.mark.e2e
 async def test_a_model_directory_that_cannot_be_used_is_a_config_error_and_leaves_nothing(cluster, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    free = ray.available_resources().get("CPU")
+
+    def all_free() -> bool:
+        return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+    await until(all_free, seconds=60)  # the test before gives back its own in a while
     with pytest.raises(ConfigError, match=r"holds no model\.safetensors"):
         await RayLearnerGroup.spawn(recipe(), model_path=str(tmp_path), total_steps=1)
-    for _ in range(100):
-        if ray.available_resources().get("CPU") == free:
-            break
-        await asyncio.sleep(0.1)
-    assert ray.available_resources().get("CPU") == free
+    await until(all_free, seconds=60)
 
 
 @pytest.mark.e2e
@@ -317,11 +319,7 @@ async def test_an_error_that_all_ranks_share_passes_through_and_the_gang_lives()
 
 
 async def _gone(pid: int) -> None:
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"process {pid} is still there")
+    await until(lambda: not Path(f"/proc/{pid}").exists(), seconds=60)
 
 
 def test_the_helper_for_one_rank_agrees_with_itself(model_dir):

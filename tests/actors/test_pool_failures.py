@@ -70,7 +70,7 @@ class TestOurFailures:
         engine = FakeEngine("e0", lambda task: EngineLost("gone") if task.row_id == "a" else 0.0)
         pool = make(engine, recall=recall, publisher=FakePublisher(), max_infra_failed_rate=1.0, max_staleness=0)
         pool.submit(work("a", n=1))
-        await asyncio.wait_for(reading.wait(), 5)
+        await asyncio.wait_for(reading.wait(), 60)
         await pool.publish(None, 0)
         [group] = await take(pool, 1)
         assert [t.cause for t in group.trajectories] == [Cause.STALE]

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from pools import FakeEngine, FakePublisher, make, take, work
+from waiting import until
 
 from aster.agent.ledger import lost_trajectory
 from aster.errors import CircuitOpen, EngineLost, WeightSyncError
@@ -132,18 +133,19 @@ class TestReplacement:
         await asyncio.sleep(0.02)
         assert not publishing.done()
         here.set()
-        assert (await asyncio.wait_for(publishing, 5)).version == 3
+        assert (await asyncio.wait_for(publishing, 60)).version == 3
         alone = make(FakeEngine("e0", lost="OOM killed"), publisher=Choosy())
         with pytest.raises(EngineLost, match="no living engine"):
             await alone.publish(None, 3)
 
     async def test_work_waits_for_the_publication_that_a_late_replacement_makes_possible(self, make) -> None:
         """The last engine dies under it, and no copy of the weights is held that its successor could have at once."""
-        dies, found_dead, spawned = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        asked, dies, found_dead, spawned = (asyncio.Event() for _ in range(4))
 
         class Interrupted(FakePublisher):
             async def publish(self, source: object, version: int) -> PublishReport:
                 if not self.admitted:
+                    asked.set()
                     await found_dead.wait()
                     raise EngineLost("no living engine")
                 return await super().publish(source, version)
@@ -164,13 +166,12 @@ class TestReplacement:
         pool = make(Mortal("e0"), publisher=publisher, replace_engine=spawn, max_infra_failed_rate=1.0)
         pool.submit(work("a"))
         publishing = asyncio.create_task(pool.publish(None, 1))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(asked.wait(), 60)
         dies.set()
-        await found_dead.wait()
-        await asyncio.sleep(0.01)
-        assert pool.waiting == 2
+        await asyncio.wait_for(found_dead.wait(), 60)
+        await until(lambda: pool.waiting == 2)
         spawned.set()
-        assert (await asyncio.wait_for(publishing, 5)).version == 1
+        assert (await asyncio.wait_for(publishing, 60)).version == 1
         [group] = await take(pool, 1)
         assert [t.engine for t in group.trajectories] == ["e0.1", "e0.1"]
 
@@ -214,6 +215,6 @@ class TestReplacement:
 
         pool = make(self.dying("e0"), replace_engine=spawn, max_infra_failed_rate=1.0)
         pool.submit(work("a", n=1))
-        await asyncio.wait_for(spawning.wait(), 5)
-        await asyncio.wait_for(pool.close(), 5)
+        await asyncio.wait_for(spawning.wait(), 60)
+        await asyncio.wait_for(pool.close(), 60)
         assert ended.is_set()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from actors.weight_sync import RayWeightSource, WeightSync
 from aster.errors import ConfigError, EngineLost, GangFailure, WeightSyncError
 from aster.types import Budget, Cause, Sampling, Task
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PROMPT = np.random.default_rng(1).integers(3, publishing.VOCAB, 24).astype(np.int32)
 BUCKET = 100_000  # bytes: the toy model makes a handful of buckets
@@ -86,17 +86,40 @@ async def generate(engine: RayEngine, ids: np.ndarray = PROMPT, **changes: Any) 
         "seed": 1,
         "request_id": os.urandom(4).hex(),
     }
-    return await engine.call("generate", ids, deadline_s=60, **(request | changes))
+    return await engine.call("generate", ids, deadline_s=250, **(request | changes))
 
 
-async def generating(engine: RayEngine, requests: int = 1) -> None:
-    """Until vLLM has so many requests of this engine, and a token of one of them."""
+async def generating(engine: RayEngine, requests: int = 1, *, stop: bool = False) -> None:
+    """Until vLLM has so many requests of this engine, and a token of one of them. `stop`: its core with it."""
 
     def busy(actor: Any) -> bool:
         states = actor._engine.output_processor.request_states.values()
-        return len(states) >= requests and any(not state.is_prefilling for state in states)
+        found = len(states) >= requests and any(not state.is_prefilling for state in states)
+        if found and stop:
+            for process in psutil.Process().children():
+                process.suspend()
+        return found
 
-    await until(lambda: engine._actor.__ray_call__.remote(busy), seconds=30)
+    await until(lambda: engine._actor.__ray_call__.remote(busy), seconds=60)
+
+
+async def begun_amid(engine: RayEngine, publication: Coroutine[Any, Any, Any], requests: int = 1) -> asyncio.Task[Any]:
+    """`publication` under way, begun while so many requests were generated, however slow this machine: the core stands
+    still from a token of theirs until the gate is shut. The group must be open, since a core opens that."""
+
+    def shut(actor: Any) -> bool:
+        return not actor._gate._open
+
+    core = psutil.Process(engine.pid).children()
+    await generating(engine, requests, stop=True)
+    under_way = asyncio.create_task(publication)
+    try:
+        await until(lambda: under_way.done() or engine._actor.__ray_call__.remote(shut), seconds=25)
+        assert not under_way.done(), "it never began"
+    finally:
+        for process in core:
+            process.resume()
+    return under_way
 
 
 def copy_of(model: Any) -> Any:
@@ -134,7 +157,7 @@ def scrape() -> str:
     pages = []
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        pages.append(httpx.get(url, timeout=10, trust_env=False).text)
+        pages.append(httpx.get(url, timeout=60, trust_env=False).text)
     return "\n".join(pages)
 
 
@@ -151,17 +174,22 @@ async def test_every_metric_of_ours_is_where_prometheus_looks(world: World) -> N
     async with pool_gauges(_Pool(), run="scraped"):
         for _ in range(2):
             await generate(world.engines[0], prompt)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         wanted = {f"ray_{name}" for name in NAMES - {"aster_engine_preempted"}}  # nothing is thrown out here
-        while missing := {n for n in wanted if not re.search(rf"^{n}(_total)?{{", (page := scrape()), re.MULTILINE)}:
+        mine = f'(?:engine="{world.engines[0].name}"|run="scraped")'
+        while True:
+            page = scrape()
+            missing = {n for n in wanted if not re.search(rf"^{n}(_total)?{{", page, re.MULTILINE)}
+            samples = dict(re.findall(rf"^ray_(aster_\w+)\{{.*{mine}.*\}} (\S+)$", page, re.MULTILINE))
+            generated, hits = (
+                float(samples.get(f"aster_engine_{n}_total", 0)) for n in ("generated_tokens", "prefix_hits")
+            )
+            if not missing and generated >= 80 and hits >= 128:  # the names may be there with what was told before
+                break
             assert time.monotonic() < deadline, (missing, [x for x in page.splitlines() if x.startswith("ray_aster")])
             await asyncio.sleep(1.0)
     assert set(re.findall(r'^ray_aster_phase_seconds{.*phase="([^"]*)".*run="scraped"', page, re.MULTILINE)) == {"gen"}
-    mine = f'(?:engine="{world.engines[0].name}"|run="scraped")'
-    samples = dict(re.findall(rf"^ray_(aster_\w+)\{{.*{mine}.*\}} (\S+)$", page, re.MULTILINE))
     assert float(samples["aster_pool_in_flight"]) == 3
-    assert float(samples["aster_engine_generated_tokens_total"]) >= 80
-    assert float(samples["aster_engine_prefix_hits_total"]) >= 128
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
@@ -194,7 +222,7 @@ async def test_a_turn_ends_with_its_stop_id_and_keeps_it(world: World) -> None:
 async def test_the_model_directory_s_eos_does_not_end_a_turn_that_did_not_ask_for_it(world: World) -> None:
     flat = Sampling(temperature=2.0)
     eos_runs = await asyncio.gather(
-        *(generate(world.engines[0], seed=s, max_tokens=400, sampling=flat) for s in range(32))
+        *(generate(world.engines[0], seed=s, max_tokens=240, sampling=flat) for s in range(32))
     )
     assert any(publishing.STOP in run.ids[:-1] for run in eos_runs)
     assert {run.finish_reason for run in eos_runs} == {"length"}
@@ -224,10 +252,10 @@ async def test_an_episode_runs_in_the_actor(world: World) -> None:
 
 async def test_cancelled_episodes_come_home_cancelled(world: World) -> None:
     long = replace(task().budget, max_response_tokens=880)
-    running = [asyncio.ensure_future(world.engines[1].run(task(budget=long, seed=s))) for s in range(16)]
+    running = [asyncio.ensure_future(world.engines[1].run(task(budget=long, seed=s))) for s in range(48)]
     await generating(world.engines[1], 8)
     await world.engines[1].cancel_all()
-    trajectories = await asyncio.wait_for(asyncio.gather(*running), 30)
+    trajectories = await asyncio.wait_for(asyncio.gather(*running), 60)
     causes = {t.cause for t in trajectories}  # a random model may have ended some by itself
     assert Cause.CANCELLED in causes
     assert all(cause is Cause.CANCELLED or not cause.is_ours for cause in causes)
@@ -263,10 +291,12 @@ async def test_an_output_head_that_kept_the_old_embedding_would_be_noticed(world
 
 
 async def test_a_request_in_flight_goes_on_under_the_new_weights_and_says_which_token_is_whose(world: World) -> None:
+    sync = world.sync()
+    await sync.publish(world.source, world.train())
     old = copy_of(world.model)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
-    await generating(world.engines[0])
-    await world.publish()
+    publication = await begun_amid(world.engines[0], sync.publish(world.source, world.train()))
+    await publication
     out = await flying
     switch = int(np.searchsorted(out.versions, world.version))
     assert 0 < switch < 800, "the publication did not fall into the generation"
@@ -284,16 +314,15 @@ async def test_a_damaged_bucket_is_named_and_rolled_back_before_a_token_is_sampl
     await sync.publish(world.source, world.train())
     good, old = world.version, copy_of(world.model)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=800, seed=11))
-    await generating(world.engines[0])
     ray.get(world.learner.damage_bucket.remote(2), timeout=30)
+    publication = await begun_amid(world.engines[0], sync.publish(world.source, world.train()))
     tensor = r"model\.layers\.\d\.[a-z_.]+\.weight"
     message = (
         rf"engine-\d: .*bucket 2: {tensor} arrived with another checksum .*; the engines serve version {good} again"
     )
     with pytest.raises(WeightSyncError, match=message) as error:
-        await sync.publish(world.source, world.train())
+        await publication
     assert error.value.restored == good
-    assert not flying.done(), "the publication did not fall into the generation"
     for engine in world.engines:
         np.testing.assert_allclose(await engine_log_probs(engine), publishing.log_probs(old, PROMPT), atol=1e-4)
         assert ((await generate(engine, max_tokens=8)).versions == good).all()
@@ -343,10 +372,10 @@ async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: Wor
     await sync.publish(world.source, world.train())
     good, old = world.version, publishing.log_probs(world.model, PROMPT)
     flying = asyncio.ensure_future(generate(world.engines[0], max_tokens=900))
-    await generating(world.engines[0])
     ray.get(world.learner.disagree.remote(0.01), timeout=30)
+    publication = await begun_amid(world.engines[0], sync.publish(world.source, world.train()))
     with pytest.raises(WeightSyncError, match=r"does not verify on engine-0: canary token \d+ of 15") as error:
-        await sync.publish(world.source, world.train())
+        await publication
     assert error.value.restored == good
     with pytest.raises(EngineLost, match="did not verify"):
         await flying
@@ -357,9 +386,11 @@ async def test_what_ran_under_weights_that_the_canary_refused_is_lost(world: Wor
 
 
 async def test_a_full_engine_still_answers_the_canary(world: World) -> None:
+    sync = world.sync()
+    await sync.publish(world.source, world.train())
     flying = [asyncio.ensure_future(generate(world.engines[0], max_tokens=600, seed=s)) for s in range(12)]
-    await generating(world.engines[0], 12)
-    await world.publish()
+    publication = await begun_amid(world.engines[0], sync.publish(world.source, world.train()), 8)
+    await publication
     assert not all(run.done() for run in flying), "the canary waited for all of them"
     assert {len((await run).ids) for run in flying} == {600}
 
@@ -380,23 +411,21 @@ async def test_a_learner_that_dies_while_sending_fails_the_gang_and_its_successo
 
 
 async def test_an_engine_killed_between_two_buckets_loses_its_requests_and_the_others_get_the_weights(
-    world: World,
+    world: World, tmp_path: Path
 ) -> None:
     """Last: it kills engine 0's core process."""
     survivor, victim = world.engines[1], world.engines[0]
     sync = world.sync()
     await sync.publish(world.source, world.train())  # a group with both is open
-    # enough at once that none of them is done before the core is killed, however fast the machine
     crowd = asyncio.gather(*(generate(victim, max_tokens=900) for _ in range(32)), return_exceptions=True)
     long = task(budget=replace(task().budget, max_response_tokens=880))
     episodes = asyncio.gather(*(victim.run(replace(long, sample=i)) for i in range(8)))
-    await generating(victim, 32)
-    ray.get(world.learner.stall_at_bucket.remote(2), timeout=30)
-    publication = asyncio.ensure_future(sync.publish(world.source, world.train()))
-    await asyncio.sleep(publishing.STALL_S / 2)
-    assert not publication.done()
+    ray.get(world.learner.stall_at_bucket.remote(2, tmp_path), timeout=30)
+    publication = await begun_amid(victim, sync.publish(world.source, world.train()), 24)
+    await until((tmp_path / publishing.STALLED).exists, seconds=25)
     for process in psutil.Process(victim.pid).children():
         process.kill()
+    (tmp_path / publishing.GO_ON).touch()
     began = time.monotonic()
     for outcome in await crowd:
         assert isinstance(outcome, EngineLost), outcome

@@ -204,7 +204,7 @@ class TestRewards:
         engine = FakeEngine("e0", capacity=1)
         pool = make(engine, rewards=Slow())
         pool.submit(work("a", n=3))
-        await asyncio.wait_for(scoring.wait(), 5)
+        await asyncio.wait_for(scoring.wait(), 60)
         await until(lambda: len(engine.ran) == 3)
         go.set()
         await take(pool, 1)
@@ -297,7 +297,7 @@ class TestBackgroundFailure:
         await asyncio.sleep(0.01)
         go.set()
         with pytest.raises(ValueError, match="row 'a'"):
-            await asyncio.wait_for(reading, 5)
+            await asyncio.wait_for(reading, 60)
 
     async def test_a_task_that_is_cancelled_from_outside_is_a_failure_not_a_hang(self, make) -> None:
         pool = make(FakeEngine("e0", lambda t: asyncio.Event()))
@@ -332,7 +332,7 @@ class TestTheEnd:
         pool.submit(work("a", n=3))
         pool.submit(work("b", n=3))
         await until(lambda: (len(engine.ran), pool.ledger.totals[Cause.ANSWERED]) == (5, 2))
-        partial = await asyncio.wait_for(pool.drain(), 5)
+        partial = await asyncio.wait_for(pool.drain(), 60)
         assert sorted((t.row_id, t.sample, t.cause) for t in partial) == [
             ("a", 0, Cause.ANSWERED),
             ("a", 1, Cause.CANCELLED),
@@ -356,7 +356,7 @@ class TestTheEnd:
         pool = make(Stubborn("e0", lambda t: asyncio.Event()), other)
         pool.submit(work("a", n=8))
         await until(lambda: other.now == 4)
-        await asyncio.wait_for(pool.close(), 5)
+        await asyncio.wait_for(pool.close(), 60)
         assert (other.closed, other.now, pool.in_flight) == (1, 0, 0)
         assert "closing e0: OSError('gone')" in caplog.text
         await pool.close()

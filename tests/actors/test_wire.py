@@ -75,7 +75,7 @@ def test_the_checksum_of_two_words_is_what_one_gets_by_hand() -> None:
     assert fingerprint(buffer, bucket) == f"{31 * 1 + 12 * 3:016x}"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=4), st.data())
 def test_no_flipped_bit_and_no_two_swapped_words_go_unseen_and_their_tensor_is_named(
     counts: list[int], data: st.DataObject
@@ -150,7 +150,7 @@ def serve(
     *,
     receivers: int,
     dtype: str = "float32",
-    timeout_s: float = 20,
+    timeout_s: float = 60,
     hold: bool = False,
     resend: bool = False,
 ) -> Any:
@@ -165,7 +165,7 @@ def serve(
 
         jobs = [pool.submit(send)]
         jobs += [pool.submit(receive, sending, address, r, world, dtype, timeout_s) for r in range(1, world)]
-        concurrent.futures.wait(jobs, timeout=60)
+        concurrent.futures.wait(jobs, timeout=120)
     return [job.exception() or job.result() for job in jobs]
 
 
@@ -274,7 +274,7 @@ def _send_over_a_broken_wire(rank: int, world_size: int, port: int, store: str) 
 
 
 def test_a_send_that_fails_midway_gathers_to_the_end_so_that_the_other_ranks_do_not_hang(tmp_path: Path) -> None:
-    first, other = run_gang(2, _send_over_a_broken_wire, str(tmp_path / "store"), folder=tmp_path, timeout_s=60)
+    first, other = run_gang(2, _send_over_a_broken_wire, str(tmp_path / "store"), folder=tmp_path)
     assert first == (list(SHAPES), "connection closed by peer", 2.0, True)
     assert other[:3] == (list(SHAPES), "", 2.0)
 
@@ -299,7 +299,7 @@ def test_a_learner_that_sends_something_else_than_it_announced_is_named_and_nobo
         raise failure
     if "extra" not in changed:  # an extra tensor is noticed after the last bucket
         assert all(isinstance(r, RuntimeError) for r in received)
-    assert time.monotonic() - began < 10, "a receiver sat out its timeout"
+    assert time.monotonic() - began < 40, "a receiver sat out its timeout"
 
 
 def test_a_receiver_that_never_comes_ends_the_opening_at_its_timeout() -> None:
@@ -308,7 +308,7 @@ def test_a_receiver_that_never_comes_ends_the_opening_at_its_timeout() -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError):
         sending.open(backend="gloo", host=host, port=port, world_size=2, timeout_s=1)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     sending.close()
 
 
@@ -373,17 +373,17 @@ import sys, time
 from actors.wire import WireGroup, join_store
 import torch
 host, port, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-store = join_store(host, port, timeout_s=60)
+store = join_store(host, port, timeout_s=120)
 cpu = torch.device("cpu")
-group = WireGroup(backend="gloo", store=store, rank=rank, world_size=3, timeout_s=60, device=cpu, ip=host)
+group = WireGroup(backend="gloo", store=store, rank=rank, world_size=3, timeout_s=120, device=cpu, ip=host)
 group.receive(int(sys.argv[4])).wait()
 print("one bucket came", flush=True)
-time.sleep(120)
+time.sleep(600)
 """
 
 
 def test_a_receiver_killed_between_two_buckets_ends_the_round_for_all_and_the_rest_can_go_on() -> None:
-    """A process, killed for real; the others have 60 s of timeout and use none of it."""
+    """A process, killed for real; the others have 120 s of timeout, for it to import torch, and use none of it."""
     size = plan_buckets(metas(), bucket_bytes=500)[0].size
     sending = sender()
     host, port = address = sending.address()
@@ -392,15 +392,15 @@ def test_a_receiver_killed_between_two_buckets_ends_the_round_for_all_and_the_re
     )
     try:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            surviving = pool.submit(receive, sending, address, 1, 3, "float32", 60)
-            sending.open(backend="gloo", host=host, port=port, world_size=3, timeout_s=60)
+            surviving = pool.submit(receive, sending, address, 1, 3, "float32", 120)
+            sending.open(backend="gloo", host=host, port=port, world_size=3, timeout_s=120)
             killed = threading.Event()
             pairs = sending._tensors
 
             def tensors() -> Iterator[Any]:
                 for name, tensor in pairs():
                     if name == "norm":  # in the last bucket
-                        assert killed.wait(30)
+                        assert killed.wait(60)
                     yield name, tensor
 
             sending._tensors = tensors
@@ -412,10 +412,10 @@ def test_a_receiver_killed_between_two_buckets_ends_the_round_for_all_and_the_re
             began = time.monotonic()
             killed.set()
             with pytest.raises(RuntimeError):
-                round_.result(30)
-            left = surviving.exception(30)  # None: it had everything by then
+                round_.result(100)
+            left = surviving.exception(100)  # None: it had everything by then
             assert left is None or isinstance(left, RuntimeError)
-            assert time.monotonic() - began < 20, "someone sat out the timeout"
+            assert time.monotonic() - began < 60, "someone sat out the timeout"
         checksums, received = serve(sending, receivers=1)
         assert len(checksums) == len(plan_buckets(metas(), bucket_bytes=500))
         assert list(received) == list(SHAPES)

@@ -55,7 +55,7 @@ def test_an_unknown_verb_prints_the_usage(capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_runs_as_a_module_and_explains_itself(verb):
     done = subprocess.run(
-        [sys.executable, "-m", f"aster.{verb}", "--help"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", f"aster.{verb}", "--help"], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in done.stdout

@@ -101,7 +101,10 @@ def test_a_port_in_use_is_seen(monkeypatch):
         assert doctor._answers("127.0.0.1", taken.getsockname()[1])
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
         assert next(doctor.cluster()).level is Level.OK
-    assert next(doctor.cluster()).level is Level.MISSING
+    with socket.socket() as silent:  # bound, so that nobody else can listen there meanwhile
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
+        assert next(doctor.cluster()).level is Level.MISSING
 
 
 def by_name(recipe: Recipe, gpus: int) -> dict[str, Finding]:

@@ -113,7 +113,7 @@ class BackwardsPool(FakePool):
 
     async def groups(self):
         while True:
-            asked = [await asyncio.wait_for(self.queue.get(), timeout=5)]
+            asked = [await asyncio.wait_for(self.queue.get(), timeout=60)]
             while not self.queue.empty():
                 asked.append(self.queue.get_nowait())
             for of, version in reversed(asked):

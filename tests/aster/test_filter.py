@@ -328,6 +328,6 @@ def test_memory_grows_with_the_prompts_and_not_with_the_rollouts(tmp_path: Path)
 
 
 def test_it_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "aster.filter", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "aster.filter", "--help"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0
     assert "--rollout-dir" in done.stdout

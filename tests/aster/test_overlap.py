@@ -118,7 +118,7 @@ class BrokenValidation(FakePool):
 async def test_a_validation_that_fails_ends_the_run_with_its_own_error(tmp_path):
     with pytest.raises(CircuitOpen, match="every engine is dead"):
         await asyncio.wait_for(
-            loop(validating(tmp_path), [], pool=BrokenValidation([]), val_rows=[row(0, "aime")]).run(), 5
+            loop(validating(tmp_path), [], pool=BrokenValidation([]), val_rows=[row(0, "aime")]).run(), 60
         )
 
 
@@ -141,7 +141,7 @@ class Slow:
         self.let_go = threading.Event()
 
     def __call__(self, ids, *, skip_special=False):
-        assert self.let_go.wait(5)
+        assert self.let_go.wait(60)
         return " ".join(map(str, ids))
 
 
@@ -150,7 +150,7 @@ async def test_the_next_steps_go_on_while_a_step_is_written_two_at_most(tmp_path
     running = loop(recipe(tmp_path, "run.steps=6"), events, log=log)
     running._record._decode = slow
     task = asyncio.create_task(running.run())
-    await until(lambda: "publish v3" in events)
+    await until(lambda: "publish v3" in events, seconds=60)
     await asyncio.sleep(0.05)
     assert "submit train" not in " ".join(events[events.index("publish v3") :]), "the third step waits for room"
     assert log.lines == []
@@ -165,7 +165,7 @@ async def test_a_checkpoint_is_complete_when_the_records_of_its_step_are(tmp_pat
     running = loop(r, [], log=log, checkpoints=points)
     running._record._decode = slow
     task = asyncio.create_task(running.run())
-    await until(lambda: (points.directory / "global_step_1.tmp" / "driver.json").exists())
+    await until(lambda: (points.directory / "global_step_1.tmp" / "driver.json").exists(), seconds=60)
     await asyncio.sleep(0.05)
     assert points.latest() is None
     slow.let_go.set()
@@ -179,7 +179,7 @@ class SilentAfterOne(FakePool):
         stream = super().groups()
         for _ in range(2):
             yield await anext(stream)
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
 
 
 async def test_a_writer_that_fails_ends_the_run_that_waits_for_rollouts(tmp_path):
@@ -189,7 +189,7 @@ async def test_a_writer_that_fails_ends_the_run_that_waits_for_rollouts(tmp_path
     running = loop(recipe(tmp_path), [], pool=SilentAfterOne([]))
     running._record._decode = full
     with pytest.raises(OSError, match="disk full") as caught:
-        await asyncio.wait_for(running.run(), 5)
+        await asyncio.wait_for(running.run(), 60)
     assert caught.traceback[-1].name == "full"
 
 

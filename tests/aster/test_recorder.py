@@ -37,7 +37,7 @@ async def test_jobs_run_in_order_and_a_third_one_waits_outside():
     recorder, let_go, done = Recorder(ahead=2), threading.Event(), []
 
     def job(name):
-        assert let_go.wait(5)
+        assert let_go.wait(60)
         done.append(name)
 
     await recorder.put(lambda: job("first"))
@@ -55,8 +55,8 @@ async def test_what_is_awaited_is_what_was_put_before():
     recorder, let_go, done = Recorder(), threading.Event(), []
     await recorder.put(lambda: done.append("first"))
     first = recorder.so_far()
-    await recorder.put(lambda: let_go.wait(5))
-    await asyncio.wait_for(first(), 5)
+    await recorder.put(lambda: let_go.wait(60))
+    await asyncio.wait_for(first(), 60)
     assert done == ["first"]
     let_go.set()
     await recorder.settle()
@@ -71,7 +71,7 @@ async def test_a_job_that_fails_is_the_last_one_and_everybody_hears_why():
     await recorder.put(full)
     written = recorder.so_far()
     with pytest.raises(OSError, match="disk full") as caught:
-        await asyncio.wait_for(recorder.broken(), 5)
+        await asyncio.wait_for(recorder.broken(), 60)
     assert caught.traceback[-1].name == "full"
     for call in (recorder.flush, written, lambda: recorder.put(lambda: done.append("later"))):
         with pytest.raises(OSError, match="disk full"):

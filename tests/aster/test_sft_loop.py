@@ -65,18 +65,19 @@ class Runs:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.dies_before: int | None = None
-        self.learner: Learner
+        self.weights: dict[str, torch.Tensor] = {}
         conversations = base_conversations(echoes=20, drills=20, seed=0)
         write_conversations(folder / "talks.parquet", conversations)
         write_tiny_model(folder / "model", [m["content"] for c in conversations for m in c], seed=0)
 
         @contextlib.asynccontextmanager
         async def learners(recipe: Recipe, *, total_steps: int) -> AsyncIterator[OneRank]:
-            self.learner = Learner(recipe, model_path=recipe.model.path, total_steps=total_steps)
+            learner = Learner(recipe, model_path=recipe.model.path, total_steps=total_steps)
             try:
-                yield OneRank(self.learner, dies_before=self.dies_before)
+                yield OneRank(learner, dies_before=self.dies_before)
+                self.weights = {key: tensor.clone() for key, tensor in learner.model.named_full_tensors("float32")}
             finally:
-                self.learner.saved()
+                learner.close()  # it would leave torch's process group to the tests that come after
 
         monkeypatch.setattr(launch, "learners", learners)
 
@@ -87,7 +88,7 @@ class Runs:
         await sft.run(
             Recipe.load("cpu_sft", [f"run.dir={self.folder}", f"run.name={name}", *files, *settings, *schedule, *more])
         )
-        return {key: tensor.clone() for key, tensor in self.learner.model.named_full_tensors("float32")}
+        return self.weights
 
     def metrics(self, name: str) -> list[dict[str, float]]:
         lines = (json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines())

@@ -6,7 +6,6 @@ Not a pytest module: that environment has no pytest either. Ends with status 0, 
 import contextlib
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
 _UP_S = 300
 
 
@@ -43,6 +43,8 @@ def main() -> None:
 @contextlib.contextmanager
 def cluster(cache: Path) -> Iterator[tuple[str, str]]:
     """A Ray head of its own with deploy/serve.yaml on it. Yields the service's URL and token."""
+    from ports import free_ports
+
     port, dashboard, http = free_ports(3)
     command = [sys.executable, str(ROOT / "deploy" / "cluster.py")]
     where = ["--cache", str(cache), "--port", str(port), "--dashboard-port", str(dashboard), "--serve-port", str(http)]
@@ -63,14 +65,6 @@ def backend() -> str:
         return choose_backend("auto", CellSettings()).name
     except BackendUnavailable:
         return "process"
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Machine:
             env={"PATH": str(self.root / "bin"), "HOME": str(self.root), "CI": "true", **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
 

@@ -43,7 +43,7 @@ def clone(tmp_path: Path) -> Path:
     stubs = {
         "id": "echo 0",
         "docker": f"test -e {clone}/daemon_up",
-        "dockerd": f"echo $$ > {clone}/daemon_pid; touch {clone}/daemon_up; exec sleep 120",
+        "dockerd": f"echo $$ > {clone}/daemon_pid; touch {clone}/daemon_up; exec sleep 600",
         "debootstrap": "",
         "bwrap": "",
         "chromium": "",
@@ -61,7 +61,7 @@ def _run(clone: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": str(clone / "bin"), "HOME": str(clone)}
     # the deadline is the point: a daemon that kept our pipe would keep this waiting
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=30, check=False, input="never read"
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False, input="never read"
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from deploy_scripts import ROOT, load
+from ports import free_ports
 
 from aster import report
 from aster.data.base_corpus import base_conversations
@@ -23,14 +24,20 @@ from aster.data.conversations import write_conversations
 cluster = load("cluster")
 parts = sys.modules["cluster_parts"]  # which it imports
 
-_TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-_STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+_TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+_STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ignored", flush=True)
+time.sleep(600)
+"""
+_MARK = f"test-{os.getpid()}"  # a test run beside this one has processes of its own
 
 
 def _state(pid: int, **changes: object) -> object:
     process = cluster.read_process(pid)
     values = {
-        "cluster_id": "test",
+        "cluster_id": _MARK,
         "pid": pid,
         "started": process.started,
         "port": 1,
@@ -44,22 +51,21 @@ def _state(pid: int, **changes: object) -> object:
 def head() -> Iterator[subprocess.Popen[bytes]]:
     """A session leader with one child that ignores SIGTERM, as `ray start --block` has children."""
     code = _TREE.format(child=_STUBBORN)
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 10
-    while len(cluster.processes_of(_state(process.pid))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)  # until the child ignores the signal
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ignored\n"  # by the child, which has the same pipe
     yield process
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
+    process.stdout.close()
 
 
 def test_down_ends_the_head_and_a_child_that_ignores_sigterm_and_nobody_else(
     head: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "TERM_S", 0.5)
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         state = _state(head.pid)
         pids = cluster.processes_of(state)
@@ -80,15 +86,15 @@ def test_a_reused_process_number_is_not_taken_for_the_cluster(head: subprocess.P
 
 
 def test_a_process_that_left_the_session_is_known_by_its_environment() -> None:
-    environment = os.environ | {"ASTER_CLUSTER_ID": "0123abcd"}
+    environment = os.environ | {"ASTER_CLUSTER_ID": _MARK}
     stray = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True, env=environment
+        [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True, env=environment
     )
     try:
-        deadline = time.monotonic() + 5
-        while not parts.has_mark(stray.pid, "0123abcd") and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while not parts.has_mark(stray.pid, _MARK) and time.monotonic() < deadline:
             time.sleep(0.02)  # the environment is there after exec
-        state = cluster.State("0123abcd", 2**22 + 1, 0, 1, 1, 1, "/nowhere")
+        state = cluster.State(_MARK, 2**22 + 1, 0, 1, 1, 1, "/nowhere")
         assert cluster.processes_of(state) == [stray.pid]
     finally:
         stray.kill()
@@ -163,15 +169,15 @@ def fine_tuning(folder: Path) -> list[str]:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)  # all of its own limits together
 def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path: Path) -> None:
-    port, dashboard, serve = cluster.free_ports(3)
+    port, dashboard, serve = free_ports(3)
     arguments = ["--cache", str(tmp_path), f"--port={port}", f"--dashboard-port={dashboard}", f"--serve-port={serve}"]
     script = [sys.executable, str(ROOT / "deploy" / "cluster.py")]
     files = cluster.Files(tmp_path)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     try:
-        subprocess.run([*script, "up", *arguments, "--num-cpus=2"], env=clean, check=True, timeout=200)
+        subprocess.run([*script, "up", *arguments, "--num-cpus=2"], env=clean, check=True, timeout=300)
         state = files.read_state()
         again = subprocess.run([*script, "up", *arguments], env=clean, capture_output=True, text=True, timeout=60)
         assert again.returncode == 1
@@ -200,7 +206,7 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
             "print('PROBE', json.dumps([sys.executable, ray.cluster_resources()['sandbox']]))\n"
         )
         command = f"source {files.environment}; ray job submit --working-dir {job} -- python probe.py"
-        output = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=100).stdout
+        output = subprocess.run(["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=150).stdout
         probe = next(line for line in output.splitlines() if line.startswith("PROBE"))
         assert json.loads(probe.removeprefix("PROBE ")) == [str(cluster.BIN / "python"), 1.0]
 
@@ -215,7 +221,7 @@ def test_a_cluster_comes_up_runs_a_job_and_a_session_and_leaves_nothing(tmp_path
         assert report.main([str(tmp_path / "runs/sft"), "--output", str(tmp_path / "report.html")]) == 0
         assert '"stage":"sft"' in (tmp_path / "report.html").read_text()
     finally:
-        subprocess.run([*script, "down", "--cache", str(tmp_path)], env=clean, check=True, timeout=100)
+        subprocess.run([*script, "down", "--cache", str(tmp_path)], env=clean, check=True, timeout=150)
     assert cluster.processes_of(state) == []
     assert cluster.remove_containers(state) == 0
     assert not Path(state.temp_dir).exists()

@@ -21,7 +21,7 @@ def _make(*arguments: str, directory: Path = ROOT) -> subprocess.CompletedProces
     # MAKEFLAGS of a `make test` around us would be obeyed by this make too
     environment = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
     return subprocess.run(
-        ["make", *arguments], cwd=directory, env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["make", *arguments], cwd=directory, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -56,7 +56,7 @@ def test_setup_does_nothing_and_quickly_when_nothing_changed(checkout: Path) -> 
     done = _make("setup", directory=checkout)
     assert done.returncode == 0
     assert "Nothing to be done" in done.stdout
-    assert time.monotonic() - began < 10  # an installation takes minutes
+    assert time.monotonic() - began < 60  # an installation takes minutes
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "deploy/requirements/cpu.lock.txt"])
@@ -78,7 +78,7 @@ def test_a_machine_without_a_supported_python_is_told_which_one_it_needs(checkou
     old.chmod(0o755)
     command = ["make", "setup"]
     done = subprocess.run(
-        command, cwd=checkout, env={"PATH": str(stubs)}, capture_output=True, text=True, timeout=30, check=False
+        command, cwd=checkout, env={"PATH": str(stubs)}, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode != 0
     assert "no Python 3.11, 3.12 or 3.13 found" in done.stderr

@@ -32,7 +32,7 @@ from aster.data.prompts import user_message, write_prompts
 from aster.tracking import METRICS_FILE, read_metrics
 from aster.types import PromptRow
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1300)]
 
 STEPS = 2
 TURNS = 4  # of the 6 trajectories of a step, most have two
@@ -47,14 +47,14 @@ def test_a_run_that_was_killed_in_the_middle_of_a_step_ends_bit_equal_to_one_tha
         [PromptRow(text, ({"role": "user", "content": user_message(text)},), "12", "tiny") for text in PROBLEMS],
     )
     with _training(tmp_path, model, "whole") as process:
-        assert process.wait(240) == 0, _log(tmp_path, "whole")
+        assert process.wait(400) == 0, _log(tmp_path, "whole")
     with _training(tmp_path, model, "parts") as process:
         _wait_for_turns_of_the_second_step(process, tmp_path, "parts")
     assert newest(tmp_path / "parts" / "checkpoints").name == "global_step_1"
     finished = _journaled(tmp_path / "parts", version=1)
     assert finished >= TURNS, "the kill was to come in the middle of the sampling"
     with _training(tmp_path, model, "parts") as process:
-        assert process.wait(240) == 0, _log(tmp_path, "parts")
+        assert process.wait(400) == 0, _log(tmp_path, "parts")
 
     for step in range(1, STEPS + 1):
         whole, parts = (_trajectories(tmp_path / run, step) for run in ("whole", "parts"))
@@ -111,6 +111,7 @@ def _training(root: Path, model: Path, run: str) -> Iterator[subprocess.Popen[by
         "optim.lr=1e-3",
         "budget.max_response_tokens=160",
         "sandbox.backend=process",
+        "tool.timeout_s=60",  # a stall is no call that timed out: its answer would differ
         "sandbox.sessions_per_cell=4",
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": f"/tmp/rdet{os.getpid()}"}
@@ -131,13 +132,13 @@ def _training(root: Path, model: Path, run: str) -> Iterator[subprocess.Popen[by
         for one in family:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-        process.wait(10)
-        psutil.wait_procs(family, timeout=10)
+        process.wait(60)
+        psutil.wait_procs(family, timeout=60)
 
 
 def _wait_for_turns_of_the_second_step(process: subprocess.Popen[bytes], root: Path, run: str) -> None:
     """Until the checkpoint of the first one is complete, and some turns of the second are sampled."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (root / run / "checkpoints" / LATEST).exists() or _journaled(root / run, version=1) < TURNS:
         assert process.poll() is None, _log(root, run)
         assert time.monotonic() < deadline, _log(root, run)

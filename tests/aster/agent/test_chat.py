@@ -19,7 +19,7 @@ from aster.data.templates import TOOLS_IMPLICIT
 from aster.errors import DataError, TemplateError
 
 USER = {"role": "user", "content": "\nWhat is 2 + 2?\nPlease reason step by step.\n"}
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 anything = st.text(max_size=40)
 nasty = st.lists(
@@ -386,7 +386,7 @@ def test_the_renderer_needs_neither_torch_nor_transformers(model_dir) -> None:
         f"ChatRenderer.from_model_dir({str(model_dir(HYBRID))!r});"
         "print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "[]"
 
 

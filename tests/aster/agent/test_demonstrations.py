@@ -55,7 +55,7 @@ async def trajectory(
         status = Status.ERROR if "boom" in code else Status.OK
         return ExecuteResponse(status=status, text=f"{code[6:-1]}\n", stdout=f"{code[6:-1]}\n")
 
-    budget = Budget(max_prompt_tokens=2000, max_response_tokens=8000, max_tool_calls=30, trajectory_timeout_s=20)
+    budget = Budget(max_prompt_tokens=2000, max_response_tokens=8000, max_tool_calls=30, trajectory_timeout_s=120)
     row_id = f"row-{row}"
     messages = ROWS[row_id].messages
     task = Task(f"teacher/val/0/{row_id}/{sample}", row_id, sample, messages, "code_agent", budget, Sampling(), 5)

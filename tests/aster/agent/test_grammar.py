@@ -42,7 +42,7 @@ def test_the_schema_is_that_of_the_specification() -> None:
 
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=4), text.filter(lambda t: "<tool_call>" not in t))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_whatever_code_is_written_canonically_is_read_back_in_order(codes: list[str], around: str) -> None:
     codes = [code for code in codes if "</tool_call>" not in code] or ["1"]
     parsed = GRAMMAR.parse(around + around.join(map(written, codes)))
@@ -51,7 +51,7 @@ def test_whatever_code_is_written_canonically_is_read_back_in_order(codes: list[
 
 
 @given(text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_can_be_parsed_and_is_a_final_answer_exactly_when_it_opens_no_call(turn: str) -> None:
     parsed = GRAMMAR.parse(turn)
     assert parsed.attempted == ("<tool_call>" in turn)
@@ -61,7 +61,7 @@ def test_any_text_can_be_parsed_and_is_a_final_answer_exactly_when_it_opens_no_c
 
 
 @given(json_values, json_values)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_name_and_arguments_give_code_or_a_reason_that_can_be_encoded(name: object, arguments: object) -> None:
     for named in (name, "code_interpreter"):
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clock import Clock
 from test_rollout import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, episode, ok
 
 from aster.agent import rollout
@@ -119,16 +120,19 @@ async def test_its_reward_is_computed_in_a_worker_of_the_pool(units) -> None:
 
 
 async def test_a_tool_that_is_too_slow_is_never_the_models_fault(hybrid, monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+
     class Slow:
         needs_sandbox = False
         schema = agent_loop("code_agent").tools[0].schema
 
         async def run(self, arguments, session):
-            await asyncio.sleep(30)
+            clock.move(1000)
+            await asyncio.sleep(1000)
 
     loop = replace(agent_loop("code_agent"), tools=(Slow(),))
     monkeypatch.setitem(rollout.AGENT_LOOPS, "slow", loop)
-    task = a_task(replace(BUDGET, trajectory_timeout_s=0.3), agent_name="slow")
+    task = a_task(replace(BUDGET, trajectory_timeout_s=600), agent_name="slow")
     out, _, sandbox = await episode(hybrid, [call("1")], task=task, sandbox=ScriptedSandbox(ok()))
     assert (out.cause, out.reward, sandbox.opened) == (Cause.SANDBOX_LOST, None, [])
     assert "code_interpreter had not answered" in out.error

@@ -77,7 +77,7 @@ class Silent(ScriptedEngine):
     async def __call__(self, ids, **kw):
         if len(self.asked) == len(self.turns):
             self.hangs = True
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
         return await super().__call__(ids, **kw)
 
 
@@ -100,7 +100,7 @@ async def cut_off(
             journal=TurnJournal(JournalPlace(folder, "c"), engine=name),
         )
     )
-    await until(when)
+    await until(when, seconds=60)
     episode.cancel()
     assert (await episode).cause is Cause.CANCELLED
 
@@ -207,7 +207,7 @@ async def test_half_a_turn_is_no_turn(hybrid, tmp_path) -> None:
     async def never(code: str) -> ExecuteResponse:
         if code == "x = 1":
             return echo(code)
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
         raise AssertionError
 
     sandbox = ScriptedSandbox(never)

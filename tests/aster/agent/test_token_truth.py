@@ -27,7 +27,7 @@ from aster.config import ToolConfig
 from aster.types import Cause, Trajectory
 from serve.schema import ExecuteResponse, Status
 
-FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 RENDERERS = ["hybrid", "thinking", "qwen3", "qwen3_thinking", "smollm2"]
 
 nasty = st.lists(

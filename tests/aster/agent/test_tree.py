@@ -173,14 +173,14 @@ async def test_cancelling_gives_every_leaf_as_far_as_it_had_come(hybrid) -> None
     async def hang(code: str):
         if code.startswith("2"):
             reached.set()
-            await asyncio.sleep(30)
+            await asyncio.sleep(3600)
         return ok()(code)
 
     sandbox = Forking(hang)
     running = asyncio.create_task(grow(hybrid, three_calls, sandbox))
-    await asyncio.wait_for(reached.wait(), 5)
+    await asyncio.wait_for(reached.wait(), 60)
     running.cancel()
-    out, _, _ = await asyncio.wait_for(running, 5)
+    out, _, _ = await asyncio.wait_for(running, 60)
     assert [t.cause for t in out] == [Cause.CANCELLED] * 4
     assert [t.uid for t in out] == [f"run/{i}" for i in range(4)]
     assert all(len(t.turns) in (1, 2, 3) for t in out)
@@ -195,7 +195,7 @@ async def test_whenever_it_is_cancelled_no_session_stays_open_and_no_leaf_is_mis
             await asyncio.sleep(0)
         running.cancel()
         try:
-            out, _, _ = await asyncio.wait_for(running, 5)
+            out, _, _ = await asyncio.wait_for(running, 60)
         except asyncio.CancelledError:
             assert steps == 0, "before the first step of all there is nobody to answer"
             continue

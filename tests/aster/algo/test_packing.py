@@ -41,7 +41,7 @@ def test_the_worked_example_of_the_record():
 
 
 @given(packings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_token_sits_once_next_to_its_label(case):
     samples, row_tokens, dp_size = case
     seen = []
@@ -74,7 +74,7 @@ def test_every_token_sits_once_next_to_its_label(case):
 
 
 @given(packings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_keep_the_budget_and_ranks_have_equal_counts(case):
     samples, row_tokens, dp_size = case
     micro = pack(samples, row_tokens=row_tokens, dp_size=dp_size)
@@ -88,7 +88,7 @@ def test_rows_keep_the_budget_and_ranks_have_equal_counts(case):
 
 
 @given(packings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_facts_about_the_whole_list_are_the_same_in_every_row(case):
     samples, row_tokens, dp_size = case
     of_group = {g: sum(int(s.mask[1:].sum()) for s in samples if s.group == g) for g in {s.group for s in samples}}
@@ -100,7 +100,7 @@ def test_facts_about_the_whole_list_are_the_same_in_every_row(case):
 
 
 @given(packings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unpack_brings_every_value_back_to_its_token(case):
     samples, row_tokens, dp_size = case
     micro = pack(samples, row_tokens=row_tokens, dp_size=dp_size)
