@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_learner
 from learner_work import (
+    Cost,
     Head,
     PaddedLoop,
     cost,
@@ -61,15 +63,22 @@ def test_padded_batches_keep_to_the_budget_and_sorting_saves_places():
 
 
 def test_both_heads_give_the_same_log_probs_and_ours_holds_less():
+    """In a process of its own: whatever else happens in this one would count as theirs."""
+    with get_context("spawn").Pool(1) as pool:
+        ours, full = pool.apply(_cost_of_both_heads)
+    assert full.peak_bytes > 2 * 320 * 151_936 * 4
+    assert ours.peak_bytes < full.peak_bytes / 3
+    assert min(ours.seconds, full.seconds) > 0
+
+
+def _cost_of_both_heads() -> tuple[Cost, Cost]:
     head = Head(rows=320, hidden=16, vocab=151_936, device=CPU, dtype=torch.float32)
     head.ours(chunk_tokens=64)
     with cost(CPU) as ours:
         chunked = head.ours(chunk_tokens=64)
     with cost(CPU) as full:
         torch.testing.assert_close(head.full(), chunked, rtol=0, atol=1e-4)
-    assert full.peak_bytes > 2 * 320 * 151_936 * 4
-    assert ours.peak_bytes < full.peak_bytes / 3
-    assert min(ours.seconds, full.seconds) > 0
+    return ours, full
 
 
 def test_flops_by_hand():
