@@ -48,7 +48,8 @@ class PoolProcess:
                 self._answers[number].set_result(value)
 
     def call(self, method: str, *args: object) -> asyncio.Future[Any]:
-        """`create`: the id. `execute(id, {...})`: the answer as a dict. `list_files(id)`: their names."""
+        """`create`: the id. `execute(id, {...})`: the answer as a dict. `list_files(id)`: their names. `put`: as of
+        `sandboxes`."""
         number = next(self._numbers)
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None
@@ -68,7 +69,7 @@ class PoolProcess:
         async def listed() -> bool:
             return path in await self.call("list_files", session_id)
 
-        await until(listed, seconds=20)
+        await until(listed)
 
     async def kill(self) -> None:
         """As a crash: nothing of the pool runs any more."""
@@ -79,7 +80,7 @@ class PoolProcess:
 
 
 async def _main(backend: str, node: str, settings: dict[str, Any]) -> None:
-    from sandboxes import pool_settings
+    from sandboxes import Session, pool_settings, put
 
     from serve.pool import SandboxPool
     from serve.schema import CreateSession, ExecuteRequest
@@ -94,6 +95,9 @@ async def _main(backend: str, node: str, settings: dict[str, Any]) -> None:
                 tell(number, "", (await pool.create(CreateSession(**args[0]))).session_id)
             elif method == "execute":
                 tell(number, "", (await pool.execute(args[0], ExecuteRequest(**args[1]))).model_dump(mode="json"))
+            elif method == "put":
+                await put(Session(pool, args[0]), args[1])
+                tell(number, "", None)
             elif method == "list_files":
                 tell(number, "", [file.path for file in (await pool.list_files(*args)).files])
             else:

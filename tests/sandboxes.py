@@ -14,6 +14,15 @@ from serve.schema import CreateSession, ExecuteRequest, ExecuteResponse, Limits
 
 BACKENDS = [pytest.param("docker", marks=pytest.mark.docker), "bwrap", "process"]
 ISOLATED = BACKENDS[:2]
+# a thread that prints when the test has put `over` there, having got the answer of the cell that began it
+PRINTS_LATER = """
+import threading, time
+def late():
+    while not os.path.exists('over'): time.sleep(.01)
+    print('late', flush=True)
+    open('printed', 'w').close()
+threading.Thread(target=late).start()
+"""
 _ids = count()
 
 
@@ -43,7 +52,14 @@ async def there(session: Session, path: str) -> None:
     async def listed() -> bool:
         return any(file.path == path for file in (await session.pool.list_files(session.id)).files)
 
-    await until(listed, seconds=20)
+    await until(listed)
+
+
+async def put(session: Session, path: str) -> None:
+    """An empty file that the journal knows nothing of: the session can be rebuilt, and then the file is not there."""
+    cell = session.pool._sessions[session.id].cell
+    assert cell is not None
+    await cell.link.write_file(session.id, path, b"")
 
 
 async def gone(session: Session) -> None:
@@ -57,7 +73,7 @@ async def gone(session: Session) -> None:
     async def ended() -> bool:
         return (await neighbour.run(f"import os; os.path.exists('/proc/{pid}')")).result == "False"
 
-    await until(ended, seconds=20)
+    await until(ended)
     await neighbour.close()
 
 

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable
 
 
-async def until(happened: Callable[[], object], *, seconds: float = 10) -> None:
-    """Until `happened()`, or what its coroutine returns, is true; `TimeoutError` after `seconds`."""
+async def until(happened: Callable[[], object], *, seconds: float = 60) -> None:
+    """Until `happened()`, or what its coroutine returns, is true; `TimeoutError` after `seconds`, which no busy machine
+    needs."""
     async with asyncio.timeout(seconds):
         while True:
             answer = happened()

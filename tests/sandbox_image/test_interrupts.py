@@ -24,7 +24,7 @@ class Held:
 
     def __init__(self) -> None:
         self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(15)
+        self.wire.settimeout(60)
         program = f"from sandbox_image import session; session.main({theirs.fileno()})"
         self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
         theirs.close()
@@ -63,7 +63,7 @@ def session() -> Iterator[Held]:
     held.wire.close()
     held.go_on()
     try:
-        assert held.process.wait(timeout=10) == 0
+        assert held.process.wait(timeout=60) == 0
     finally:
         held.process.kill()
 
@@ -103,12 +103,14 @@ def test_an_interrupt_that_comes_after_its_cell_hits_no_other_one(session: Held)
 
 def test_an_interrupt_between_cells_is_nobodys(session: Held) -> None:
     session.interrupt()
-    while int(signal_state(session.process.pid, "ShdPnd"), 16):
+    while int(process_state(session.process.pid, "ShdPnd"), 16):
+        pass
+    while process_state(session.process.pid, "State") != "S":  # it has been taken, but perhaps not handled yet
         pass
     session.send("run", "7")
     assert session.answer()["result"] == "7"
 
 
-def signal_state(pid: int, name: str) -> str:
+def process_state(pid: int, name: str) -> str:
     with open(f"/proc/{pid}/status") as file:
         return next(line.split()[1] for line in file if line.startswith(f"{name}:"))

@@ -29,7 +29,7 @@ async def test_a_session_that_finds_its_supervisor_gone_does_not_wait_for_it(tmp
         ours, theirs = socket.socketpair()
         with ours, theirs, open(os.devnull, "wb") as null:
             child = await zygote.request(request, (theirs.fileno(), null.fileno(), null.fileno()))
-            left = not await asyncio.to_thread(_ends, Path(f"/proc/{child.pid}"), within_s=10.0)
+            left = not await asyncio.to_thread(_ends, Path(f"/proc/{child.pid}"), within_s=60.0)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         assert not left

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pool_process import PoolProcess
-from sandboxes import BACKENDS, ISOLATED, Session, cells, new_node, open_session, start_pool
+from sandboxes import BACKENDS, ISOLATED, Session, cells, new_node, open_session, put, start_pool, there
 from waiting import until
 
 from serve import janitor, owner
@@ -84,7 +84,7 @@ async def test_a_session_lives_on_when_its_pool_is_killed_between_two_calls(back
             assert (stats["adopted"], stats["replayed"], stats["cells"]) == (1, 0, before["cells"])
             assert [record.cell for record in await pool.journal(session_id)] == [1, 2]
             left_s = (await pool.get(session_id)).expires_at - time.time()
-            assert 90 < left_s <= 100
+            assert 50 < left_s <= 100
             fresh = await open_session(pool)
             assert (await fresh.run("'x' in globals()")).result == "False"
         finally:
@@ -94,18 +94,26 @@ async def test_a_session_lives_on_when_its_pool_is_killed_between_two_calls(back
 
 @pytest.mark.parametrize("backend", ISOLATED)
 async def test_a_call_that_was_under_way_runs_once_and_its_answer_is_kept(backend: str, sockets: str) -> None:
-    code = "open('begun', 'w').close(); import time; time.sleep(1.5); n = globals().get('n', 0) + 1\nn"
+    code = (
+        "import os, time\nopen('begun', 'w').close()\n"
+        "while os.path.exists('wait') and not os.path.exists('go'): time.sleep(.01)\nn = globals().get('n', 0) + 1\nn"
+    )
     async with crashed(backend, sockets) as process:
         asked, silent = await process.create(), await process.create()
         for session_id in (asked, silent):
-            process.call("execute", session_id, {"code": code, "call_id": "slow"})
+            await process.call("put", session_id, "wait")
+            process.call("execute", session_id, {"code": code, "call_id": "slow", "timeout_s": 120})
         for session_id in (asked, silent):
             await process.there(session_id, "begun")
         await process.kill()
         pool = await succeed(process, backend, sockets)
         try:
             one = Session(pool, asked)
-            first = await one.run(code, call_id="slow", timeout_s=1)  # its clock does not run while the old call does
+            again = asyncio.create_task(one.run(code, call_id="slow", timeout_s=1))
+            await asyncio.sleep(1.2)  # its clock does not run while the old call does
+            for session_id in (asked, silent):
+                await put(Session(pool, session_id), "go")
+            first = await again
             assert (first.result, first.cell, first.state) == ("1", 1, State.KEPT)
             assert (await one.run("n")).result == "1"
             assert [record.cell for record in await pool.journal(asked)] == [1, 2]
@@ -141,11 +149,12 @@ async def test_a_session_whose_cell_died_with_the_pool_is_rebuilt(backend: str, 
 
 async def test_only_sessions_with_a_lease_of_this_service_are_adopted(sockets: str) -> None:
     async with crashed("bwrap", sockets, sessions_per_cell=4) as process:
-        kept, torn, unleased, expired = [await process.create(idle_ttl_s=s) for s in (100, 100, 100, 0.5)]
+        kept, torn, unleased, expired = [await process.create(idle_ttl_s=1000) for _ in range(4)]
         await process.run(torn, "x = 1")
         await process.kill()
         journals = socket_root(CellSettings(socket_root=sockets)) / process.owner / "sessions"
         (journals / unleased).unlink()
+        os.utime(journals / expired, (time.time() - 1001,) * 2)  # its last use
         with open(journals / torn, "a") as file:
             file.write('{"kind":"ran","rec')
         (journals / f"{process.owner}.{'0' * 32}.00000000").write_text("not sealed by us")
@@ -157,9 +166,9 @@ async def test_only_sessions_with_a_lease_of_this_service_are_adopted(sockets: s
             assert len((journals / torn).read_text().splitlines()) == 3
             with pytest.raises(SessionGone):
                 await Session(pool, unleased).run("1")
-            status = await pool.fleet.cells[0].link.status()
+            (cell,) = [cell for cell in pool.fleet.cells if kept in cell.sessions]
+            status = await cell.link.status()
             assert unleased not in {told.session_id for told in status.sessions}
-            await asyncio.sleep(0.6)
             await pool._expire()
             with pytest.raises(SessionGone, match="without a call"):
                 await Session(pool, expired).run("1")
@@ -223,13 +232,13 @@ async def test_without_a_successor_the_janitor_removes_all_of_it_and_nothing_els
             directory = socket_root(CellSettings(socket_root=sockets)) / process.owner
             assert processes_in(str(directory)) or containers(f"aster.owner={process.owner}")
             await process.kill()
-            await until(lambda: not directory.exists(), seconds=20)
+            await until(lambda: not directory.exists())  # the janitor tries again 20 s after a failure
             assert processes_in(str(directory)) == []
             assert backend != "docker" or containers(f"aster.owner={process.owner}") == []
         assert (await kept.run("1 + 1")).state is State.KEPT
     finally:
         await neighbour.stop()
-    await until(lambda: not processes_in(sockets), seconds=10)  # the janitor has nothing left to do
+    await until(lambda: not processes_in(sockets))  # the janitor has nothing left to do
 
 
 @pytest.mark.long
@@ -259,7 +268,7 @@ async def test_a_pool_that_leaves_hands_its_sessions_over_and_takes_an_empty_fle
     assert (answer.result, answer.state) == ("True", State.KEPT)
     await second.close(session.id)
     await second.leave()
-    assert not (Path(sockets) / second.owner).exists()
+    assert not (socket_root(CellSettings(socket_root=sockets)) / second.owner).exists()
 
 
 @pytest.mark.parametrize("backend", ISOLATED)
@@ -272,9 +281,7 @@ async def test_a_call_that_outlasts_its_pool_is_answered_by_the_next_one(
     session = await open_session(first)
     code = "import os, time\nopen('begun', 'x').close()\nwhile not os.path.exists('go on'): time.sleep(.05)\n'done'"
     call = asyncio.create_task(session.run(code, call_id="long", timeout_s=60))
-    async with asyncio.timeout(20):
-        while not (await first.list_files(session.id)).files:
-            pass
+    await there(session, "begun")
     await first.leave()
     with pytest.raises(SandboxUnavailable):
         await call

@@ -22,7 +22,7 @@ async def test_a_package_below_tmp_is_importable_in_a_cell(monkeypatch):
         usual = bwrap.host_python()
         elsewhere = replace(usual, search_path=(*usual.search_path, folder))
         monkeypatch.setattr(bwrap, "host_python", lambda: elsewhere)
-        with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as sockets:
+        with tempfile.TemporaryDirectory(prefix="s", dir="/tmp", ignore_cleanup_errors=True) as sockets:
             settings = PoolSettings(backend="bwrap", sessions_per_cell=1, max_sessions=1, socket_root=sockets)
             pool = SandboxPool(settings, node="tmp")
             await pool.start()

@@ -28,7 +28,7 @@ async def main():
         session = await open_session(pool)
         answers = [await session.run(code) for code in CELLS]
         ignore = "import signal; signal.signal(2, signal.SIG_IGN)"
-        stubborn = await session.run(ignore + "\\nwhile True: pass", timeout_s=0.2)
+        stubborn = await session.run(ignore + "\\nwhile True: pass", timeout_s=3)
         fresh = await session.run("'kept' in globals()")
         print(json.dumps({{
             "uid": os.geteuid(), "slots": pool.backend.slots,
@@ -66,7 +66,7 @@ def test_a_plain_user_gets_one_session_per_cell_and_the_same_promises(tmp_path: 
         command = [bwrap, "--dev-bind", "/", "/", "--unshare-user", "--uid", "65534", "--gid", "65534", *command]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": "/tmp"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd="/", check=False)
-    shutil.rmtree(sockets)
+    shutil.rmtree(sockets, ignore_errors=True)  # the janitor may still be there
     if "cannot make namespaces" in done.stderr or "No permissions to create" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from sandboxes import Session, open_session
+from sandboxes import Session, open_session, there
 
 from serve.errors import FileRefused
 from serve.pool import SandboxPool
@@ -41,9 +41,12 @@ async def test_an_empty_file_and_an_overwritten_one(pool: SandboxPool, session: 
 
 
 async def test_files_do_not_wait_for_a_running_cell(pool: SandboxPool, session: Session) -> None:
-    code = "import os, time\nwhile not os.path.exists('go'): time.sleep(.01)\nopen('go').read()"
-    call = asyncio.create_task(session.run(code, timeout_s=15))
-    await asyncio.sleep(0.1)
+    code = (
+        "import os, time\nopen('begun', 'w').close()\n"
+        "while not os.path.exists('go'): time.sleep(.01)\nopen('go').read()"
+    )
+    call = asyncio.create_task(session.run(code))
+    await there(session, "begun")
     await pool.write_file(session.id, "go", b"now")
     assert (await call).result == "now"
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from sandboxes import BACKENDS, start_pool
+from waiting import until
 
 from serve.cells.link import CellLink, CellLost
 from serve.schema import ExecuteRequest, Limits, Status
@@ -23,6 +24,12 @@ async def test_a_session_that_is_closed_while_it_is_opened_frees_its_slot_once(b
             await asyncio.wait({opening})
             if opening.exception() is None:  # it was faster
                 await link.close_session(f"torn-{round_}")
+
+        async def filled() -> bool:
+            """A slot that is on its way to become a warm one counts as neither."""
+            return (await link.status()).warm == pool.settings.warm_sessions
+
+        await until(filled)
         assert (await link.status()).free == 4
         sessions = [f"whole-{i}" for i in range(4)]
         for session in sessions:
@@ -43,6 +50,13 @@ async def test_a_call_on_a_closed_channel_is_a_lost_cell_also_when_it_was_under_
     try:
         link = CellLink(pool.fleet.cells[0].link.cell)
         await link.open("a", Limits())
+        cell = ExecuteRequest(code="import time; time.sleep(100)", timeout_s=100)
+        turn = asyncio.ensure_future(pool.fleet.cells[0].link.execute("a", cell))
+
+        async def taken() -> bool:
+            return any(told.cells for told in (await pool.fleet.cells[0].link.status()).sessions)
+
+        await until(taken)  # the fork waits for the end of that cell: no answer can be faster than what follows
         slow = asyncio.ensure_future(link.fork("a", ["b"]))
         await asyncio.sleep(0)
         await link.disconnect()
@@ -53,5 +67,6 @@ async def test_a_call_on_a_closed_channel_is_a_lost_cell_also_when_it_was_under_
                 await call
         with pytest.raises(CellLost, match=r"[Cc]losed"):
             await anext(link.execute_stream("a", ExecuteRequest(code="1", stream=True)))
+        turn.cancel()
     finally:
         await pool.stop()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -269,7 +270,7 @@ async def test_run_code_answers_as_sandboxfusion_does(http: httpx.AsyncClient) -
     assert result | {"execution_time": 0} == {
         "status": "Finished", "execution_time": 0, "return_code": 0, "stdout": "hello\n", "stderr": "",
     }  # fmt: skip
-    assert 0 < result["execution_time"] < 5
+    assert 0 < result["execution_time"] < 10  # its limit, in seconds
 
 
 @pytest.mark.parametrize(
@@ -354,14 +355,13 @@ async def test_a_name_whose_session_could_not_be_made_is_free_again(served: Serv
 
 
 async def test_a_name_means_another_session_only_after_the_lifetime_of_the_first(
-    served: Served, http: httpx.AsyncClient
+    served: Served, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = SessionNames(served, ttl_s=3.0, idle_ttl_s=600)  # type: ignore[arg-type]
-    began = time.monotonic()
+    names = SessionNames(served, ttl_s=600, idle_ttl_s=600)  # type: ignore[arg-type]
     first = await names.session_for("a", "s", Limits())
     await served.pool.close(first)
     assert await names.session_for("a", "s", Limits()) == first
-    await asyncio.sleep(began + 3.2 - time.monotonic())
+    monkeypatch.setattr("serve.names.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 600))
     assert await names.session_for("a", "s", Limits()) != first
 
 

@@ -72,8 +72,9 @@ def test_the_last_use_is_the_time_of_the_file(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "id", OPENED)
     os.utime(journal.path, (5, 5))
     assert journal.used == 5
+    before = time.time()
     journal.touch()
-    assert journal.used == pytest.approx(time.time(), abs=2)
+    assert before - 1 <= journal.used <= time.time() + 1  # a file system's clock has ticks
 
 
 def test_what_can_be_run_again_is_decided_by_all_lines_since_the_last_reset() -> None:

@@ -66,17 +66,18 @@ async def test_waiting_has_an_end_and_leaves_no_trace() -> None:
         with pytest.raises(PoolFull, match=r"waited 0\.05 s"):
             async with turnstile.admit():
                 raise AssertionError("admitted beyond the limit")
-    async with turnstile.admit() as waited:
-        assert waited < 0.05
+    async with turnstile.admit():
+        assert (turnstile.running, turnstile.waiting) == (1, 0)
 
 
 def test_a_lease_ends_by_age_or_by_silence() -> None:
+    before = time.time()
     lease = Lease.new(ttl_s=100, idle_ttl_s=10)
     now = time.monotonic()
     assert lease.expired(now) == ""
     assert "without a call" in lease.expired(now + 11)
     assert "after 100 s" in lease.expired(now + 101)
-    assert lease.expires_at == pytest.approx(time.time() + 10, abs=1)
+    assert before + 9.9 < lease.expires_at < time.time() + 10.1
 
 
 def replica(name: str, sessions: int = 0) -> Any:

@@ -5,7 +5,7 @@ import base64
 import time
 
 import pytest
-from sandboxes import Session, there
+from sandboxes import PRINTS_LATER, Session, put, there
 
 from serve.cells.link import CellLost
 from serve.pool import SandboxPool
@@ -14,9 +14,13 @@ from serve.schema import ExecuteRequest, ExecuteResponse, OutputChunk, State, St
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def started(session: Session, code: str, **options: float) -> asyncio.Task[ExecuteResponse]:
-    """A call whose cell has begun."""
-    call = asyncio.create_task(session.run(f"open('begun', 'w').close()\n{code}", **options))  # type: ignore[arg-type]  # only floats are given
+BEGUN = "open('begun', 'w').close()"
+
+
+async def started(session: Session, code: str) -> asyncio.Task[ExecuteResponse]:
+    """A call whose cell has come to `BEGUN`; what stands before that has run."""
+    assert BEGUN in code
+    call = asyncio.create_task(session.run(code))
     await there(session, "begun")
     return call
 
@@ -26,7 +30,7 @@ async def started(session: Session, code: str, **options: float) -> asyncio.Task
 
 async def test_an_interrupt_is_a_ctrl_c_and_keeps_the_state(pool: SandboxPool, session: Session) -> None:
     await session.run("x = 1")
-    call = await started(session, "x = 2\nimport time; time.sleep(60)")
+    call = await started(session, f"x = 2\nimport time\n{BEGUN}; time.sleep(60)")
     assert (await pool.interrupt(session.id)).was_running
     answer = await call
     assert (answer.status, answer.state) == (Status.ERROR, State.KEPT)
@@ -37,7 +41,8 @@ async def test_an_interrupt_is_a_ctrl_c_and_keeps_the_state(pool: SandboxPool, s
 
 
 async def test_an_interrupt_reaches_a_child_that_is_waited_for(pool: SandboxPool, session: Session) -> None:
-    call = await started(session, "import subprocess; r = subprocess.run(['sh', '-c', 'touch child; exec sleep 60'])")
+    code = "r = subprocess.run(['sh', '-c', 'touch child; exec sleep 60'])"
+    call = await started(session, f"import subprocess\n{BEGUN}; {code}")
     await there(session, "child")
     assert (await pool.interrupt(session.id)).was_running
     assert (await call).status is Status.ERROR
@@ -57,7 +62,7 @@ async def test_an_interrupt_hits_the_cell_that_it_was_meant_for_or_none(pool: Sa
         await asyncio.sleep(pause_ms / 1000)
         while not (await pool.interrupt(session.id)).was_running:  # noqa: ASYNC110 - it is on its way
             await asyncio.sleep(0)
-        assert (await asyncio.wait_for(call, 10)).status is Status.ERROR
+        assert (await call).status is Status.ERROR  # one that was not interrupted ends with `timeout`
         quick = asyncio.create_task(session.run("1"))
         await asyncio.sleep(pause_ms / 5000)
         await pool.interrupt(session.id)
@@ -67,7 +72,7 @@ async def test_an_interrupt_hits_the_cell_that_it_was_meant_for_or_none(pool: Sa
 
 async def test_a_cell_may_catch_an_interrupt(pool: SandboxPool, session: Session) -> None:
     call = await started(
-        session, "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    r = 'caught'\nr"
+        session, f"import time\ntry:\n    {BEGUN}; time.sleep(60)\nexcept KeyboardInterrupt:\n    r = 'caught'\nr"
     )
     await pool.interrupt(session.id)
     assert (await call).result == "caught"
@@ -90,10 +95,10 @@ async def test_a_reset_session_is_as_if_freshly_opened(pool: SandboxPool, sessio
 
 
 async def test_a_reset_ends_the_running_cell_and_those_that_wait(pool: SandboxPool, session: Session) -> None:
-    call = await started(session, "import time; time.sleep(60)")
+    call = await started(session, f"import time\n{BEGUN}; time.sleep(60)")
     began = time.monotonic()
     await pool.reset(session.id)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     answer = await call
     assert (answer.status, answer.state, answer.reason) == (Status.SESSION_DIED, State.LOST, "it was reset")
     assert (await session.run("1")).state is State.KEPT
@@ -158,8 +163,8 @@ async def test_a_stream_is_bounded_and_the_response_keeps_head_and_tail(session:
 
 
 async def test_what_a_thread_printed_between_cells_is_streamed_with_the_next(session: Session) -> None:
-    late = "lambda: [print('late', flush=True), open('printed', 'w').close()]"
-    await session.run(f"import threading\nthreading.Timer(0.05, {late}).start()")
+    await session.run(PRINTS_LATER)
+    await put(session, "over")
     await there(session, "printed")
     chunks, answer = await watch(session, "print('now')")
     assert told(chunks, "stdout") == answer.stdout == "late\nnow\n"
@@ -233,13 +238,12 @@ async def test_the_first_import_looks_for_no_fonts_and_writes_nothing_at_home(
 ) -> None:
     if pool.backend.name == "process":
         pytest.skip("nothing is prepared for it")
-    code = (
-        "import time, os; t = time.process_time(); import matplotlib.pyplot; s = time.process_time() - t\n"
-        "s, os.listdir('.')"
+    code = (  # it looks for fonts with os.walk
+        "import os\nlooked, walk = [], os.walk\n"
+        "os.walk = lambda top, *a, **k: (looked.append(top), walk(top, *a, **k))[1]\n"
+        "import matplotlib.pyplot\nlooked, os.listdir('.')"
     )
-    answer = await draw(session, code)
-    assert (answer.result or "").endswith(", [])")
-    assert float((answer.result or "9").strip("(").split(",")[0]) < 1.5
+    assert (await draw(session, code)).result == "([], [])"
     links = "import pathlib; [p.is_symlink() for p in pathlib.Path(os.environ['MPLCONFIGDIR']).iterdir()]"
     assert (await draw(session, links)).result == "[True]"
 
@@ -268,10 +272,10 @@ async def test_too_many_and_too_large_figures_are_told(session: Session) -> None
 async def test_a_slow_figure_is_part_of_the_cell_s_time(session: Session) -> None:
     code = (
         "import matplotlib.pyplot as plt, time\nclass Slow(plt.Line2D):\n    def draw(self, renderer): time.sleep(60)\n"
-        "fig, ax = plt.subplots(); n = ax.add_line(Slow([0, 1], [0, 1])); x = 4"
+        "fig, ax = plt.subplots(); n = ax.add_line(Slow([0, 1], [0, 1]))"
     )
-    await draw(session, "import matplotlib.pyplot")
-    answer = await session.pool.execute(session.id, ExecuteRequest(code=code, figures=True, timeout_s=2))
+    assert (await draw(session, code, figures=False)).status is Status.OK  # a busy machine needs its time for this
+    answer = await session.pool.execute(session.id, ExecuteRequest(code="x = 4", figures=True, timeout_s=2))
     assert (answer.status, answer.state, answer.figures) == (Status.TIMEOUT, State.KEPT, [])
     assert (await session.run("x")).result == "4"
 
@@ -296,5 +300,5 @@ async def test_the_largest_answer_that_may_be_asked_for_arrives(session: Session
 async def test_a_cell_says_so_when_it_has_no_such_session(pool: SandboxPool, session: Session) -> None:
     cell = pool.fleet.cells[0]
     with pytest.raises(CellLost, match="no such session in this cell"):
-        await asyncio.wait_for(cell.link.execute("nobody", ExecuteRequest(code="1")), 5)
+        await asyncio.wait_for(cell.link.execute("nobody", ExecuteRequest(code="1")), 20)
     assert (await session.run("1 + 1")).result == "2"

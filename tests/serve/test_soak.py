@@ -66,7 +66,7 @@ async def test_sixty_four_sessions_of_twenty_calls_leave_nothing(backend: str) -
     finally:
         await pool.stop()
     assert owner.names(Path(sockets) / f"aster-cells-{os.geteuid()}") == []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while processes_in(sockets):  # noqa: ASYNC110 - the janitor, which has nothing left to do
             await asyncio.sleep(0.1)
     if backend == "docker":
@@ -74,4 +74,4 @@ async def test_sixty_four_sessions_of_twenty_calls_leave_nothing(backend: str) -
 
         label = f"aster.owner={pool.owner}"
         assert docker.from_env().api.containers(all=True, filters={"label": label}) == []
-    shutil.rmtree(sockets)
+    shutil.rmtree(sockets, ignore_errors=True)
