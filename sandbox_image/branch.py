@@ -27,7 +27,7 @@ from sandbox_image import limits, proc
 if TYPE_CHECKING:
     from sandbox_image.session import Interpreter
 
-_ENDING_S = 0.05  # a joined thread is seen in /proc a little longer
+_ENDING_S = 0.5  # a joined thread is seen in /proc a little longer, and longer still where the machine is busy
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
 
 

@@ -28,6 +28,7 @@ from serve.schema import (
 )
 
 _CONTROL_S = 15.0
+_COPY_S = 1.0  # 14 ms each on a quiet machine, one after another
 _KILL_GRACE_S = 20.0  # the supervisor answers at t+2 s; forking anew after a death, and a loaded machine, take longer
 _POLL_S = 0.01
 _LOOK_EVERY = 20
@@ -127,7 +128,8 @@ class CellLink:
     async def fork(self, session_id: str, new_ids: Sequence[str]) -> None:
         """Raises `CannotFork`, `CellFull`, `CellLost`; then no copy was made."""
         try:
-            await self._ask(self._stub.Fork, cell_pb2.ForkRequest(session_id=session_id, new_ids=list(new_ids)))
+            request = cell_pb2.ForkRequest(session_id=session_id, new_ids=list(new_ids))
+            await self._ask(self._stub.Fork, request, timeout_s=_CONTROL_S + _COPY_S * len(new_ids))
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
                 raise CannotFork(session_id, error.details() or "it has live threads or children") from None
@@ -172,9 +174,9 @@ class CellLink:
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
 
-    async def _ask(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+    async def _ask(self, method: Callable[..., Awaitable[T]], request: object, *, timeout_s: float = _CONTROL_S) -> T:
         async with self._lost_when_closed():
-            return await method(request, timeout=_CONTROL_S)
+            return await method(request, timeout=timeout_s)
 
     @asynccontextmanager
     async def _lost_when_closed(self) -> AsyncIterator[None]:
