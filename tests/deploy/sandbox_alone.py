@@ -6,6 +6,7 @@ Not a pytest module: that environment has no pytest either. Ends with status 0, 
 import contextlib
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
 _UP_S = 300
 
 
@@ -43,9 +43,8 @@ def main() -> None:
 @contextlib.contextmanager
 def cluster(cache: Path) -> Iterator[tuple[str, str]]:
     """A Ray head of its own with deploy/serve.yaml on it. Yields the service's URL and token."""
-    from ports import free_ports
-
-    port, dashboard, http = free_ports(3)
+    # by its path: with tests/ on sys.path, tests/sandbox_image would stand for the package
+    port, dashboard, http = runpy.run_path(str(ROOT / "tests" / "ports.py"))["free_ports"](3)
     command = [sys.executable, str(ROOT / "deploy" / "cluster.py")]
     where = ["--cache", str(cache), "--port", str(port), "--dashboard-port", str(dashboard), "--serve-port", str(http)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
