@@ -12,7 +12,7 @@ VERBS = {
     "prepare": "model directory, prompts and cold-start conversations of a task",
     "synthesize": "cold-start conversations from a teacher's trajectories",
     "sft": "cold-start supervised fine-tuning",
-    "train": "GRPO",
+    "train": "one stage of GRPO",
     "filter": "drop the prompts that a stage already answers every time",
     "merge": "checkpoint -> Hugging Face directory",
     "eval": "sample a benchmark with the tool and score it",

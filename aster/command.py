@@ -6,9 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
 from rich.console import Console
 
 from aster.config import Recipe, recipe_names
@@ -39,23 +41,28 @@ def parse_recipe(
     default: str,
     options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> tuple[Recipe, argparse.Namespace]:
-    """Read `[--recipe NAME|FILE] [--dry-run] [key=value ...]`, and what `options` adds for the verb.
+    """Read `[--recipe NAME|FILE] [--dry-run] [--explain [KEY]] [key=value ...]`, and what `options` adds for the verb.
 
-    `ConfigError` also for a recipe of another stage.
+    `ConfigError` also for a recipe of another stage. With --explain it prints and exits.
     """
     parser = argparse.ArgumentParser(
         prog=f"aster {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--recipe", default=default, help=f"a file, or one of: {', '.join(recipe_names())} (%(default)s)"
-    )
+    fitting = ", ".join(name for name in recipe_names() if Recipe.load(name).stage == stage)
+    parser.add_argument("--recipe", default=default, help=f"a file, or one of: {fitting} (%(default)s)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print every resolved value and stop; needs nothing else"
+    )
+    parser.add_argument(
+        "--explain", nargs="?", const="", metavar="KEY", help="print what each key means (rollout, optim.lr) and stop"
     )
     options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-6 run.name=mine")
     args = parser.parse_intermixed_args(argv)  # key=value may stand on either side of an option
     recipe = Recipe.load(args.recipe, args.overrides)
+    if args.explain is not None:
+        print(explained(recipe, args.explain))
+        raise SystemExit(0)
     if recipe.stage != stage:
         raise ConfigError(
             f"aster {verb} runs recipes with stage: {stage}, but {args.recipe!r} has stage: {recipe.stage}; "
@@ -90,6 +97,27 @@ def print_resolved(recipe: Recipe) -> None:
         }
     for key, value in {**recipe.flat(), **derived}.items():
         print(f"{key} = {_plain(value)}")
+
+
+def explained(recipe: Recipe, key: str = "") -> str:
+    """The keys at or below `key` (all: ""), each with its value in `recipe` and the docstring of its field."""
+    lines = []
+    for section in Recipe.model_fields:
+        config = getattr(recipe, section)
+        if not isinstance(config, BaseModel):
+            continue
+        for name, field in type(config).model_fields.items():
+            full = f"{section}.{name}"
+            if not f"{full}.".startswith(f"{key}." if key else ""):
+                continue
+            lines.append(f"{full} = {_plain(getattr(config, name))}")
+            if field.description:
+                text = " ".join(field.description.split())
+                lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+    if not lines:
+        sections = [name for name in Recipe.model_fields if isinstance(getattr(recipe, name), BaseModel)]
+        raise ConfigError(f"--explain {key}: no such key; the sections are {', '.join(sections)}")
+    return "\n".join(lines)
 
 
 def _plain(value: object) -> str:

@@ -1,7 +1,7 @@
 """`aster eval`: sample a benchmark with the tool, score it with both verifiers, put an interval on every score.
 
-    aster eval --recipe eval_90k model.path=models/rl data.val_files=[data/aime25.parquet] eval.preset=paper
-    aster eval --checkpoint runs/rl_stage1_18k data.val_files=[...]     every checkpoint of a run: the step curve
+    aster eval --recipe eval_90k model.path=models/rl 'data.val_files=[data/aime25.parquet]' eval.preset=paper
+    aster eval --checkpoint runs/rl_stage1_18k 'data.val_files=[...]'     every checkpoint of a run: the step curve
     aster eval --against runs/other --until-decided ...                 paired comparison; stop when it is decided
     aster eval --compare runs/a runs/b                                  two evaluations that are there, paired
     aster eval --rescore runs/a                                         judge stored answers again

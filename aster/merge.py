@@ -1,11 +1,12 @@
 """`aster merge`: a checkpoint of a run becomes a Hugging Face directory that transformers and vLLM load.
 
-    aster merge --local_dir runs/rl_stage1_18k --target_dir models/stage1
-    aster merge --local_dir runs/rl_stage1_18k/checkpoints/global_step_405 --target_dir models/stage1
-    aster merge --backend fsdp --local_dir OTHER/global_step_405/actor --target_dir models/stage1
+    aster merge --local-dir runs/rl_stage1_18k --target-dir models/stage1
+    aster merge --local-dir runs/rl_stage1_18k/checkpoints/global_step_405 --target-dir models/stage1
+    aster merge --backend fsdp --local-dir OTHER/global_step_405/actor --target-dir models/stage1
 
 The third line reads a checkpoint of the reference implementation: model_world_size_W_rank_R.pt of every rank, with
-huggingface/ beside them. Which of the two layouts a directory has is seen from its files.
+huggingface/ beside them. Which of the two layouts a directory has is seen from its files. The reference's spellings,
+--local_dir and --target_dir, are taken too.
 
 Tokenizer, chat template and generation config come along; a tied head is written once.
 """
@@ -27,11 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="aster merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--local_dir", required=True, help="a run directory (its newest checkpoint) or a global_step_N")
+    parser.add_argument(
+        "--local-dir", "--local_dir", required=True, help="a run directory (its newest checkpoint) or a global_step_N"
+    )
     parser.add_argument(
         "--backend", choices=("fsdp",), default="fsdp", help="the reference's flag: fsdp is the one kind there is"
     )
-    parser.add_argument("--target_dir", required=True, help="the model directory to write; replaced when it exists")
+    parser.add_argument(
+        "--target-dir", "--target_dir", required=True, help="the model directory to write; replaced when it exists"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (%(default)s)"
     )

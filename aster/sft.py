@@ -1,7 +1,7 @@
 """`aster sft`: supervised fine-tuning on conversations, loss on what the sampler would emit.
 
-    aster sft --recipe sft model.path=models/base data.train_files=[data/sft.parquet] sft.val_fraction=0.02
-    aster sft --recipe sft model.path=models/base data.train_files=[data/sft.parquet] --show 3     # tokens and masks
+    aster sft --recipe sft model.path=models/base 'data.train_files=[data/sft.parquet]' sft.val_fraction=0.02
+    aster sft --recipe sft model.path=models/base 'data.train_files=[data/sft.parquet]' --show 3     # tokens and masks
 
 Conversations are our own, OpenAI's `messages` or ShareGPT's (`aster.data.formats`). Every `run.val_every` steps the
 validation set is scored: its loss, and of how many of its calls the form would come out right.

@@ -7,7 +7,7 @@ A teacher behind an OpenAI-compatible chat endpoint is sampled here, in our agen
 
 One that vLLM runs in this cluster is sampled by `aster eval`, which writes the same trajectories:
 
-    aster eval --recipe eval_90k model.path=TEACHER data.val_files=[problems.parquet] run.name=teacher eval.samples=4
+    aster eval --recipe eval_90k model.path=TEACHER 'data.val_files=[problems.parquet]' run.name=teacher eval.samples=4
     aster synthesize --from runs/teacher --dataset problems.parquet --model TEACHER --out data/cold
 
 Both go on where they were when they are killed. Kept is what was answered correctly with more than nine calls, all of

@@ -1,6 +1,6 @@
 """`aster train`: one stage of GRPO, from a model directory to checkpoints.
 
-aster train --recipe rl_stage1_18k model.path=models/sft data.train_files=[data/dapo.parquet]
+    aster train --recipe rl_stage1_18k model.path=models/sft 'data.train_files=[data/dapo/train.parquet]'
 """
 
 from __future__ import annotations

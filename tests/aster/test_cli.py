@@ -52,6 +52,31 @@ def test_an_unknown_verb_prints_the_usage(capsys):
     assert "no verb 'trian'" in capsys.readouterr().err
 
 
+def test_explain_prints_what_a_key_means_with_its_value(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--explain", "rollout", "rollout.max_staleness=1"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "rollout.max_staleness = 1\n    0 = synchronous. k: rollouts may be k versions older" in printed
+    assert "optim.lr" not in printed
+    with pytest.raises(SystemExit):
+        main(["train", "--explain"])
+    assert "optim.lr = 1e-06" in capsys.readouterr().out
+    assert main(["train", "--explain", "optim.l"]) == 1, "part of a name is no name"
+    assert "no such key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "own", "other"), [("train", "rl_stage1_18k", "cpu_sft"), ("sft", "cpu_sft", "cpu_eval")]
+)
+def test_the_help_offers_only_recipes_of_the_verb(verb, own, other, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert own in printed
+    assert other not in printed
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_runs_as_a_module_and_explains_itself(verb):
     done = subprocess.run(
