@@ -149,8 +149,8 @@ class RolloutConfig(_Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Explicit KV cache per engine; needed on CPU (null = let vLLM profile a GPU)."""
     enforce_eager: bool = False
-    max_staleness: int = Field(default=0, ge=0)
-    """0 = synchronous. k: rollouts may be k versions older than the learner."""
+    max_staleness: int = Field(default=0, ge=0, le=16)
+    """0 = synchronous. k: rollouts may be k versions older than the learner. The pool keeps books of so many steps."""
     weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
     """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
     weight_rollback: bool = True
@@ -175,7 +175,9 @@ class RolloutConfig(_Section):
     """Processes that judge answers, some 200 a second each; null = an eighth of the driver's cores, at least 2: an
     answer on which a verifier hangs occupies one of them for 10 s."""
     max_infra_failed_rate: float = Field(default=0.5, gt=0, le=1)
-    """Above this share of trajectories lost by our own failures in a step the run stops."""
+    """Above this share of a step's trajectories lost by our own failures the run stops. A loss that is retried counts
+    from the second of its trajectory on: an engine may die and take a whole step with it. The metric
+    `infra_failed_rate` is another share: all lost attempts of all attempts, those that a retry made good too."""
     mismatch_alarm_k3: float = Field(default=1e-2, gt=0)
 
 
