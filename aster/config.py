@@ -149,8 +149,8 @@ class RolloutConfig(_Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Explicit KV cache per engine; needed on CPU (null = let vLLM profile a GPU)."""
     enforce_eager: bool = False
-    max_staleness: int = Field(default=0, ge=0)
-    """0 = synchronous. k: rollouts may be k versions older than the learner."""
+    max_staleness: int = Field(default=0, ge=0, le=16)
+    """0 = synchronous. k: rollouts may be k versions older than the learner. The pool keeps books of so many steps."""
     weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
     """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
     weight_rollback: bool = True
@@ -175,8 +175,15 @@ class RolloutConfig(_Section):
     """Processes that judge answers, some 200 a second each; null = an eighth of the driver's cores, at least 2: an
     answer on which a verifier hangs occupies one of them for 10 s."""
     max_infra_failed_rate: float = Field(default=0.5, gt=0, le=1)
-    """Above this share of trajectories lost by our own failures in a step the run stops."""
+    """Above this share of a step's trajectories lost by our own failures the run stops. A loss that is retried counts
+    from the second of its trajectory on: an engine may die and take a whole step with it. The metric
+    `infra_failed_rate` is another share: all lost attempts of all attempts, those that a retry made good too."""
     mismatch_alarm_k3: float = Field(default=1e-2, gt=0)
+    """Nats per token of KL(engine || learner), `training/mismatch_k3`, above which an event says so. Over tokens of the
+    weights that the learner has: those of older weights are in `training/staleness_k3`, and a step that has no others
+    has no mismatch metrics and no alarm. With sampling.top_p < 1 the engine records the log-probs of the nucleus and
+    the learner those of the whole vocabulary: a gap of log(mass of the nucleus) in both metrics, however exact the
+    engine. It adds up to -log(top_p) - (1 - top_p): 0.0013 at 0.95, 0.0054 at 0.9, 0.023 at 0.8; top_k likewise."""
 
 
 class AlgoConfig(_Section):
@@ -212,7 +219,8 @@ class AlgoConfig(_Section):
     """Denominator per sequence for `constant` (Dr.GRPO); null = max_response_tokens."""
     scale_by_std: bool = True
     drop_zero_variance: bool = False
-    """True: groups without a learning signal leave the denominator too."""
+    """True: groups without a learning signal leave the denominator too. A step that has no others makes no update
+    (`training/no_signal_steps`)."""
     reward: Literal["strict", "math_verify"] = "strict"
     """strict: 1 when the last \\boxed{} of the final turn equals the ground truth character by character, else 0.
     math_verify: when it means the same (`aster.agent.rewards`). Both verdicts are recorded, whichever trains."""

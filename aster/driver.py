@@ -27,6 +27,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -87,6 +88,7 @@ class GrpoLoop:
         self.total_steps = self.recipe.run.steps or self.prompts.total_steps
         self.step = 0
         self.stale_groups = 0
+        self.no_signal_steps = 0  # from which there was nothing to learn
         self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
         self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
         self._advantages_taken: Mapping[str, Advantage] = {}  # by uid, of what this step trains on
@@ -184,17 +186,20 @@ class GrpoLoop:
         return sorted(groups, key=lambda g: g.place)
 
     async def learn(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-        """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups."""
+        """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups.
+
+        A step of which nothing is trained on leaves the weights as they are. They are published as its version all the
+        same, so that ages and checkpoints go by one number; the learning-rate schedule counts updates and stands still.
+        """
         algo = self.recipe.algo
         began = time.monotonic()
         per_group = [self.samples_of(group, index) for index, group in enumerate(groups)]
         samples = [s for group in per_group for s in group]
-        if not samples:
-            raise AsterError(
-                f"step {self.step}: no trajectory of {len(groups)} prompts carries a training signal "
-                "(all were lost to infrastructure failures, or all groups had zero variance and were dropped)"
-            )
+        self._gaps = {}
         self._advantages_taken = {s.trajectory.uid: s.advantage for s in samples}
+        if not samples:
+            await self._no_signal(groups)
+            return {}
         values: dict[str, float] = {}
         if algo.proximal_pass:
             entropies = EntropyTally(self.markers)
@@ -207,10 +212,7 @@ class GrpoLoop:
                 s.trajectory.uid: stored_gap(o, s.behaviour_logprobs)[len(s.trajectory.prompt_ids) :]
                 for s, o in zip(samples, old, strict=True)
             }
-            values |= metrics.mismatch_metrics(
-                (s.trajectory.behaviour_logprobs[s.trajectory.mask] for s in samples),
-                (o[-len(s.trajectory.mask) :][s.trajectory.mask] for o, s in zip(old, samples, strict=True)),
-            )
+            values |= self._mismatch(samples, old)
         else:
             old = [s.behaviour_logprobs for s in samples]
         samples = [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)]
@@ -233,6 +235,35 @@ class GrpoLoop:
         values["timing_s/old_log_prob"] = proximal_done - began
         values["timing_s/update_actor"] = time.monotonic() - proximal_done
         return values
+
+    async def _no_signal(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Count the step and say why. Options make it normal; without a single score everything is broken: raises."""
+        algo, members = self.recipe.algo, [t for g in groups for t in g.trajectories]
+        scored = [t for g in groups for t in g.scored]
+        if not scored:
+            causes = ", ".join(f"{cause} {n}" for cause, n in Counter(t.cause for t in members).most_common())
+            raise AsterError(f"step {self.step}: none of its {len(members)} trajectories has a reward ({causes})")
+        self.no_signal_steps += 1
+        alike = sum(not has_signal(g.scored, algo, budget=self._response_tokens) for g in groups)
+        message = (
+            f"nothing to learn from, no update: {len(scored)} of {len(members)} trajectories have a reward, in {alike} "
+            f"of {len(groups)} groups no two differ (algo.drop_zero_variance={str(algo.drop_zero_variance).lower()}), "
+            f"{sum(not is_trained(t, algo) for t in scored)} are not trained on (algo.overlong={algo.overlong})"
+        )
+        await self._recorder.put(partial(self.log.event, self.step, "no_signal", message))
+
+    def _mismatch(self, samples: Sequence[TrajectorySample], old: Sequence[np.ndarray]) -> dict[str, float]:
+        """Engine against learner over the tokens of the weights that the learner has; apart, over those of older ones,
+        from which the policy itself has moved."""
+
+        def sides(own: Callable[[Trajectory], np.ndarray]) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
+            ours = ((s.trajectory, o[len(s.trajectory.prompt_ids) :]) for s, o in zip(samples, old, strict=True))
+            return (s.trajectory.behaviour_logprobs[own(s.trajectory)] for s in samples), (o[own(t)] for t, o in ours)
+
+        newest = self.step - 1
+        return metrics.mismatch_metrics(*sides(lambda t: t.mask & (t.versions == newest))) | metrics.staleness_metrics(
+            *sides(lambda t: t.mask & (t.versions != newest))
+        )
 
     def samples_of(self, group: TrajectoryGroup, index: int) -> list[TrajectorySample]:
         """Training sequences of one group. Trajectories that we lost have no reward and no share in the statistics."""
@@ -306,6 +337,7 @@ class GrpoLoop:
             "training/global_step": float(self.step),
             "training/epoch": float(self.prompts.epoch),
             "training/stale_groups": float(self.stale_groups),
+            "training/no_signal_steps": float(self.no_signal_steps),
         }
         write = partial(
             self._record.step,
@@ -356,6 +388,7 @@ class GrpoLoop:
             "prompts": self.prompts.state_dict(),
             "asked_in": self._leftovers.state_dict(),
             "stale_groups": self.stale_groups,
+            "no_signal_steps": self.no_signal_steps,
         }
 
     async def rolled_back(self) -> bool:
@@ -389,6 +422,7 @@ class GrpoLoop:
         if path is not None:
             state = await self.checkpoints.restore(path, self.learners)
             self.step, self.stale_groups = int(str(state["step"])), int(str(state["stale_groups"]))
+            self.no_signal_steps = int(str(state.get("no_signal_steps", 0)))
             prompts = state["prompts"]
             assert isinstance(prompts, Mapping)
             self.prompts.load_state_dict(prompts)

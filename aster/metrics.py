@@ -279,7 +279,8 @@ def update_metrics(stats: Sequence[StepStats], optims: Sequence[OptimStats]) -> 
 
 
 def mismatch_metrics(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray]) -> dict[str, float]:
-    """How far the engine's log-probs are from the learner's, over sampled tokens only ([tokens] each, aligned).
+    """How far the engine's log-probs are from the learner's, over sampled tokens only ([tokens] each, aligned), which
+    have to be of the same weights. Absent where there are none.
 
     k1 = mean(behaviour - old) and k3 = mean(exp(old - behaviour) - 1 - (old - behaviour)) estimate the same
     KL(engine || learner) in nats; k1 is unbiased and may be negative, k3 is never. Reads both sides once, a few at a
@@ -302,7 +303,9 @@ def mismatch_metrics(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray])
         k1 -= float(ratio.sum())
         k3 += float((np.expm1(ratio) - ratio).sum())
         total = total.with_rows(np.stack([difference, p, q]))
-    out = {"training/rollout_probs_diff_valid": float(seen > 0 and not broken)}
+    if not seen:
+        return {}
+    out = {"training/rollout_probs_diff_valid": float(not broken)}
     if not total.count:
         return out
     variance = np.diag(total.products) / max(total.count - 1, 1)
@@ -317,6 +320,16 @@ def mismatch_metrics(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray])
         out["training/rollout_actor_probs_pearson_corr"] = float(
             total.products[1, 2] / np.sqrt(total.products[1, 1] * total.products[2, 2])
         )
+    return out
+
+
+def staleness_metrics(behaviour: Iterable[np.ndarray], old: Iterable[np.ndarray]) -> dict[str, float]:
+    """training/staleness_k1 and _k3: the same for tokens of older weights, where the policy has moved as well. What is
+    no number is no staleness either: it makes rollout_probs_diff_valid 0."""
+    found = mismatch_metrics(behaviour, old)
+    out = {f"training/staleness_{k}": found[key] for k in ("k1", "k3") if (key := f"training/mismatch_{k}") in found}
+    if found.get("training/rollout_probs_diff_valid") == 0:
+        out["training/rollout_probs_diff_valid"] = 0.0
     return out
 
 

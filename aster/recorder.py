@@ -183,7 +183,7 @@ class RunRecord:
 
     def _watch(self, step: int, values: dict[str, float]) -> None:
         """The alarm of `rollout.mismatch_alarm_k3`: one event when it goes on, one when it is over."""
-        if "training/rollout_probs_diff_valid" not in values:  # the learner was not asked (algo.proximal_pass=false)
+        if "training/rollout_probs_diff_valid" not in values:  # no proximal pass, or no token of the learner's weights
             return
         limit = self._recipe.rollout.mismatch_alarm_k3
         k3 = values.get("training/mismatch_k3", math.nan)

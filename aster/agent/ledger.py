@@ -35,7 +35,7 @@ class _Window:
     """One rollout step of one kind."""
 
     trajectories: int = 0
-    retries: int = 0
+    gone: set[str] = field(default_factory=set)  # uids: masked, or lost again after a retry and not back yet
     lost: Counter[tuple[Cause, str]] = field(default_factory=Counter)  # (cause, engine) -> attempts
     last: dict[Cause, str] = field(default_factory=dict)  # the newest error in the infrastructure's own words
 
@@ -50,35 +50,40 @@ class Ledger:
     _windows: dict[tuple[str, int], _Window] = field(default_factory=dict)
 
     def opened(self, kind: str, step: int, trajectories: int) -> None:
-        self._windows.setdefault((kind, step), _Window()).trajectories += trajectories
-        for old in sorted((s, k) for k, s in self._windows if k == kind)[:-_KEPT]:
-            del self._windows[old[1], old[0]]
+        window = self._windows[kind, step] = self._windows.pop((kind, step), _Window())  # the newest is last
+        window.trajectories += trajectories
+        if len(self._windows) > _KEPT:
+            del self._windows[next(iter(self._windows))]
 
     def judge(self, trajectory: Trajectory, *, kind: str, step: int, attempt: int) -> Decision:
         """What becomes of one attempt.
 
-        Raises CircuitOpen when more than `max_infra_failed_rate` of the step's attempts were lost by us. Attempts
-        are its trajectories and their retries; those still running count as not lost, so a few early failures of a
-        large step do not stop it.
+        Raises CircuitOpen when more than `max_infra_failed_rate` of the step's trajectories are lost: masked, or lost
+        again after a retry. A first loss that is retried costs time and no trajectory, so it does not count: an engine
+        that dies may take a whole step with it. What is broken for good loses the retries too, and these are first in
+        line. Those still running count as not lost, so a few early failures of a large step do not stop it.
         """
         self.totals[trajectory.cause] += 1
+        window = self._windows[kind, step]
         if not trajectory.cause.is_ours:
+            window.gone.discard(trajectory.uid)
             return Decision.KEEP
-        window = self._windows.setdefault((kind, step), _Window(trajectories=1))
         window.lost[trajectory.cause, trajectory.engine] += 1
         window.last[trajectory.cause] = trajectory.error
         decision = Decision.RETRY if attempt < self.max_retries else Decision.MASK
-        window.retries += decision is Decision.RETRY
-        attempts, lost = window.trajectories + window.retries, window.lost.total()
-        if lost > self.max_infra_failed_rate * attempts:
+        if attempt or decision is Decision.MASK:
+            window.gone.add(trajectory.uid)
+        gone = len(window.gone)
+        if gone > self.max_infra_failed_rate * window.trajectories:
             raise CircuitOpen(
-                f"{kind} step {step}: {lost} of {attempts} attempts were lost by our own failures, more than "
-                f"rollout.max_infra_failed_rate={self.max_infra_failed_rate:g} allows. {_blame(window)}"
+                f"{kind} step {step}: {gone} of {window.trajectories} trajectories were lost by our own failures, "
+                f"retries included, more than rollout.max_infra_failed_rate={self.max_infra_failed_rate:g} allows. "
+                f"{_blame(window)}"
             )
         return decision
 
 
-_KEPT = 16  # windows of a kind that can still be judged; more than any max_staleness in use
+_KEPT = 128  # windows, of both kinds: a group may live for 2 * max_staleness + 2 steps, and that is at most 16
 
 
 def lost_trajectory(task: Task, cause: Cause, error: str, *, engine: str = "") -> Trajectory:

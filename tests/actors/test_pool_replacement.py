@@ -56,6 +56,55 @@ class TestReplacement:
         assert [t.engine for t in group.trajectories] == ["e0.1", "e0.1"]
         assert {t.cause for t in group.lost} == {Cause.ENGINE_LOST}
 
+    async def test_a_step_that_its_only_engine_lost_whole_stands_another_loss(self, make) -> None:
+        unlucky: list[str] = []
+
+        def loses_one(task: Task) -> Trajectory | float:
+            if not unlucky:
+                unlucky.append(task.uid)
+                return lost_trajectory(task, Cause.SANDBOX_LOST, "gone", engine="e0.1")
+            return 0.0
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            return FakeEngine("e0.1", loses_one, capacity=128)
+
+        dead = self.dying("e0")
+        dead.capacity = 128
+        pool = make(dead, replace_engine=spawn, max_infra_failed_rate=0.5)
+        for i in range(16):
+            pool.submit(work(str(i), n=8))
+        groups = await take(pool, 16)
+        assert len(dead.ran) == 128
+        assert sum(len(g.lost) for g in groups) == 128
+        assert [t.uid for g in groups for t in g.trajectories if t.reward is None] == unlucky
+
+    async def test_engines_that_die_again_and_again_open_the_circuit(self, make) -> None:
+        """Each finishes something, so that each is replaced."""
+        made: list[FakeEngine] = []
+
+        def mortal(name: str) -> FakeEngine:
+            engine = FakeEngine(name, capacity=16)
+
+            def answer_one_and_die(task: Task) -> Trajectory | float:
+                if len(engine.ran) == 1:
+                    return 0.0
+                engine.lost = "OOM killed"
+                return lost_trajectory(task, Cause.ENGINE_LOST, "OOM killed", engine=name)
+
+            engine.rule = answer_one_and_die
+            return engine
+
+        async def spawn(engine: FakeEngine) -> FakeEngine:
+            made.append(mortal(f"e0.{len(made) + 1}"))
+            return made[-1]
+
+        pool = make(mortal("e0"), replace_engine=spawn, max_infra_failed_rate=0.5)
+        for i in range(4):
+            pool.submit(work(str(i), n=4))
+        with pytest.raises(CircuitOpen, match=r"9 of 16 trajectories .*Broken: the rollout engines \(engine_lost"):
+            await take(pool, 4)
+        assert len(made) == 2
+
     async def test_without_a_copy_of_the_weights_it_works_after_the_next_publication(self, make) -> None:
         publisher = FakePublisher()
         publisher.has_copy = False

@@ -93,6 +93,7 @@ def test_a_response_that_is_one_long_turn_has_the_time_it_needs(name):
         ("rollout.publish_timeout_s=0", "greater than 0"),
         ("run.deterministic=true", "rollout.engines=1"),
         ("run.deterministic=true rollout.max_num_seqs=1 rollout.max_staleness=1", "needs rollout.max_staleness=0"),
+        ("rollout.max_staleness=17", "less than or equal to 16"),
         ("optim.min_lr=1", "above optim.lr"),
         ("algo.dual_clip=1.1", "must exceed 1 + clip_high"),
         ("optim.lr", "section.key=value"),

@@ -196,12 +196,81 @@ async def test_what_we_lost_stays_out_of_its_groups_statistics(tmp_path):
 
 
 async def test_a_group_with_one_survivor_is_masked_whole(tmp_path):
-    events = []
-    learners = FakeLearners(events)
-    pool = FakePool(events, reward=lambda r, i: None if (r.row_id == r.row_id and i == 1) else 1.0)
-    with pytest.raises(AsterError, match="no trajectory of 2 prompts carries a training signal"):
-        await loop(recipe(tmp_path, "run.steps=1"), events, pool=pool, learners=learners).run()
+    events, learners, log = [], FakeLearners([]), MemoryLog()
+    pool = FakePool(events, reward=lambda _, i: (1.0, None)[i])
+    await loop(recipe(tmp_path, "run.steps=1"), events, pool=pool, learners=learners, log=log).run()
     assert learners.updates == 0
+    assert "2 of 4 trajectories have a reward, in 2 of 2 groups no two differ" in log.events[0][2]
+
+
+async def test_a_step_without_a_single_reward_ends_the_run_and_says_what_was_lost(tmp_path):
+    pool = FakePool([], reward=lambda *_: None)
+    with pytest.raises(AsterError, match=r"step 1: none of its 4 trajectories has a reward \(sandbox_lost 4\)"):
+        await loop(recipe(tmp_path, "run.steps=1"), [], pool=pool).run()
+
+
+class CutPool(FakePool):
+    """Every trajectory of its first step ran out of tokens."""
+
+    async def groups(self):
+        async for group in super().groups():
+            if group.step == 1:
+                group = replace(
+                    group, trajectories=tuple(replace(t, cause=Cause.MAX_TOKENS) for t in group.trajectories)
+                )
+            yield group
+
+
+ONE_ROW = ["learner.micro_batch_tokens=128"]  # of a mini-batch
+
+
+def _alike_at_first(events):
+    """The first six prompts that are asked for have no variance."""
+    asked = []
+
+    def reward(row, i):
+        asked.append(row.row_id)
+        return 0.0 if len(asked) <= 12 else float(i)
+
+    return FakePool(events, reward)
+
+
+@pytest.mark.parametrize(
+    ("options", "pool", "flat", "cut"),
+    [
+        (["algo.drop_zero_variance=true", "rollout.prompts_per_step=6", *ONE_ROW], _alike_at_first, 6, 0),
+        (["algo.drop_zero_variance=true", "algo.dynamic_sampling=true"], _alike_at_first, 2, 0),
+        (["algo.overlong=mask"], CutPool, 0, 4),
+    ],
+)
+async def test_a_step_that_options_leave_without_a_signal_is_counted_and_the_next_one_learns(
+    tmp_path, options, pool, flat, cut
+):
+    events, log = [], MemoryLog()
+    r = recipe(tmp_path, "run.steps=2", "algo.mini_batch_prompts=2", *options)
+    await loop(r, events, pool=pool(events), log=log).run()
+    steps = [e for e in events if not e.startswith("submit")]
+    updates = ["forward_backward", "optim_step"] * (r.rollout.prompts_per_step // 2)
+    assert steps == ["publish v0", "publish v1", "log_probs", *updates, "publish v2"]
+    (first, second), ((step, kind, message),) = [v for _, v in log.lines], log.events
+    assert (first["training/no_signal_steps"], second["training/no_signal_steps"]) == (1, 1)
+    assert "critic/score/mean" in first
+    assert not [name for name in first if name.startswith(("actor/", "training/mismatch", "critic/advantages"))]
+    assert (step, kind) == (1, "no_signal")
+    assert f"in {flat} of {r.rollout.prompts_per_step} groups no two differ" in message
+    assert f"{cut} are not trained on" in message
+
+
+async def test_a_resumed_run_counts_on_from_a_step_without_a_signal(tmp_path):
+    events, pools = [], []
+    for until in (1, 2):
+        r, log = recipe(tmp_path, f"run.steps={until}", "run.save_every=1", "algo.overlong=mask"), MemoryLog()
+        pools.append(CutPool(events))
+        await loop(r, events, pool=pools[-1], log=log, checkpoints=_checkpoints(r, tmp_path)).run()
+    assert [e for e in events if e.startswith("publish")] == ["publish v0", "publish v1", "publish v1", "publish v2"]
+    assert events.count("optim_step") == 2  # of step 2
+    assert {w.row.row_id for w in pools[0].submitted}.isdisjoint(w.row.row_id for w in pools[1].submitted)
+    assert log.lines[0][1]["training/no_signal_steps"] == 1
 
 
 async def test_zero_variance_groups_count_in_the_denominator_unless_dropped(tmp_path):
@@ -355,6 +424,37 @@ async def test_the_files_say_of_each_token_how_the_learner_differs_from_the_engi
     for gap, mask in zip(gaps, masks, strict=True):
         assert gap == [-25 if sampled else 0 for sampled in mask]
     assert len(list(read_trajectories(r.run.path / "trajectories" / "1.parquet"))) == 4
+
+
+async def test_mismatch_is_of_tokens_of_the_learners_own_version_and_staleness_of_older_ones(tmp_path):
+    class Moved(FakeLearners):
+        """By its log-prob each token is known: the first is 0.8 times as likely now, the third twice."""
+
+        async def log_probs(self, microbatch_per_rank, *, reference=False):
+            scores = await super().log_probs(microbatch_per_rank, reference=reference)
+            shift = {-0.5: np.log(0.8), -0.25: 0.0, -1.0: np.log(2)}
+            return [
+                replace(s, logprobs=np.array([x + shift.get(float(x), 0.0) for x in s.logprobs], np.float32))
+                for s in scores
+            ]
+
+    members = [trajectory(work(row(0)), i, version=1, reward=float(i)) for i in range(2)]
+    mixed = [replace(t, versions=np.array([1, 1, -1, 0], np.int32)) for t in members]
+    running = loop(recipe(tmp_path, "rollout.max_staleness=1"), [], learners=Moved([]))
+    running.step = 2  # begins with the weights of version 1
+    values = await running.learn([TrajectoryGroup(row(0), 2, tuple(mixed))])
+    assert values["training/mismatch_k1"] == pytest.approx(-np.log(0.8) / 2, abs=1e-6)
+    assert values["training/mismatch_k3"] == pytest.approx((0.8 - 1 - np.log(0.8)) / 2, abs=1e-6)
+    most = np.exp(-0.5) * (1 - 0.8)
+    assert values["training/rollout_probs_diff_max"] == pytest.approx(most, abs=1e-6)
+    assert values["training/staleness_k1"] == pytest.approx(-np.log(2), abs=1e-6)
+    assert values["training/staleness_k3"] == pytest.approx(2 - 1 - np.log(2), abs=1e-6)
+
+    old = [replace(t, versions=np.array([0, 0, -1, 0], np.int32)) for t in members]
+    values = await running.learn([TrajectoryGroup(row(0), 2, tuple(old))])
+    assert not [name for name in values if "mismatch" in name or "rollout_probs" in name or "pearson" in name]
+    k3 = ((0.8 - 1 - np.log(0.8)) + 0.0 + (2 - 1 - np.log(2))) / 3
+    assert values["training/staleness_k3"] == pytest.approx(k3, abs=1e-6)
 
 
 async def test_each_step_leaves_rollouts_trajectories_and_metrics(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from aster.metrics import (
     mismatch_metrics,
     rollout_metrics,
+    staleness_metrics,
     timing_metrics,
     update_metrics,
     validation_metrics,
@@ -244,11 +245,21 @@ def test_equal_log_probs_do_not_mismatch_and_broken_ones_are_flagged() -> None:
     assert broken["training/rollout_probs_diff_valid"] == 0
     assert broken["training/rollout_probs_diff_max"] == 0
     assert "training/rollout_actor_probs_pearson_corr" not in broken, "one token has no correlation"
-    assert mismatch_metrics([], []) == {"training/rollout_probs_diff_valid": 0.0}
+    assert mismatch_metrics([], []) == mismatch_metrics([np.zeros(0)], [np.zeros(0)]) == {}
     wild = mismatch_metrics([np.array([-500.0])], [np.array([0.0])])
     assert np.isfinite(wild["training/mismatch_k3"])
     with pytest.raises(ValueError, match="must align"):
         mismatch_metrics([np.zeros(2)], [np.zeros(3)])
+
+
+def test_what_age_adds_has_names_of_its_own_and_hides_no_broken_log_prob() -> None:
+    v = staleness_metrics([np.log([0.5, 0.2])], [np.log([0.25, 0.2])])  # log old/behaviour: -log 2, 0
+    assert v == {
+        "training/staleness_k1": pytest.approx(np.log(2) / 2),
+        "training/staleness_k3": pytest.approx((0.5 - 1 + np.log(2)) / 2),
+    }
+    assert staleness_metrics([np.array([np.nan])], [np.array([-1.0])]) == {"training/rollout_probs_diff_valid": 0.0}
+    assert staleness_metrics([], []) == {}
 
 
 def test_timing_metrics_charge_generation_to_response_tokens() -> None:

@@ -182,6 +182,13 @@ def test_the_mismatch_alarm_is_one_event_when_it_begins_and_one_when_it_ends(tmp
     assert "k3 = 0.02 nats, rollout.mismatch_alarm_k3=0.01" in log.events[0][2]
 
 
+def test_tokens_of_older_weights_alone_raise_no_alarm(tmp_path):
+    log = MemoryLog()
+    RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {"training/staleness_k3": 3.0}, seconds={})
+    assert "training/mismatch_alarm" not in log.lines[0][1]
+    assert log.events == []
+
+
 def test_without_the_proximal_pass_there_is_nothing_to_compare_and_no_alarm(tmp_path):
     log = MemoryLog()
     RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {}, seconds={})
