@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from aster.types import Past, RolloutWork, Task, Trajectory, TrajectoryGroup, trajectory_uid
 
-_STEPS = 64  # of which no two trajectories get one name; more than are ever in flight at once
+_STEPS = 64  # no two trajectories of so many steps have the same name; fewer are ever in flight at once
 
 
 @dataclass

@@ -70,7 +70,7 @@ class _Gate:
 
 
 class RolloutEngine:
-    """vLLM and the episodes that it serves. A plain class with async methods; `spawn_engines` makes it an actor."""
+    """vLLM and the episodes that it serves. A plain class with async methods; `EngineMaker` makes it an actor."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.fsdp import open_store
 from actors.learner import Learner
-from actors.placement import in_bundle, learner_bundles, learner_device, release, reserve
+from actors.placement import cluster_device, in_bundle, learner_bundles, release, reserve
 from actors.weight_sync import RayWeightSource
 from actors.zero import ZeroLearner
 from aster.config import Recipe
@@ -122,7 +122,7 @@ class RayLearnerGroup:
         own = None
         if placement is None:
             own = placement = await reserve(learner_bundles(recipe), name="learner gang", timeout_s=start_s)
-        on_cpu = learner_device(recipe) == "cpu"
+        on_cpu = cluster_device(recipe) == "cpu"
         shares = recipe.cluster.placement == "colocated"  # memory in expandable segments is not lent over CUDA IPC
         gpu_env = {} if shares else _CUDA_ENV
         env = {**_ENV, **({"OMP_NUM_THREADS": str(recipe.learner.cpu_threads)} if on_cpu else gpu_env)}

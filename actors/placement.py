@@ -16,7 +16,7 @@ from aster.errors import ConfigError
 _HOPELESS_S = 20.0  # more than the whole cluster has: wait so long for a node that is still joining, no longer
 
 
-def learner_device(recipe: Recipe) -> str:
+def cluster_device(recipe: Recipe) -> str:
     """ "cuda" or "cpu": what the recipe says, else CUDA if the cluster has any GPU."""
     if recipe.cluster.device != "auto":
         return recipe.cluster.device
@@ -25,7 +25,7 @@ def learner_device(recipe: Recipe) -> str:
 
 def require_shareable(recipe: Recipe) -> None:
     """Raises `ConfigError` where learners and engines cannot share devices, because there are none."""
-    if learner_device(recipe) == "cpu":
+    if cluster_device(recipe) == "cpu":
         raise ConfigError(
             "cluster.placement=colocated shares GPUs, and there are none (or cluster.device=cpu): use disaggregated"
         )
@@ -33,7 +33,7 @@ def require_shareable(recipe: Recipe) -> None:
 
 def learner_bundles(recipe: Recipe) -> list[dict[str, float]]:
     """One bundle per rank: a core, and a GPU where the learner runs on GPUs."""
-    bundle = {"CPU": 1.0, "GPU": 1.0} if learner_device(recipe) == "cuda" else {"CPU": 1.0}
+    bundle = {"CPU": 1.0, "GPU": 1.0} if cluster_device(recipe) == "cuda" else {"CPU": 1.0}
     return [dict(bundle) for _ in range(recipe.learner.world_size)]
 
 

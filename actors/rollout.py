@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine import ANSWER_S, RolloutEngine
 from actors.metrics import engine_stats
+from actors.placement import cluster_device
 from aster.agent.ledger import lost_trajectory
 from aster.config import Recipe
 from aster.data.journal import FOLDER as JOURNAL
@@ -48,7 +49,7 @@ _ENV = {
 
 
 class RayEngine:
-    """The pool's handle of one engine actor (`router.EngineHandle`)."""
+    """The pool's handle of one engine actor (`handles.EngineHandle`)."""
 
     def __init__(self, actor: Any, *, name: str, recipe: Recipe, weight_backend: str) -> None:
         self.name = name
@@ -57,9 +58,9 @@ class RayEngine:
         self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
         self.max_model_len = recipe.max_model_len
         self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
-        self.vocab_size = 0  # known once it is ready, as are
-        self.kv_tokens = 0  # tokens that its KV cache holds
-        self.pid = 0  # of the actor, on its node
+        self.vocab_size = 0  # set by `know`, once it is ready, as are
+        self.kv_tokens = 0  # (tokens that its KV cache holds) and
+        self.pid = 0  # (of the actor, on its node)
         self.lost = ""  # why it is dead; "" = alive as far as we know
         self._actor = actor
 
@@ -70,7 +71,7 @@ class RayEngine:
                 "run", task, deadline_s=task.budget.trajectory_timeout_s + _GRACE_S
             )
         except EngineLost as error:
-            await self.probe()  # one that hangs is the emptiest soon, and must not be given the next ones
+            await self.probe()  # one that hangs soon looks empty, and would be given all new work
             return lost_trajectory(task, Cause.ENGINE_LOST, str(error), engine=self.name)
         if trajectory.cause is Cause.ENGINE_LOST:
             await self.probe()
@@ -185,7 +186,7 @@ class EngineMaker:
 
         Raises `ConfigError` where the cluster or the recipe cannot hold the engines.
         """
-        device = _device(recipe)
+        device = cluster_device(recipe)
         self._recipe = recipe
         self._model_path = model_path
         self._backend = _weight_backend(recipe, device) if shared is None else "ipc"
@@ -295,12 +296,6 @@ def share_devices(learners: Sequence[tuple[str, str]], recipe: Recipe) -> list[d
             }
         )
     return options
-
-
-def _device(recipe: Recipe) -> str:
-    if recipe.cluster.device != "auto":
-        return recipe.cluster.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
 
 
 def _weight_backend(recipe: Recipe, device: str) -> str:

@@ -1,9 +1,9 @@
 """The trajectories that were half done when a run was killed: where they are looked up when their prompt comes again.
 
 A trajectory is known by the step that asked for its prompt, which also decides its seed. So a prompt that was in flight
-at the checkpoint is asked for as it was then, whatever step the resumed run is at. Where two epochs meet it may be in
-flight twice, asked for by two steps. Asked for twice by one step, its second trajectories have another name and are not
-found again.
+at the checkpoint is asked for again under the number of the step that first asked for it, whatever step the resumed
+run is at. Where two epochs meet it may be in flight twice, asked for by two steps. Asked for twice by one step, its
+second trajectories have another name and are not found again.
 
 A run resumes with the weights of a checkpoint, so only turns of its version and of the k before it are of use. Kept are
 those of the newest checkpoint, of the one under way, and of the weights in use, which the next one may have.

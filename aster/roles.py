@@ -1,7 +1,6 @@
-"""What the driver talks to, and what it may ask of it. Protocols only: a fake is ten lines.
+"""What the driver asks of devices and services, and nothing else of them. Protocols only: a fake is ten lines.
 
-`driver.py` awaits these methods and nothing else; `actors/` implements them with Ray (prompts: `data.prompts`),
-`tests/fakes.py` without.
+`actors/` implements them with Ray (prompts: `data.prompts`), `tests/fakes.py` without.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class LearnerGroup(Protocol):
         ...
 
     async def saved(self) -> None:
-        """Until the save under way is on disk; raises what it failed with, which the next save would also do."""
+        """Wait until the save under way is on disk. Raises what it failed with, as the next save would."""
         ...
 
     async def load(self, path: str) -> int:
@@ -142,7 +141,7 @@ class Checkpointer(Protocol):
         ...
 
     async def finish(self) -> None:
-        """Until the save under way is complete, or raise what it failed with. Call it before the learners close."""
+        """Wait until the save under way is complete. Raises what it failed with. Call it before the learners close."""
         ...
 
     def latest(self) -> str | None: ...

@@ -51,9 +51,6 @@ class TraceFile:
         body = {"ph": "X", "name": name, "ts": begin, "dur": max(round((begin_s + seconds) * 1e6) - begin, 0)}
         self._write(process, thread, body | ({"args": dict(args)} if args else {}))
 
-    def instant(self, process: str, thread: str, name: str, *, at_s: float) -> None:
-        self._write(process, thread, {"ph": "i", "s": "t", "name": name, "ts": round(at_s * 1e6)})
-
     def flush(self) -> None:
         """To the operating system; start a new file when this one is full."""
         self._file.flush()

@@ -1,6 +1,8 @@
 """`aster train`: one stage of GRPO, from a model directory to checkpoints.
 
     aster train --recipe rl_stage1_18k model.path=models/sft 'data.train_files=[data/dapo/train.parquet]'
+
+Started again, it goes on from the newest checkpoint of `run.dir`/`run.name`.
 """
 
 from __future__ import annotations

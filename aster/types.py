@@ -23,7 +23,7 @@ import numpy as np
 
 
 class Cause(enum.StrEnum):
-    """Why a trajectory ended. Exactly one each; the last five are our failures, never the model's."""
+    """Why a trajectory ended. Exactly one each. `is_ours` tells our failures from what the model did."""
 
     ANSWERED = "answered"
     MAX_TOOL_CALLS = "max_tool_calls"
@@ -180,10 +180,6 @@ class FinishedTurn:
     def oldest_version(self) -> int:
         return int(self.versions[self.mask].min())
 
-    @property
-    def newest_version(self) -> int:
-        return int(self.versions[self.mask].max())
-
 
 @dataclass(frozen=True)
 class Past:
@@ -232,13 +228,13 @@ class Trajectory:
     engine: str = ""
     sandbox: str = ""  # node of its session
     timing: Timing = Timing()
-    parent: str | None = None  # in a tree: the uid of the leaf that this one is a copy of, up to
-    branch_turn: int | None = None  # the turn of this number, which is its own
+    parent: str | None = None  # in a tree: the uid of the leaf that this one was forked from
+    branch_turn: int | None = None  # the first turn that it does not share with `parent`
     reward: float | None = None
     verdicts: Verdicts = Verdicts()
     error: str = ""  # the infrastructure's own words where cause.is_ours
     recalled_turns: int = 0  # finished by a run that was killed or an attempt that was lost, and taken from the journal
-    began_afresh: bool = False  # there were such turns, but their cells could not be repeated
+    began_afresh: bool = False  # there were such turns, but their cells gave other answers when run again
 
     @property
     def num_tokens(self) -> int:

@@ -137,7 +137,7 @@ def prepared(
     journal: Journal | None = None,
     deadline: float | None = None,
 ) -> tuple[AgentLoop, KeptEpisode]:
-    """The task's loop, and an episode with its prompt and its tools; `deadline` as there."""
+    """The task's loop, and an episode with its prompt and its tools; `deadline`: see `Episode`."""
     loop = agent_loop(task.agent_name)
     tools = loop.tools if task.tools_enabled and tool.enabled else ()
     if sandboxes is None and any(t.needs_sandbox for t in tools):
