@@ -39,7 +39,7 @@ import numpy as np
 
 from aster import metrics
 from aster.algo.advantages import group_advantages, tree_advantages, tree_paths
-from aster.algo.collapse import Advantage, EntropyTally
+from aster.algo.collapse import EntropyTally
 from aster.algo.importance import stored_gap
 from aster.algo.packing import denominators, packed, unpack_row
 from aster.algo.regions import Markers
@@ -50,7 +50,7 @@ from aster.data.rollouts import Decode
 from aster.errors import AsterError, WeightSyncError
 from aster.guard import CollapseGuard
 from aster.leftovers import Leftovers
-from aster.recorder import Log, Recorder, RunRecord
+from aster.recorder import Log, Recorder, RolloutStep, RunRecord
 from aster.roles import Checkpointer, LearnerGroup, Prompts, RolloutPool
 from aster.types import (
     Cause,
@@ -71,7 +71,7 @@ _COLLECT_AFTER = 50_000  # new objects
 
 @dataclass
 class GrpoLoop:
-    """One training run. `_run()` is the whole of it; each other method is one line of the algorithm box."""
+    """One training run. `_train()` is the whole of it; each other method is one line of the algorithm box."""
 
     recipe: Recipe
     learners: LearnerGroup
@@ -89,10 +89,6 @@ class GrpoLoop:
         self.step = 0
         self.stale_groups = 0
         self.no_signal_steps = 0  # from which there was nothing to learn
-        self._replaced: list[TrajectoryGroup] = []  # groups of this step without variance, under dynamic sampling
-        self._stale: list[TrajectoryGroup] = []  # groups that this step would have had, were they not too old
-        self._advantages_taken: Mapping[str, Advantage] = {}  # by uid, of what this step trains on
-        self._gaps: dict[str, np.ndarray] = {}  # uid -> `stored_gap` of the response's tokens, of this step
         self._outstanding = 0
         self._leftovers = Leftovers(self.recipe)
         self._places = count()
@@ -114,18 +110,19 @@ class GrpoLoop:
         """Train to the last step. However that ends, the checkpoint and the records under way are completed first."""
         with _rare_collections():
             if self.checkpoints is None:
-                await self._with_what_runs_beside()
+                await self._supervised()
             else:
                 async with finishing(self.checkpoints):
-                    await self._with_what_runs_beside()
+                    await self._supervised()
 
-    async def _with_what_runs_beside(self) -> None:
+    async def _supervised(self) -> None:
+        """Beside the tasks that run with it. The first failure of any ends all, and is raised as it was."""
         failure: BaseException | None = None
         try:
             async with self._beside:
                 watching = self._beside.create_task(self._recorder.broken(), name="the recorder")
                 try:
-                    await self._run()
+                    await self._train()
                     await self._recorder.flush()
                 finally:
                     await self._recorder.settle()
@@ -133,9 +130,9 @@ class GrpoLoop:
         except BaseExceptionGroup as group:
             failure = group.exceptions[0]
         if failure is not None:
-            raise failure  # the first, as it was raised
+            raise failure  # here, and not above, so that its own cause stays
 
-    async def _run(self) -> None:
+    async def _train(self) -> None:
         await self.resume()
         await self.publish()
         if self._validation_is_owed():
@@ -143,11 +140,11 @@ class GrpoLoop:
         while self.step < self.total_steps:
             began = time.monotonic()
             self.step += 1
-            groups = await self.sample()
+            step = await self.sample()
             sampled = time.monotonic()
-            values = await self.learn(groups)
+            values = await self.learn(step)
             values |= await self.publish()
-            await self.record(groups, values, began=began, sampled=sampled)
+            await self.record(step, values, began=began, sampled=sampled)
             if await self.rolled_back():
                 continue
             if self._due(self.recipe.run.val_every):
@@ -158,7 +155,7 @@ class GrpoLoop:
 
     # the steps of the algorithm --------------------------------------------------------------------------------------
 
-    async def sample(self) -> list[TrajectoryGroup]:
+    async def sample(self) -> RolloutStep:
         """P scored groups, in the order they were asked for: who was faster must not decide on mini-batches.
 
         Groups older than k versions are dropped and replaced.
@@ -166,7 +163,8 @@ class GrpoLoop:
         """
         r, algo = self.recipe.rollout, self.recipe.algo
         groups: list[TrajectoryGroup] = []
-        self._replaced, self._stale = [], []
+        replaced: list[TrajectoryGroup] = []
+        stale: list[TrajectoryGroup] = []
         most = (algo.dynamic_sampling_limit - 1) * r.prompts_per_step if algo.dynamic_sampling else 0
         while len(groups) < r.prompts_per_step:
             self._submit((r.max_staleness + 1) * r.prompts_per_step - self._outstanding - len(groups))
@@ -177,15 +175,14 @@ class GrpoLoop:
             self._leftovers.done(group.row, group.step)
             if self._is_too_old(group):
                 self.stale_groups += 1
-                self._stale.append(group)
-                continue
-            if len(self._replaced) < most and not has_signal(group.scored, algo, budget=self._response_tokens):
-                self._replaced.append(group)
-                continue
-            groups.append(group)
-        return sorted(groups, key=lambda g: g.place)
+                stale.append(group)
+            elif len(replaced) < most and not has_signal(group.scored, algo, budget=self._response_tokens):
+                replaced.append(group)
+            else:
+                groups.append(group)
+        return RolloutStep(sorted(groups, key=lambda g: g.place), replaced, stale)
 
-    async def learn(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    async def learn(self, step: RolloutStep) -> dict[str, float]:
         """Advantages, the proximal pass, then one optimizer step per mini-batch of whole groups.
 
         A step of which nothing is trained on leaves the weights as they are. They are published as its version all the
@@ -193,40 +190,20 @@ class GrpoLoop:
         """
         algo = self.recipe.algo
         began = time.monotonic()
-        per_group = [self.samples_of(group, index) for index, group in enumerate(groups)]
-        samples = [s for group in per_group for s in group]
-        self._gaps = {}
-        self._advantages_taken = {s.trajectory.uid: s.advantage for s in samples}
+        samples = [s for index, group in enumerate(step.groups) for s in self.samples_of(group, index)]
+        step.advantages = {s.trajectory.uid: s.advantage for s in samples}
         if not samples:
-            await self._no_signal(groups)
+            await self._no_signal(step.groups)
             return {}
-        values: dict[str, float] = {}
-        if algo.proximal_pass:
-            entropies = EntropyTally(self.markers)
-            old = await self._log_probs(
-                samples, entropies=lambda s, e: entropies.add(s.trajectory, e, source=groups[s.group].row.data_source)
-            )
-            values["actor/entropy"] = entropies.mean
-            values |= entropies.metrics()
-            self._gaps = {
-                s.trajectory.uid: stored_gap(o, s.behaviour_logprobs)[len(s.trajectory.prompt_ids) :]
-                for s, o in zip(samples, old, strict=True)
-            }
-            values |= self._mismatch(samples, old)
-        else:
-            old = [s.behaviour_logprobs for s in samples]
-        samples = [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)]
+        samples, values = await self.proximal(step, samples)
         if algo.kl_coef > 0:
             reference = await self._log_probs(samples, reference=True)
             samples = [replace(s, reference_logprobs=r) for s, r in zip(samples, reference, strict=True)]
         proximal_done = time.monotonic()
-        refreshed = iter(samples)
-        per_group = [[next(refreshed) for _ in group] for group in per_group]
-
         stats: list[StepStats] = []
         optims: list[OptimStats] = []
-        for start in range(0, len(per_group), algo.mini_batch_prompts):
-            mini = [s for group in per_group[start : start + algo.mini_batch_prompts] for s in group]
+        for first in range(0, len(step.groups), algo.mini_batch_prompts):
+            mini = [s for s in samples if first <= s.group < first + algo.mini_batch_prompts]
             if mini:
                 step_stats, optim = await self.update(mini)
                 stats.append(step_stats)
@@ -235,6 +212,24 @@ class GrpoLoop:
         values["timing_s/old_log_prob"] = proximal_done - began
         values["timing_s/update_actor"] = time.monotonic() - proximal_done
         return values
+
+    async def proximal(
+        self, step: RolloutStep, samples: Sequence[TrajectorySample]
+    ) -> tuple[list[TrajectorySample], dict[str, float]]:
+        """The samples with their log-probs under pi_old, the weights as they are now (as the engine told them without
+        a proximal pass), and what these say of entropy and of the engine."""
+        if not self.recipe.algo.proximal_pass:
+            return [replace(s, old_logprobs=s.behaviour_logprobs) for s in samples], {}
+        entropies = EntropyTally(self.markers)
+        old = await self._log_probs(
+            samples, entropies=lambda s, e: entropies.add(s.trajectory, e, source=step.groups[s.group].row.data_source)
+        )
+        step.gaps = {
+            s.trajectory.uid: stored_gap(o, s.behaviour_logprobs)[len(s.trajectory.prompt_ids) :]
+            for s, o in zip(samples, old, strict=True)
+        }
+        values = {"actor/entropy": entropies.mean} | entropies.metrics() | self._mismatch(samples, old)
+        return [replace(s, old_logprobs=o) for s, o in zip(samples, old, strict=True)], values
 
     async def _no_signal(self, groups: Sequence[TrajectoryGroup]) -> None:
         """Count the step and say why. Options make it normal; without a single score everything is broken: raises."""
@@ -306,7 +301,7 @@ class GrpoLoop:
     async def publish(self) -> dict[str, float]:
         """Hand the weights to the engines; their version is the number of rollout steps learnt from.
 
-        A publication that was rolled back is tried once more, since a bit may flip once. What fails twice, or leaves
+        A publication that was rolled back is tried once more, since one failure may be a flipped bit. What fails twice, or leaves
         the engines shut, ends the run.
         """
         waited = await self._validation.over(self._beside)
@@ -327,9 +322,7 @@ class GrpoLoop:
             "training/canary_max_diff": float(report.canary_max_diff or 0.0),
         }
 
-    async def record(
-        self, groups: Sequence[TrajectoryGroup], values: Mapping[str, float], *, began: float, sampled: float
-    ) -> None:
+    async def record(self, step: RolloutStep, values: Mapping[str, float], *, began: float, sampled: float) -> None:
         """Metrics, rollouts and trajectories of the step, beside the steps that follow."""
         seconds = {"gen": sampled - began, "step": time.monotonic() - began}
         about = {
@@ -339,18 +332,7 @@ class GrpoLoop:
             "training/stale_groups": float(self.stale_groups),
             "training/no_signal_steps": float(self.no_signal_steps),
         }
-        write = partial(
-            self._record.step,
-            self.step,
-            groups,
-            {**values, **about},
-            seconds=seconds,
-            replaced=self._replaced,
-            stale=self._stale,
-            advantages=self._advantages_taken,
-            gaps=self._gaps,
-        )
-        await self._recorder.put(write)
+        await self._recorder.put(partial(self._record.step, self.step, step, {**values, **about}, seconds=seconds))
 
     async def validate(self) -> None:
         """Sample every validation row `eval.samples` times under the evaluation budget, and log val-core/*.
@@ -481,8 +463,8 @@ class GrpoLoop:
         return self.recipe.budget.max_response_tokens
 
     def _is_too_old(self, group: TrajectoryGroup) -> bool:
-        """A token more than k versions older than the weights that the step begins with, or one that may be of weights
-        which were rolled back since."""
+        """A token more than k versions older than the weights that the step begins with, or one that may have been
+        sampled before the last roll-back."""
         if group.place < self._first_place:
             return True
         newest = self.step - 1

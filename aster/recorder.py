@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -116,6 +117,17 @@ class Log(Protocol):
     def event(self, step: int, kind: str, message: str) -> None: ...
 
 
+@dataclass
+class RolloutStep:
+    """What one step of a run sampled, and what it found out while it learnt from it."""
+
+    groups: Sequence[TrajectoryGroup]
+    replaced: Sequence[TrajectoryGroup] = ()  # without variance, under dynamic sampling
+    stale: Sequence[TrajectoryGroup] = ()  # it would have had them, were they not too old
+    advantages: Mapping[str, Advantage] = field(default_factory=dict)  # by uid, of what it trains on
+    gaps: Mapping[str, np.ndarray] = field(default_factory=dict)  # uid -> `stored_gap` of the response's tokens
+
+
 class RunRecord:
     """The files, the metrics and the alarms of a run; one call at a time. Each trajectory is decoded once."""
 
@@ -124,39 +136,30 @@ class RunRecord:
         self._mismatched = False
 
     def step(
-        self,
-        step: int,
-        groups: Sequence[TrajectoryGroup],
-        values: Mapping[str, float],
-        *,
-        seconds: Mapping[str, float],
-        replaced: Sequence[TrajectoryGroup] = (),
-        stale: Sequence[TrajectoryGroup] = (),
-        advantages: Mapping[str, Advantage] | None = None,
-        gaps: Mapping[str, np.ndarray] | None = None,
+        self, number: int, step: RolloutStep, values: Mapping[str, float], *, seconds: Mapping[str, float]
     ) -> None:
-        """What was learnt from `groups`. The files hold `replaced` too, since the filter counts all that was sampled;
-        of the `stale` ones only the causes are counted. `seconds` by phase; `advantages` by uid, of what was trained
-        on; `gaps`: as in the file of trajectories."""
+        """Step `number` and what it taught (`values`; `seconds` by phase). The files hold the replaced groups too,
+        since the filter counts all that was sampled; of the stale ones only the causes are counted."""
         began = time.monotonic()
         decode = DecodeOnce(self._decode, skip_special=True)
         budget = self._recipe.budget.max_response_tokens
         values = dict(values) | metrics.rollout_metrics(
-            groups,
-            others=[*replaced, *stale],
-            advantages=advantages,
+            step.groups,
+            others=[*step.replaced, *step.stale],
+            advantages=step.advantages,
             reward=partial(shaped_reward, algo=self._recipe.algo, budget=budget),
             decode=decode.keep,
             markers=self._markers,
         )
         path = self._recipe.run.path
-        write_rollouts(path / "rollout_data", [*groups, *replaced], step=step, decode=decode)
-        write_trajectories_parquet(path / "trajectories", [*groups, *replaced], step=step, gaps=gaps)
-        values |= metrics.recall_metrics([*groups, *replaced]) | self._timing(groups, seconds)
-        values["training/replaced_groups"] = float(len(replaced))
+        kept = [*step.groups, *step.replaced]
+        write_rollouts(path / "rollout_data", kept, step=number, decode=decode)
+        write_trajectories_parquet(path / "trajectories", kept, step=number, gaps=step.gaps)
+        values |= metrics.recall_metrics(kept) | self._timing(step.groups, seconds)
+        values["training/replaced_groups"] = float(len(step.replaced))
         values["timing_s/record"] = time.monotonic() - began
-        self._watch(step, values)
-        self._log.log(step, values)
+        self._watch(number, values)
+        self._log.log(number, values)
 
     def validation(self, step: int, groups: Sequence[TrajectoryGroup], *, seconds: float) -> None:
         decode = DecodeOnce(self._decode, skip_special=False)

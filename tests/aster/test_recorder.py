@@ -11,7 +11,7 @@ from fakes import MemoryLog, row, trajectory, work
 
 from aster.config import Recipe
 from aster.data.rollouts import DecodeOnce
-from aster.recorder import Recorder, RunRecord
+from aster.recorder import Recorder, RolloutStep, RunRecord
 from aster.types import Cause, ToolCall, ToolOutcome, TrajectoryGroup
 
 CALL = ToolCall("print(12)", "ok", ToolOutcome.SUCCESS, "12", 0.1)
@@ -111,7 +111,7 @@ def test_a_step_decodes_each_trajectory_once_for_metrics_and_files(tmp_path):
         for t in group().trajectories
     ]
     RunRecord(recipe(tmp_path), MemoryLog(), counting).step(
-        1, [replace(group(), trajectories=tuple(calling))], {}, seconds={}
+        1, RolloutStep([replace(group(), trajectories=tuple(calling))]), {}, seconds={}
     )
     assert sorted(len(ids) // 4 for ids, _ in seen) == [1, 1, 1, 1, 2, 2, 3]  # a prompt; two responses in three parts
 
@@ -126,7 +126,7 @@ def test_a_step_is_one_line_with_all_its_values_after_its_files(tmp_path):
             super().log(step, values)
 
     log = Watching()
-    RunRecord(r, log, decode).step(3, [group()], {"actor/lr": 1e-6}, seconds={"step": 2.0})
+    RunRecord(r, log, decode).step(3, RolloutStep([group()]), {"actor/lr": 1e-6}, seconds={"step": 2.0})
     ((step, values),) = log.lines
     assert (step, values["actor/lr"], values["critic/score/mean"]) == (3, 1e-6, 0.5)
     assert values["timing_s/record"] > 0
@@ -137,7 +137,7 @@ def test_the_rewards_of_a_step_are_those_that_the_recipe_shapes(tmp_path):
     # 3 of 4 tokens behind the beginning of the buffer: both rewards, 0 and 1, lose 3/4
     r = recipe(tmp_path, "budget.max_response_tokens=5", "algo.overlong_buffer_tokens=4")
     advantages = {t.uid: 2.0 * t.sample for t in group().trajectories}
-    RunRecord(r, log, decode).step(1, [group()], {}, seconds={}, advantages=advantages)
+    RunRecord(r, log, decode).step(1, RolloutStep([group()], advantages=advantages), {}, seconds={})
     values = log.lines[0][1]
     assert (values["critic/score/mean"], values["critic/rewards/mean"]) == (0.5, -0.25)
     assert (values["critic/advantages/min"], values["critic/advantages/max"]) == (0.0, 2.0)
@@ -148,20 +148,15 @@ def test_throughput_is_per_gpu_and_a_shared_one_counts_once(tmp_path, placement,
     log = MemoryLog()
     more = ["learner.world_size=3", "rollout.engines=2", "learner.micro_batch_tokens=32768"]
     r = recipe(tmp_path, f"cluster.placement={placement}", *more)
-    RunRecord(r, log, decode).step(1, [group()], {}, seconds={"step": 2.0})
+    RunRecord(r, log, decode).step(1, RolloutStep([group()]), {}, seconds={"step": 2.0})
     assert log.lines[0][1]["perf/throughput"] == pytest.approx(2 * 7 / 2.0 / gpus)
 
 
 def test_failures_of_groups_that_were_not_learnt_from_count_and_stale_ones_did_not_fail(tmp_path):
     log = MemoryLog()
-    RunRecord(recipe(tmp_path), log, decode).step(
-        1,
-        [group(0)],
-        {},
-        seconds={},
-        replaced=[group(1, causes=(Cause.ANSWERED, Cause.ENGINE_LOST))],
-        stale=[group(2, causes=(Cause.STALE, Cause.STALE))],
-    )
+    replaced, stale = (Cause.ANSWERED, Cause.ENGINE_LOST), (Cause.STALE, Cause.STALE)
+    step = RolloutStep([group(0)], [group(1, causes=replaced)], [group(2, causes=stale)])
+    RunRecord(recipe(tmp_path), log, decode).step(1, step, {}, seconds={})
     values = log.lines[0][1]
     assert values["infra_failed_rate"] == 1 / 6
     assert values["causes/engine_lost_count"] == 1
@@ -176,7 +171,7 @@ def test_the_mismatch_alarm_is_one_event_when_it_begins_and_one_when_it_ends(tmp
     seen = [(0.001, 1.0), (0.02, 1.0), (0.03, 1.0), (0.001, 0.0), (0.001, 1.0)]
     for step, (k3, valid) in enumerate(seen, 1):
         values = {"training/mismatch_k3": k3, "training/rollout_probs_diff_valid": valid}
-        record.step(step, [group()], values, seconds={})
+        record.step(step, RolloutStep([group()]), values, seconds={})
     assert [values["training/mismatch_alarm"] for _, values in log.lines] == [0, 1, 1, 1, 0]
     assert [(step, kind) for step, kind, _ in log.events] == [(2, "mismatch"), (5, "mismatch_over")]
     assert "k3 = 0.02 nats, rollout.mismatch_alarm_k3=0.01" in log.events[0][2]
@@ -184,12 +179,12 @@ def test_the_mismatch_alarm_is_one_event_when_it_begins_and_one_when_it_ends(tmp
 
 def test_tokens_of_older_weights_alone_raise_no_alarm(tmp_path):
     log = MemoryLog()
-    RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {"training/staleness_k3": 3.0}, seconds={})
+    RunRecord(recipe(tmp_path), log, decode).step(1, RolloutStep([group()]), {"training/staleness_k3": 3.0}, seconds={})
     assert "training/mismatch_alarm" not in log.lines[0][1]
     assert log.events == []
 
 
 def test_without_the_proximal_pass_there_is_nothing_to_compare_and_no_alarm(tmp_path):
     log = MemoryLog()
-    RunRecord(recipe(tmp_path), log, decode).step(1, [group()], {}, seconds={})
+    RunRecord(recipe(tmp_path), log, decode).step(1, RolloutStep([group()]), {}, seconds={})
     assert "training/mismatch_alarm" not in log.lines[0][1]

@@ -45,6 +45,7 @@ from aster.data.prompts import PromptStream
 from aster.driver import GrpoLoop
 from aster.errors import CircuitOpen
 from aster.metrics import cause_metrics
+from aster.recorder import RolloutStep
 from aster.roles import LearnerGroup, RolloutPool, SandboxFactory
 from aster.types import Cause, PromptRow, RolloutWork, Sample, Trajectory, TrajectoryGroup
 from serve.calls import PoolCalls
@@ -325,7 +326,7 @@ async def test_trajectories_go_on_under_new_weights_and_each_token_has_the_log_p
         await pool.publish(world.learners.weight_source(), 0)
         groups = await finished(pool, submit(world, pool))
         for new in (1, 2, 3):  # now and then the engines have just ended every turn
-            await loop.learn(groups)
+            await loop.learn(RolloutStep(groups))
             works = submit(world, pool)
             flying = asyncio.ensure_future(_take(pool, works))
             await publish_amid(world.engines[1], pool, world.learners, new)
