@@ -301,8 +301,8 @@ class GrpoLoop:
     async def publish(self) -> dict[str, float]:
         """Hand the weights to the engines; their version is the number of rollout steps learnt from.
 
-        A publication that was rolled back is tried once more, since one failure may be a flipped bit. What fails twice, or leaves
-        the engines shut, ends the run.
+        A publication that was rolled back is tried once more, since one failure may be a flipped bit. What fails
+        twice, or leaves the engines shut, ends the run.
         """
         waited = await self._validation.over(self._beside)
         began = time.monotonic()
