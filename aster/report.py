@@ -103,7 +103,7 @@ def write_report(
     names = _distinct_names(paths)
     runs = [load_run(path, name=name) for path, name in zip(paths, names, strict=True)]
     texts = texts_for(
-        {run.path: str((run.config.get("model") or {}).get("path") or "") for run in runs}, override=tokenizer
+        {run.path: str(run.config.get("model", {}).get("path") or "") for run in runs}, override=tokenizer
     )
     sources = [Source(run.path, texts[run.path], phases=run.phases(), began=run.began_at) for run in runs]
     trajectories = (collector or Collector(limit=limit, max_chars=max_chars)).collect(sources)
