@@ -12,6 +12,7 @@ turns and tokens. A run that is half-written is reported as far as it goes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -177,8 +178,8 @@ def follow(args: argparse.Namespace, *, idle_s: float = _IDLE_S) -> int:
     The runs need not have begun: what the paths hold is looked up every time.
     """
     every = float(args.every)
-    if every < 1:
-        raise ConfigError(f"--every {every:g} is too often: name at least 1 second")
+    if not 1 <= every < math.inf:
+        raise ConfigError(f"--every {every:g}: name at least 1 second, and a number")
     collector = Collector(limit=args.max_trajectories, max_chars=args.max_chars)
     seen: object = None
     output: Path | None = None

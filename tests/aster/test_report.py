@@ -546,5 +546,6 @@ def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_no
             out.write(json.dumps(odd) + "\n")
     assert follow(args, idle_s=0.5) == 0, "an odd line does not end it"
     assert len(Page(run / "report.html").data["notes"]) == 2
-    with pytest.raises(ConfigError, match="at least 1 second"):
-        main(["--follow", str(run), "--every", "0.1"])
+    for every in ("0.1", "nan", "inf"):
+        with pytest.raises(ConfigError, match="at least 1 second"):
+            main(["--follow", str(run), "--every", every])
