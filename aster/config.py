@@ -23,14 +23,14 @@ from aster.types import Budget, Sampling
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(_Section):
     """Where the run lives and how long it lasts."""
 
     name: str = "aster"
-    """Directory under `dir`."""
+    """Directory directly under `dir`."""
     dir: str = "runs"
     seed: int = 1
     steps: int | None = Field(default=None, ge=1)
@@ -388,6 +388,11 @@ class Recipe(_Section):
         return self
 
     def _problems(self) -> Iterator[str]:
+        if self.run.name in {"", ".", ".."} or "/" in self.run.name:
+            yield (
+                f"run.name={self.run.name!r} must be the name of one directory, without a slash: where it lies is "
+                f"run.dir={self.run.dir}"
+            )
         if self.stage == "rl":
             p, mini = self.rollout.prompts_per_step, self.algo.mini_batch_prompts
             if p % mini:

@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rival = Rival(args.against, read_scores(args.against), args.until_decided) if args.against else None
     models = checkpoints_of(args.checkpoint) if args.checkpoint else {0: Path(recipe.model.path)}
+    _require_problems([recipe])
     if not args.checkpoint:
         launch.require_model(recipe)
     recipe = _naming_a_model(recipe, list(models.values()))
@@ -165,10 +166,7 @@ async def run(
     for other in recipes[1:]:
         if (other.model, other.rollout, other.max_model_len) != (first.model, first.rollout, first.max_model_len):
             raise ConfigError("settings evaluated together must agree on model, rollout and budget")
-    if not all(recipe.data.val_files for recipe in recipes):
-        raise ConfigError(
-            "data.val_files is empty: name at least one parquet, e.g. data.val_files=[data/aime25.parquet]"
-        )
+    _require_problems(recipes)
     rows_of = [read_prompts(recipe.data.val_files, max_rows=recipe.data.val_max_rows) for recipe in recipes]
     if rival is not None:
         theirs = {row_id for problems in rival.scores.values() for row_id in problems}
@@ -303,6 +301,13 @@ def round_sizes(samples: int, *, looking: bool) -> list[int]:
     """
     rounds = max(1, min(ROUNDS, samples // 2)) if looking else 1
     return [samples // rounds + (i < samples % rounds) for i in range(rounds)]
+
+
+def _require_problems(recipes: Sequence[Recipe]) -> None:
+    if not all(recipe.data.val_files for recipe in recipes):
+        raise ConfigError(
+            "data.val_files is empty: name at least one parquet, e.g. data.val_files=[data/aime25.parquet]"
+        )
 
 
 def _naming_a_model(recipe: Recipe, models: Sequence[Path]) -> Recipe:

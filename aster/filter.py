@@ -104,7 +104,7 @@ class Accuracies:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     bounds = Bounds(args.threshold, args.accuracy_min, args.drop_all_wrong)
-    if bounds.least >= bounds.below:
+    if not bounds.least < bounds.below:  # NaN is no bound either
         raise ConfigError(f"--accuracy-min {bounds.least} is not below --threshold {bounds.below}: nothing would stay")
     if args.output.resolve() == args.dataset.resolve():
         raise ConfigError(f"--output {args.output} is the dataset itself: name another file")

@@ -10,6 +10,7 @@ paper's Qwen3-4B. --gpus N gives N GPUs to each role, which share them when plac
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: give at least one")
-    if args.calls < 0:
-        raise ConfigError(f"--calls {args.calls:g}: a trajectory makes none or more")
+    if not 0 <= args.calls < math.inf:  # NaN is not either
+        raise ConfigError(f"--calls {args.calls:g} must be a number of at least 0")
     if args.dry_run:
         print_resolved(recipe)
         return 0

@@ -179,14 +179,15 @@ class Plan:
 
 
 def make_plan(model: ModelShape, gpu: Gpu, work: Workload) -> Plan:
-    """Raises `ConfigError` with the sum of what does not fit."""
+    """Raises `ConfigError` for engines that cannot be, and with the sum of what does not fit."""
+    _require_engines(model, work)
     learner = learner_memory(model, work)
     _require("learner rank", learner, LEARNER_SHARE * gpu.memory, gpu, cure=(
         "lower learner.micro_batch_tokens, raise learner.world_size, or learner.offload_optimizer=true"
     ))  # fmt: skip
     room = work.memory_utilization * gpu.memory
     weights = model.weight_bytes / work.tensor_parallel
-    kv = model.kv_bytes / work.tensor_parallel
+    kv = model.kv_bytes / min(work.tensor_parallel, model.kv_heads)  # GPUs beyond the KV heads hold copies of them
     one = {"weights": weights, "overhead": ENGINE_OVERHEAD, "KV of one full sequence": kv * work.max_tokens}
     _require("engine GPU", one, room, gpu, cure=(
         "raise rollout.tensor_parallel or rollout.gpu_memory_utilization, or lower budget.max_response_tokens"
@@ -280,6 +281,22 @@ def layer_bytes(model: ModelShape, compute_bytes: int, *, fused: bool = False) -
     if compute_bytes == 2:
         return float(8 * f + 16 * h + 12 * q + 10 * k)
     return float(16 * f + 24 * h + 20 * q + 16 * k)
+
+
+def _require_engines(model: ModelShape, work: Workload) -> None:
+    """As vLLM shares out heads: each GPU the same number of attention heads, KV heads shared out or copied alike."""
+    tp, heads, kv = work.tensor_parallel, model.heads, model.kv_heads
+    usable = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+    if tp not in usable:
+        raise ConfigError(
+            f"rollout.tensor_parallel={tp} cannot share out the model's {heads} attention and {kv} key-value heads: "
+            f"use one of {', '.join(map(str, usable))}"
+        )
+    if work.engines % tp:
+        raise ConfigError(
+            f"{work.engines} GPUs cannot be split into engines of rollout.tensor_parallel={tp} GPUs: give --gpus a "
+            f"multiple of {tp}, or a tensor_parallel that divides {work.engines}"
+        )
 
 
 def _require(role: str, parts: dict[str, float], room: float, gpu: Gpu, *, cure: str) -> None:

@@ -113,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out)
     require_writable("--out", out, directory=True)
     _check(args)
+    recipe = Recipe.load("cpu_quickstart", args.overrides)
+    if not recipe.tool.enabled:
+        raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
     if args.dry_run:
         print("\n".join(f"{key} = {value}" for key, value in vars(args).items() if value not in (None, [], False)))
         return 0
@@ -134,10 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         return 0
-    recipe = Recipe.load("cpu_quickstart", args.overrides)
     with launch.cluster(recipe), launch.sandboxes(recipe) as sandboxes:
-        if sandboxes is None:
-            raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
+        assert sandboxes is not None
         print(asyncio.run(quickstart(out, seed=args.seed, sandboxes=sandboxes, size=TASKS[args.task])))
     return 0
 

@@ -12,6 +12,7 @@ turns and tokens. A run that is half-written is reported as far as it goes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -103,7 +104,7 @@ def write_report(
     names = _distinct_names(paths)
     runs = [load_run(path, name=name) for path, name in zip(paths, names, strict=True)]
     texts = texts_for(
-        {run.path: str((run.config.get("model") or {}).get("path") or "") for run in runs}, override=tokenizer
+        {run.path: str(run.config.get("model", {}).get("path") or "") for run in runs}, override=tokenizer
     )
     sources = [Source(run.path, texts[run.path], phases=run.phases(), began=run.began_at) for run in runs]
     trajectories = (collector or Collector(limit=limit, max_chars=max_chars)).collect(sources)
@@ -177,8 +178,8 @@ def follow(args: argparse.Namespace, *, idle_s: float = _IDLE_S) -> int:
     The runs need not have begun: what the paths hold is looked up every time.
     """
     every = float(args.every)
-    if every < 1:
-        raise ConfigError(f"--every {every:g} is too often: name at least 1 second")
+    if not 1 <= every < math.inf:
+        raise ConfigError(f"--every {every:g}: name at least 1 second, and a number")
     collector = Collector(limit=args.max_trajectories, max_chars=args.max_chars)
     seen: object = None
     output: Path | None = None

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import secrets
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from aster.config import Recipe
 from aster.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+LATEST = 1e11  # unix seconds, in the year 5138: a reader takes no time for one that is not below
 _LOG_LINE_EVERY_S = 2.0
 _ABOUT_LINE = frozenset({"run_id", "config_hash", "step", "time", "event", "message"})
 
@@ -161,7 +163,7 @@ def _continue_run(path: Path, alarm: CollapseAlarm, *, resume: bool) -> tuple[st
     run_id: str | None = None
     for line in read_lines(path):
         run_id = line.get("run_id", run_id)
-        if "event" not in line and isinstance(line.get("step"), int):
+        if "event" not in line:
             watch.observe(line["step"], _numbers(line))
     if resume:
         return run_id, watch
@@ -376,23 +378,54 @@ def summary_line(values: Mapping[str, float]) -> str:
 # reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics.jsonl in order. A line torn by a killed process is skipped."""
+def read_lines(path: Path, *, on_bad_line: Callable[[str], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order: `step` and `time` are numbers, an event has a message, metrics are numbers
+    or the text of one. What is wrong with another line, which a killed process may have torn, goes to `on_bad_line`."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict):
+                problem = _problem(line)
+            except RecursionError:
+                problem = "nested too deeply"
+            except ValueError as error:
+                problem = f"not JSON ({error})"
+            if problem:
+                on_bad_line(f"{path}, line {number}: {problem}")
+            else:
                 yield line
+
+
+def _problem(line: object) -> str:
+    """Of a line that was read; empty where there is none."""
+    if not isinstance(line, dict):
+        return f"a JSON {type(line).__name__}, not an object"
+    if not isinstance(line.get("step"), int):
+        return f"step is {reprlib.repr(line.get('step'))}, not a whole number"
+    if "time" in line and not (isinstance(line["time"], int | float) and abs(line["time"]) < LATEST):
+        return f"time is {reprlib.repr(line['time'])}, not unix seconds"
+    if "event" in line:
+        texts = (line["event"], line.get("message"))
+        return "" if all(isinstance(text, str) for text in texts) else "event and message must be text"
+    odd = next((name for name, value in line.items() if name not in _ABOUT_LINE and not _is_number(value)), None)
+    return "" if odd is None else f"{odd} is {reprlib.repr(line[odd])}, not a number"
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """`{step: {name: value}}`, steps in order; of several lines for a step the last value wins."""
     steps: dict[int, dict[str, float]] = {}
     for line in read_lines(path):
-        if "event" not in line and isinstance(line.get("step"), int):
+        if "event" not in line:
             steps.setdefault(line["step"], {}).update(_numbers(line))
     return dict(sorted(steps.items()))
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
 from aster.algo.intervals import paired_test
-from aster.data.rollouts import read_rows, rollout_files
+from aster.data.rollouts import rollout_files
 from aster.errors import DataError
+from aster.page.rows import sound_rows
 from aster.page.steps import PHASES
-from aster.tracking import METRICS_FILE, read_events, read_lines, read_metrics
+from aster.tracking import LATEST, METRICS_FILE, read_events, read_lines, read_metrics
 
 _ROLLOUTS = ("rollout_data", "val_rollout_data")
 _MEAN_ACCURACY = re.compile(r"(val-core/(.+)/acc)/mean@(\d+)")  # a data source may have slashes of its own
@@ -58,9 +60,9 @@ class Run:
         """Seconds of each step by phase, as `timing_s/*` has them."""
         wanted = {f"timing_s/{name}": name for name in (*(name for name, _ in PHASES), "step")}
         return {
-            step: {short: values[name] for name, short in wanted.items() if name in values}
+            step: {short: values[name] for name, short in wanted.items() if _is_time(values.get(name))}
             for step, values in self.metrics.items()
-            if "timing_s/step" in values
+            if _is_time(values.get("timing_s/step"))
         }
 
 
@@ -92,9 +94,9 @@ def _began(path: Path) -> float:
     return next((float(line["time"]) for line in _lines(path) if "time" in line), math.inf)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, *, on_bad_line: Callable[[str], None] = lambda _: None) -> Iterator[dict[str, Any]]:
     file = path / METRICS_FILE
-    return read_lines(file) if file.is_file() else iter(())
+    return read_lines(file, on_bad_line=on_bad_line) if file.is_file() else iter(())
 
 
 def load_run(path: Path, *, name: str | None = None) -> Run:
@@ -106,11 +108,11 @@ def load_run(path: Path, *, name: str | None = None) -> Run:
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
     began_at: dict[int, float] = {}
-    for line in _lines(path):
+    for line in _lines(path, on_bad_line=notes.append):
         first = first or line
         last = line
-        if "timing_s/step" in line:
-            began_at[int(line["step"])] = _beginning(line)
+        if (began := _beginning(line)) is not None:
+            began_at[line["step"]] = began
     return Run(
         name=name or path.name,
         path=path,
@@ -127,23 +129,35 @@ def load_run(path: Path, *, name: str | None = None) -> Run:
     )
 
 
-def _beginning(line: Mapping[str, Any]) -> float:
+def _beginning(line: Mapping[str, Any]) -> float | None:
     """Of the step, where its line says so; else it ended when its files were written and the line behind them."""
+    if "timing_s/step" not in line:
+        return None
     if "timing_s/began_unix" in line:
-        return float(line["timing_s/began_unix"])
-    return float(line["time"]) - float(line["timing_s/step"]) - float(line.get("timing_s/record", 0.0))
+        began = float(line["timing_s/began_unix"])
+    else:
+        ended, took = line.get("time", math.nan), float(line["timing_s/step"])
+        began = ended - took - float(line.get("timing_s/record", 0.0))
+    return began if _is_time(began) else None
+
+
+def _is_time(value: float | None) -> TypeGuard[float]:
+    """Not NaN, which a metric may be, and not beyond what can be drawn."""
+    return value is not None and abs(value) < LATEST
 
 
 def _config(file: Path) -> tuple[dict[str, Any], list[str]]:
     if not file.is_file():
         return {}, []
     try:
-        config = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # YAML has dates and sets, and names that are no text; the page is JSON
+        config = json.loads(json.dumps(yaml.safe_load(file.read_text("utf-8")), default=str, skipkeys=True))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         return {}, [f"{file} cannot be read: {error}"]
     if not isinstance(config, dict):
         return {}, [f"{file} holds no config"]
-    return config, []
+    odd = [name for name in ("model", "run") if not isinstance(config.get(name, {}), dict)]
+    return {k: v for k, v in config.items() if k not in odd}, [f"{file}: {name} is no section" for name in odd]
 
 
 def page_data(run: Run) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def page_data(run: Run) -> dict[str, Any]:
 
 def _planned(run: Run) -> int | None:
     """Steps that the recipe asks for; None where the data decides."""
-    steps = (run.config.get("run") or {}).get("steps") if run.stage in {"rl", "sft"} else None
+    steps = run.config.get("run", {}).get("steps") if run.stage in {"rl", "sft"} else None
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
@@ -271,7 +285,7 @@ def _verdicts(path: Path, step: int, source: str) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     if folder.is_dir():
         for _, file in rollout_files(folder, step_min=step, step_max=step):
-            for row in read_rows(file, on_bad_line=lambda _: None):  # the table says which lines are no rows
+            for row in sound_rows(file, on_bad_row=lambda _: None):  # the table says which lines are no rows
                 if row.get("acc") is not None and row.get("data_source") == source:
                     out.setdefault(str(row.get("row_id")), []).append(float(row["acc"]))
     return out

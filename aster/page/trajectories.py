@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aster.data.prompts import INSTRUCTION
-from aster.data.rollouts import read_rows, rollout_files
+from aster.data.rollouts import rollout_files
 from aster.data.trajectories import GAP_COLUMN
+from aster.page.rows import sound_rows
 from aster.page.steps import Clocked, clocks_of_rows, read_clocks, step_view
 from aster.page.tokens import TokenTexts, arrays_of, token_view
 from aster.page.turns import cut, problem_of, turns_of
@@ -239,7 +240,7 @@ def _read(step: _Step, source: Source, *, quota: int, max_chars: int) -> _Part:
     notes: list[str] = []
     found: list[dict[str, Any]] = []
     if step.file is not None:
-        for row in read_rows(step.file, on_bad_line=notes.append):
+        for row in sound_rows(step.file, on_bad_row=notes.append):
             if len(found) >= quota:
                 break
             found.append(row)
@@ -339,7 +340,9 @@ def _spelt(row: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
 
 def _row(row: dict[str, Any], step: _Step) -> dict[str, Any]:
     accuracy = row.get("acc")
-    truth = row.get("ground_truth") or (row.get("non_tensor_reward_model") or {}).get("ground_truth")
+    truth = row.get("ground_truth")
+    if truth is None or truth == "":
+        truth = (row.get("non_tensor_reward_model") or {}).get("ground_truth")
     problem = " ".join(problem_of(str(row.get("input") or "")).replace(INSTRUCTION, "").split())
     strict, other = row.get("acc_strict"), row.get("acc_math_verify")
     out = {

@@ -290,6 +290,17 @@ def test_two_finished_evaluations_are_compared_without_any_engine(bench: Bench, 
     assert len(bench.pools) == started
 
 
+def test_the_fault_of_what_was_given_comes_before_the_model_that_was_not(tmp_path: Path, capsys) -> None:
+    for given, says in (
+        (["data.val_files=[]"], "data.val_files is empty"),
+        (["--against", str(tmp_path)], "holds no STEP.jsonl"),
+        (["--checkpoint", str(tmp_path)], "no model directory"),
+        (["data.val_files=[a.parquet]"], "model.path is empty"),
+    ):
+        assert main(["eval", *given]) == 1
+        assert says in capsys.readouterr().err
+
+
 def test_until_decided_needs_something_to_compare_with(capsys) -> None:
     assert main(["eval", "--until-decided", "--dry-run"]) == 1
     assert "--against RUN" in capsys.readouterr().err

@@ -251,6 +251,7 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
         (["--plot-output", "FOLDER"], "--plot-output FOLDER is a directory"),
         (["--plot-output", "FOLDER/plot.jpg"], r"plot.jpg must end in \.png"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--threshold", "nan"], "--accuracy-min .* is not below --threshold nan"),
         (["--threads", "0"], "--threads 0 must be at least 1"),
     ],
 )

@@ -161,6 +161,34 @@ def test_what_cannot_fit_is_refused_with_the_sum_and_the_cure():
     )
 
 
+def test_gpus_beyond_the_kv_heads_hold_copies_of_them():
+    """8 KV heads: 16 GPUs hold as much KV each as 8 do, and less of the weights."""
+    full = [make_plan(QWEN3_4B, H100, work(64, 10_000, f"rollout.tensor_parallel={n}")).full_sequences for n in (8, 16)]
+    # (0.9 * 80 - 4 - 8.04 / TP) GB over 18,432 * 147,456 / 8 bytes
+    assert full == [pytest.approx(197.2, abs=0.1), pytest.approx(198.7, abs=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor_parallel", "says"),
+    [
+        (7, 7, r"=7 cannot share out .* 32 attention and 8 key-value heads: use one of 1, 2, 4, 8, 16, 32"),
+        (64, 64, r"tensor_parallel=64 cannot share out"),
+        (12, 8, r"12 GPUs cannot be split into engines of rollout\.tensor_parallel=8 GPUs: .*multiple of 8"),
+        (4, 8, r"4 GPUs cannot be split"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(gpus, tensor_parallel, says):
+    with pytest.raises(ConfigError, match=says):
+        make_plan(QWEN3_4B, H100, work(gpus, 10_000, f"rollout.tensor_parallel={tensor_parallel}"))
+
+
+def test_heads_that_neither_divide_each_other_nor_are_divided_are_refused():
+    six = replace(QWEN3_4B, heads=24, kv_heads=6)
+    make_plan(six, H100, work(12, 10_000, "rollout.tensor_parallel=12"))
+    with pytest.raises(ConfigError, match=r"24 attention and 6 key-value heads: use one of 1, 2, 3, 6, 12, 24"):
+        make_plan(six, H100, work(8, 10_000, "rollout.tensor_parallel=4"))
+
+
 def test_a_model_directory_gives_the_shape(tmp_path):
     config = {
         "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -180,3 +208,6 @@ def test_the_command_prints_predictions_and_refuses_nonsense(capsys):
     assert "453" in out
     assert main(["plan", "--mean-tokens", "99999999"]) == 1
     assert "18432" in capsys.readouterr().err
+    for calls in ("nan", "inf", "-1"):
+        assert main(["plan", "--calls", calls]) == 1
+        assert f"--calls {calls} must be a number" in capsys.readouterr().err

@@ -353,6 +353,117 @@ def test_a_run_that_was_torn_apart_is_reported_as_far_as_it_goes(tmp_path: Path)
     assert "no curves" in " ".join(Page(run / "report.html").data["notes"])
 
 
+ODD_METRICS = [
+    ('"critic/score/mean": null', "critic/score/mean is None, not a number"),
+    ('"critic/score/mean": [1]', "critic/score/mean is [1], not a number"),
+    ('"critic/score/mean": "high"', "critic/score/mean is 'high', not a number"),
+    ('"time": "noon"', "time is 'noon', not unix seconds"),
+    ('"time": Infinity', "time is inf, not unix seconds"),
+    ('"step": "two"', "step is 'two', not a whole number"),
+    ('"event": "collapse"', "event and message must be text"),
+    (f'"deep": {"[" * 100_000}', "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("odd", "says"), ODD_METRICS, ids=[says for _, says in ODD_METRICS])
+def test_one_odd_line_of_metrics_costs_itself_and_a_note(tmp_path: Path, odd: str, says: str) -> None:
+    run = make_run(tmp_path, "odd")
+    file = run / "metrics.jsonl"
+    whole = file.read_text().splitlines()
+    file.write_text("\n".join([whole[0], "", f'{{"step": 9, "time": 1.0, {odd}}}', *whole[1:]]))
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert page.data["notes"] == [f"{file}, line 3: {says}"]
+    assert page.data["runs"][0]["steps"] == 3
+    assert page.data["runs"][0]["series"]["critic/score/mean"][0] == [1, 2, 3]
+
+
+def test_a_step_whose_timing_is_no_number_or_that_has_no_time_is_drawn_without_a_clock(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "odd")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    odd = {1: {"timing_s/gen": "nan", "timing_s/publish": "inf"}, 2: {"timing_s/step": "nan"}, 3: {}}
+    for line in lines:
+        if "timing_s/step" in line:
+            line |= odd[line["step"]]
+            if line["step"] == 3:
+                del line["time"], line["timing_s/began_unix"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert page.data["notes"] == []
+    learner = {
+        step: page.unpack(f"step-{n}")["learner"]
+        for n, (_, kind, step) in enumerate(page.data["steps"])
+        if kind == "train"
+    }
+    assert [name for name, *_ in learner[1]] == ["log-probs", "update", "rest"]
+    assert learner[2] == learner[3] == []
+
+
+ODD_ROWS = [
+    ({"turns": [1]}, "turns.0: Input should be"),
+    ({"turns": "x"}, "turns: Input should be a valid list"),
+    ({"turns": [{"text": [0, 1], "seconds": None}]}, "turns.0.seconds: Input should be a valid number"),
+    ({"turns": [{"text": [0, 1], "seconds": 1, "call": "x"}]}, "turns.0.call: Input should be"),
+    ({"turns": [{"text": [0], "seconds": 1}]}, "turns.0.text.1: Field required"),
+    ({"seconds": float("nan")}, "seconds: Input should be"),
+    ({"began_unix": 1e300}, "began_unix: Input should be less than"),
+    ({"generate_s": "long"}, "generate_s: Input should be a valid number"),
+    ({"acc": "yes"}, "acc: Input should be a valid number"),
+    ({"uid": ["a"]}, "uid: Input should be a valid string"),
+    ({"ground_truth": None, "non_tensor_reward_model": "x"}, "non_tensor_reward_model: Input should be"),
+]
+
+
+@pytest.mark.parametrize(("odd", "says"), ODD_ROWS, ids=[says for _, says in ODD_ROWS])
+@pytest.mark.parametrize("folder", ["rollout_data", "val_rollout_data"])
+def test_one_odd_row_costs_itself_and_a_note(tmp_path: Path, folder: str, odd: dict[str, Any], says: str) -> None:
+    run = make_run(tmp_path, "odd")
+    for parquet in (run / "trajectories").glob("*.parquet"):
+        parquet.unlink()  # clocks are made of the rows then
+    file = run / folder / "3.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1] |= odd
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    page = Page(run / "report.html")
+    [note] = page.data["notes"]
+    assert note.startswith(f"{file}, line 2: {says}")
+    kind = "train" if folder == "rollout_data" else "val"
+    assert sum((r["kind"], r["step"]) == (kind, 3) for r in page.unpack("rows")) == len(rows) - 1
+
+
+def test_a_ground_truth_of_zero_is_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "rollout_data").mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {"output": "a", "ground_truth": 0},
+        {"output": "b", "ground_truth": "", "non_tensor_reward_model": {"ground_truth": 7}},
+        {"output": "c"},
+    ]
+    (run / "rollout_data" / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    assert [r["gt"] for r in Page(run / "report.html").unpack("rows")] == ["0", "7", ""]
+
+
+@pytest.mark.parametrize(
+    ("config", "notes"),
+    [
+        ("model: foo\nrun: [1]\nstage: rl", ["model is no section", "run is no section"]),
+        ("description: 2026-11-28\n? 2026-11-28\n: 1\nwhen: 2026-11-28", []),
+        ("when: 2026-99-99", ["cannot be read: month must be in 1..12"]),
+        ("a: &a [*a]", ["cannot be read: Circular reference"]),
+    ],
+)
+def test_an_odd_config_is_a_note(tmp_path: Path, config: str, notes: list[str]) -> None:
+    run = make_run(tmp_path, "odd", steps=1)
+    (run / "config.yaml").write_text(config)
+    assert main([str(run)]) == 0
+    seen = [note for note in Page(run / "report.html").data["notes"] if "config.yaml" in note]
+    assert len(seen) == len(notes)
+    assert all(words in note for words, note in zip(notes, seen, strict=True))
+
+
 def test_a_collector_that_read_before_says_the_same_as_a_fresh_one(tmp_path: Path) -> None:
     run = make_run(tmp_path, "growing", steps=1)
     kept = Collector(limit=10_000, max_chars=20_000)
@@ -369,7 +480,7 @@ def test_a_collector_that_read_before_says_the_same_as_a_fresh_one(tmp_path: Pat
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each rollout file was read for its rows, and each file of arrays for its clocks."""
     seen: Counter[str] = Counter()
-    for name in ("read_rows", "read_clocks"):
+    for name in ("sound_rows", "read_clocks"):
         read = getattr(trajectories, name)
 
         def counted(path: Path, read: Callable[..., Any] = read, **options: Any) -> Any:
@@ -430,5 +541,11 @@ def test_a_followed_run_gets_a_page_that_reloads_and_in_the_end_one_that_does_no
     said = capsys.readouterr().out
     assert f"{run / 'report.html'} is final" in said
     assert Page(run / "report.html").data["every"] is None
-    with pytest.raises(ConfigError, match="at least 1 second"):
-        main(["--follow", str(run), "--every", "0.1"])
+    for file, odd in (("metrics.jsonl", {"step": 1, "a": None}), ("rollout_data/1.jsonl", {"turns": [1]})):
+        with (run / file).open("a") as out:
+            out.write(json.dumps(odd) + "\n")
+    assert follow(args, idle_s=0.5) == 0, "an odd line does not end it"
+    assert len(Page(run / "report.html").data["notes"]) == 2
+    for every in ("0.1", "nan", "inf"):
+        with pytest.raises(ConfigError, match="at least 1 second"):
+            main(["--follow", str(run), "--every", every])

@@ -1,4 +1,6 @@
-"""Packed rows against padded batches, and the log-prob head against full logits. Prints one JSON line.
+"""Packed rows against padded batches, the log-prob head against full logits, weight sync against a raw broadcast.
+
+Prints one JSON line.
 
     make bench-learner                                                   the quickstart's model, on this machine
     make bench-learner ARGS="--lengths FILE --row-tokens 8192"           samples of other lengths: [prompt, completion]
@@ -8,7 +10,9 @@ Three ways to the gradient of the same samples, one after the other in every rou
 places: our learner on packed rows; plain transformers with an attention mask on batches in the given order; the same
 on batches sorted by length. `tokens_per_s` counts real tokens, `waste` is the share of places that hold padding,
 `peak_mib` is what forward and backward need above the loaded models. The ratios under `targets` are medians over
-rounds of ratios within a round. On a CPU seconds are process time: others may share the machine.
+rounds of ratios within a round. On a CPU seconds are process time: others may share the machine. Then, there alone,
+`weight_sync` is what `make bench-weight-sync` prints, in seconds on the clock: it starts Ray and an engine, and takes a
+minute more.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--head-rows", type=int, default=3072, help="loss tokens of the comparison; 0 leaves it out")
     parser.add_argument("--head-hidden", type=int, default=64)
+    parser.add_argument("--no-weight-sync", dest="weight_sync", action="store_false", help="no Ray, no engine")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of a device that is not in our table")
     return parser.parse_args(argv)
 
@@ -80,9 +85,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         settings = recipe(dtype=args.dtype, attention=args.attention, recompute=args.recompute)
         learner = Learner(settings, model_path=str(path), total_steps=100)
         try:
-            return _measure(args, learner, path)
+            result = _measure(args, learner, path)
         finally:
             learner.close()
+    on_cpu = learner.device.type == "cpu"
+    return result | {"weight_sync": _weight_sync() if args.weight_sync and on_cpu else None}
+
+
+def _weight_sync() -> dict[str, Any]:
+    import bench_weight_sync  # brings Ray and vLLM, which the rest must not weigh
+
+    return bench_weight_sync.measured(bench_weight_sync.parsed([]))
 
 
 def _measure(args: argparse.Namespace, learner: Learner, path: Path) -> dict[str, Any]:

@@ -209,13 +209,21 @@ def model(args: argparse.Namespace, folder: str) -> Recipe:
 
 
 def main() -> None:
+    print(json.dumps(measured(parsed())))
+
+
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bucket-mib", type=int, default=64)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Starts a Ray of its own and ends it."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     actors.rollout.RolloutEngine = Engine
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"/tmp/rb{os.getpid()}")
@@ -228,7 +236,7 @@ def main() -> None:
     median = {key: statistics.median(r[key] for r in rounds) for key in ("broadcast", "reload", "sync")}
     ratio = statistics.median(r["sync"] / (r["broadcast"] + r["reload"]) for r in rounds)
     reports = [r["report"] for r in rounds]
-    line = {
+    return {
         "benchmark": "weight_sync",
         "backend": "gloo",
         "megabytes": round(reports[0].bytes / 1e6, 1),
@@ -246,7 +254,6 @@ def main() -> None:
         "canary_max_diff": max(report.canary_max_diff for report in reports),
         "load_average": round(os.getloadavg()[0], 1),
     }
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":

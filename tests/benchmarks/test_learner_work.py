@@ -107,9 +107,12 @@ def test_lengths_come_from_a_file_or_a_seed(tmp_path):
     assert np.flatnonzero(sample.mask).tolist() == [3, 4, 5, 6]
 
 
-def test_the_benchmark_prints_what_it_promises():
-    args = bench_learner.parsed(["--samples", "4", "--rounds", "1", "--row-tokens", "600", "--head-rows", "0"])
-    result = bench_learner.measure(args)
+def test_the_benchmark_prints_what_it_promises(monkeypatch):
+    small = ["--samples", "4", "--rounds", "1", "--row-tokens", "600", "--head-rows", "0"]
+    monkeypatch.setattr(bench_learner, "_weight_sync", lambda: {"benchmark": "weight_sync"})
+    result = bench_learner.measure(bench_learner.parsed(small))
+    assert result["weight_sync"] == {"benchmark": "weight_sync"}
+    assert bench_learner.parsed([*small, "--no-weight-sync"]).weight_sync is False
     assert result["tokens"] == sum(map(sum, lengths_of(None, count=4)))
     assert result["targets"].keys() == {"packed_vs_padded", "packed_vs_sorted"}
     assert all(result[kind]["tokens_per_s"] > 0 for kind in ("packed", "padded", "sorted"))
