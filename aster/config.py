@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -305,7 +305,6 @@ class EvalConfig(_Section):
     """repro: T 1.0, top_p 1.0. paper: T 0.6, top_p 0.95. null: the `sampling` section as written."""
     budget: BudgetConfig | None = None
     """null = the training budget."""
-    max_num_batched_tokens: int | None = None
 
 
 class CollapseConfig(_Section):
@@ -356,6 +355,19 @@ class ClusterConfig(_Section):
     """Logical CPUs of a local cluster; null = Ray decides."""
     metrics: bool = True
     """Tell Prometheus, through each node's Ray agent, how run, pool and engines are (`actors/metrics.py`)."""
+
+
+_NOT_HASHED: Mapping[str, bool | set[str]] = {
+    "description": True,
+    "run": {
+        "name", "dir", "steps", "save_every", "keep_checkpoints", "val_every", "val_before_train", "val_overlap",
+        "resume", "journal", "trace_every", "tensorboard", "wandb_project",
+    },
+    "data": {"epochs"},
+    "sandbox": {"replicas", "max_sessions", "max_running", "http_port", "num_cpus"},
+    "cluster": {"address", "num_cpus", "metrics"},
+}  # fmt: skip
+"""Where a run lives, how long it lasts, who watches it and on how much of a machine: a resumed run may have others."""
 
 
 class Recipe(_Section):
@@ -515,10 +527,8 @@ class Recipe(_Section):
 
     @property
     def config_hash(self) -> str:
-        """12 hex digits over everything but where the run lives and how long it lasts."""
-        body = self.model_dump(
-            mode="json", exclude={"run": {"name", "dir", "steps", "resume", "keep_checkpoints", "trace_every"}}
-        )
+        """12 hex digits over all that can change a sample or an update: without `_NOT_HASHED`."""
+        body = self.model_dump(mode="json", exclude=_NOT_HASHED)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
 
     # reading and writing ---------------------------------------------------------------------------------------------
