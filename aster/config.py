@@ -82,6 +82,7 @@ class DataConfig(_Section):
     val_files: tuple[str, ...] = ()
     epochs: int = Field(default=1, ge=1)
     shuffle_seed: int = 1
+    """Order of the prompts, in RL. SFT: `sft.seed`."""
     max_rows: int | None = Field(default=None, ge=1)
     """Use the first so many training rows only."""
     val_max_rows: int | None = Field(default=None, ge=1)
@@ -297,6 +298,7 @@ class SftConfig(_Section):
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Keep about this share of the problems in `data.train_files` for validation; or name `data.val_files`."""
     seed: int = 42
+    """Order of the conversations, and which problems `val_fraction` keeps apart."""
 
 
 class EvalConfig(_Section):

@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="aster quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="of task, initialisation, order and sampling (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of task, initialisation, prompts and sampling (%(default)s)"
+    )
     parser.add_argument("--dir", default=None, help="where everything is written (runs/quickstart-SEED)")
     parser.add_argument("--dry-run", action="store_true", help="print the stages with their resolved recipes and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="applied to every stage")
