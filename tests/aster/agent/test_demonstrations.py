@@ -44,7 +44,7 @@ async def trajectory(
     turns: list[str] | None = None,
 ) -> Trajectory:
     """A real episode: so many calls, each with the output of a cell that prints its number; `boom` fails."""
-    from test_rollout import ScriptedEngine, ScriptedSandbox
+    from scripted import ScriptedEngine, ScriptedSandbox
 
     said = turns or [
         *(a_turn(f"step {k}", call(f"print({k})")) for k in range(calls)),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clock import Clock
-from test_rollout import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, episode, ok
+from scripted import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, episode, ok
 
 from aster.agent import rollout
 from aster.agent.chat import ChatRenderer

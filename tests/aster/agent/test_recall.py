@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_rollout import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, ok
+from scripted import BUDGET, ScriptedEngine, ScriptedSandbox, a_task, call, ok
 from waiting import until
 
 from aster.agent.rollout import run_episode, turn_seed

@@ -18,7 +18,7 @@ import pytest
 from agent_models import MARKS, SPECIAL
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_rollout import BUDGET, USER, ScriptedSandbox, a_task, call
+from scripted import BUDGET, USER, ScriptedSandbox, a_task, call
 
 from aster.agent.chat import CODE_INTERPRETER, ChatRenderer
 from aster.agent.observations import extra_calls

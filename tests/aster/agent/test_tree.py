@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 from sandboxes import start_pool
-from test_rollout import BUDGET, ScriptedSandbox, a_task, call, check_aligned, ok
+from scripted import BUDGET, ScriptedSandbox, a_task, call, check_aligned, ok
 
 from aster.agent import rollout
 from aster.agent.chat import ChatRenderer
