@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe, args = parse_recipe(
         "eval", argv, stage="eval", about=__doc__ or "", default="eval_90k", options=_add_options
     )
+    if args.against and (args.compare or args.rescore):
+        raise ConfigError(f"--against {args.against} is for an evaluation that samples; compare two with --compare A B")
     if args.until_decided and not args.against:
         raise ConfigError("--until-decided compares with a finished evaluation: name it with --against RUN")
     if args.dry_run:
@@ -128,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--checkpoint",
         type=Path,
         action="append",
@@ -140,8 +143,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"with --against: stop sampling when the difference on these problems is decided (error <= {ALPHA:g})",
     )
-    parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="compare two evaluations, sample nothing")
-    parser.add_argument("--rescore", type=Path, metavar="DIR", help="judge stored answers again, sample nothing")
+    mode.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="compare two evaluations, sample nothing")
+    mode.add_argument("--rescore", type=Path, metavar="DIR", help="judge stored answers again, sample nothing")
 
 
 async def run(

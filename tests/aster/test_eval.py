@@ -304,3 +304,22 @@ def test_the_fault_of_what_was_given_comes_before_the_model_that_was_not(tmp_pat
 def test_until_decided_needs_something_to_compare_with(capsys) -> None:
     assert main(["eval", "--until-decided", "--dry-run"]) == 1
     assert "--against RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--compare", "a", "b", "--rescore", "c"],
+        ["--checkpoint", "a", "--compare", "b", "c"],
+        ["--rescore", "c", "--checkpoint", "a"],
+    ],
+)
+def test_what_samples_and_what_does_not_are_never_asked_for_together(argv: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", *argv])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_rival_is_for_an_evaluation_that_samples(capsys) -> None:
+    assert main(["eval", "--rescore", "a", "--against", "b"]) == 1
+    assert "--against b" in capsys.readouterr().err
