@@ -1,7 +1,8 @@
 """The reference's FSDP checkpoints, read without a process group. They are only read; our own layout is `persist.py`.
 
     DIR/model_world_size_W_rank_R.pt   a torch-saved state dict per rank: name -> DTensor sharded on dim 0, or a plain
-                                       tensor that every rank holds alike
+                                       tensor: its shard, or the whole that every rank holds alike (the shape that
+                                       config.json asks for tells which)
     DIR/huggingface/                   config, generation config, tokenizer
 
 A mesh of two dimensions (replicas x shards) is read through its first replica. The files are unpickled with
@@ -35,19 +36,20 @@ def merge_reference(path: str, out: str, *, dtype: str) -> None:
     """Turn the directory `path` of the reference into the Hugging Face directory `out`.
 
     One process; the files are mapped, not read whole. Raises `DataError` naming the file for a rank that is missing,
-    a rank that disagrees with the others, a tensor that is not sharded on dim 0, and what is no tensor at all.
+    ranks that disagree (about the names, about a tensor that each holds whole, about the shape that their shards make),
+    a tensor that is not sharded on dim 0, and what is no tensor at all.
     """
     source = Path(path) / "huggingface"
     if not (source / "config.json").is_file():
         raise DataError(f"{source / 'config.json'} is missing: the reference keeps config and tokenizer there")
     shards = {file: _load(file) for file in _rank_files(Path(path))}
-    shapes = _shapes(shards)
+    shapes = _shapes(shards, source)
     if _tied(source / "config.json") and {_HEAD, _EMBEDDING} <= shapes.keys():
-        del shapes[_HEAD]
-        if not torch.equal(_whole(_HEAD, shards), _whole(_EMBEDDING, shards)):
+        head = shapes.pop(_HEAD)
+        if not torch.equal(_whole(_HEAD, head, shards), _whole(_EMBEDDING, shapes[_EMBEDDING], shards)):
             raise DataError(f"{path}: config.json ties {_HEAD} to {_EMBEDDING}, but the two differ in the checkpoint")
     tensors: Iterator[tuple[str, torch.Tensor]] = (
-        (name, _whole(name, shards).to(getattr(torch, dtype))) for name in shapes
+        (name, _whole(name, shape, shards).to(getattr(torch, dtype))) for name, shape in shapes.items()
     )
     write_hf(out, tensors, metadata=[TensorMeta(n, dtype, s) for n, s in shapes.items()], source=source)
 
@@ -96,34 +98,70 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _shapes(shards: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict[str, tuple[int, ...]]:
+def _shapes(shards: Mapping[Path, Mapping[str, torch.Tensor]], source: Path) -> dict[str, tuple[int, ...]]:
     """Whole shapes by name, in the first file's order."""
     (first, state), *others = shards.items()
     for file, other in others:
         if state.keys() != other.keys():
             odd = sorted(state.keys() ^ other.keys())[0]
             raise DataError(f"{first.name} and {file.name} do not hold the same tensors: {odd} is in one of them only")
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plain = [name for name, tensor in state.items() if not isinstance(tensor, DTensor)]
+    if others and plain:
+        wanted = _wanted(source)
+        shapes |= {name: wanted[name] for name in plain if name in wanted}
+    return shapes
 
 
-def _whole(name: str, shards: Mapping[Path, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+def _wanted(source: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model that config.json describes. Nothing else says whether a plain tensor is a shard: those of
+    a norm that was hardly trained may be equal, too."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds, which most checkpoints need not wait for
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(
+            f"the checkpoint holds plain tensors, and {source / 'config.json'} does not tell how long they are: {error}"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _whole(name: str, shape: tuple[int, ...], shards: Mapping[Path, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """The tensor of that `shape`, copied only where it is made of several."""
     (file, state), *_ = shards.items()
     first = state[name]
+    parts = [_local(other[name]) for other in shards.values()]
     if not isinstance(first, DTensor):
-        return first
-    *replicas, placement = first.placements
-    if not (isinstance(placement, Shard) and placement.dim == 0 and all(isinstance(p, Replicate) for p in replicas)):
-        if all(isinstance(p, Replicate) for p in first.placements):
-            return _local(first)
-        raise DataError(f"{file}: {name} has placements {first.placements}, only shards of dim 0 can be merged")
-    parts = [_local(state[name]) for state in shards.values()][: first.device_mesh.shape[-1]]
-    whole = torch.cat([part for part in parts if part.numel()]) if first.numel() else parts[0]
-    if whole.shape != first.shape:
+        if all(part.shape == shape for part in parts):
+            return _agreed(name, parts, file)
+    elif all(isinstance(p, Replicate) for p in first.placements):
+        return _agreed(name, parts, file)
+    else:
+        *replicas, placement = first.placements
+        if (
+            not isinstance(placement, Shard)
+            or placement.dim != 0
+            or not all(isinstance(p, Replicate) for p in replicas)
+        ):
+            raise DataError(f"{file}: {name} has placements {first.placements}, only shards of dim 0 can be merged")
+        parts = parts[: first.device_mesh.shape[-1]]
+    parts = [part for part in parts if part.numel()] or parts[:1]
+    fit = parts[0].ndim and all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+    if not fit or (sum(len(part) for part in parts), *parts[0].shape[1:]) != shape:
         raise DataError(
-            f"{file.parent}: the shards of {name} make {tuple(whole.shape)}, {file.name} says {tuple(first.shape)}: "
-            "the files are not of one save"
+            f"{file.parent}: the shards of {name} make {' + '.join(str(tuple(part.shape)) for part in parts)}, "
+            f"{file.name if isinstance(first, DTensor) else 'config.json'} says {shape}: the files are not of one save"
         )
-    return whole
+    return torch.cat(parts)
+
+
+def _agreed(name: str, parts: list[torch.Tensor], file: Path) -> torch.Tensor:
+    odd = next((rank for rank in range(1, len(parts)) if not torch.equal(parts[rank], parts[0])), None)
+    if odd is not None:
+        raise DataError(f"{file.parent}: ranks 0 and {odd} do not hold the same {name}: the files are not of one save")
+    return parts[0]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ Imported by vLLM in every worker process, since `worker_extension_cls` names `Wo
 engine. Not imported by the driver or the learner (vLLM costs seconds and hundreds of MB): they know `wire.py` only.
 
 A round is start -> receive (once) -> finish, driven from outside (`weight_sync.py`) while generation is paused. A
-bucket is checked before it is loaded, and the next one is on the wire while this one loads.
+bucket is checked before it is loaded, and the next one is on the wire while this one loads. What the load did not write
+is found at the end (`reload_proof.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.ipc import IpcGroup
+from actors.reload_proof import ProvenReload
 from actors.wire import Bucket, Pending, Wire, WireGroup, address_towards, damaged, join_store, plan_buckets, view
 from aster.errors import WeightSyncError
 from aster.types import TensorMeta
@@ -30,6 +31,7 @@ log = logging.getLogger("aster")
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 BACKEND = "aster"
+_HEAD_COLUMNS = 4  # of the output head that are read back; each holds a number for every token of the vocabulary
 
 
 @dataclass
@@ -71,7 +73,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unfilled: set[str] = set()  # parameters that no tensor of this round has reached yet
+        self._reload: ProvenReload | None = None  # under way
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -97,8 +99,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         )
 
     def start_weight_update(self) -> None:
-        self._unfilled = {name for name, _ in self.model.named_parameters()}  # a tied one once
-        initialize_layerwise_reload(self.model)
+        self._reload = ProvenReload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
         """As the base class, but the base synchronizes an accelerator, and raises where there is none."""
@@ -113,8 +114,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         After a bad bucket the rest is received but not loaded: leaving early would block the peers until their
         timeout. The model is then part old, part new, and must not serve until a later round succeeds.
         """
-        if self._group is None:
-            raise WeightSyncError("weights were announced before the transfer group was opened")
+        if self._group is None or self._reload is None:
+            raise WeightSyncError("weights were announced before the transfer group was opened and a reload begun")
         buckets = plan_buckets(update_info.tensors(), bucket_bytes=self._bucket_bytes)
         error: Exception | None = None
         try:
@@ -125,8 +126,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except BaseException:
             self._end_reload()
             raise
-        if error is None and self._unfilled:
-            error = WeightSyncError(f"no tensor that the learner sent fills {', '.join(sorted(self._unfilled))}")
+        if error is None and (untouched := self._reload.untouched()):
+            error = WeightSyncError(f"no tensor that the learner sent fills {', '.join(untouched)}")
         if error is not None:
             self._end_reload()
             raise error
@@ -153,19 +154,24 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         try:
             model: Any = self.model  # the loader is a method that vLLM's models have, not nn.Module
-            filled = model.load_weights([(slot.meta.name, view(buffer, slot)) for slot in bucket.slots])
-            self._unfilled = set() if filled is None else self._unfilled - filled  # None: this model does not say
+            model.load_weights([(slot.meta.name, view(buffer, slot)) for slot in bucket.slots])
         except Exception as error:  # any refusal of the loader ends the round, after the peers were served
             log.exception("loading %s failed", bucket.label)
             return WeightSyncError(f"{bucket.label}: the model refused the weights: {type(error).__name__}: {error}")
         return None
 
-    def _end_reload(self) -> None:
-        """Leave no layer waiting for weights: the next round must start from a clean slate."""
-        finalize_layerwise_reload(self.model, self.model_config)
+    def _end_reload(self) -> list[str]:
+        """Leave no layer waiting for weights: the next round must start from a clean slate. Returns what holds NaN."""
+        reload, self._reload = self._reload, None
+        return reload.finish(self.model_config) if reload is not None else []
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        """Raises `WeightSyncError` naming the parameters of which some element was not written."""
+        if unwritten := self._end_reload():
+            some = ", ".join(unwritten[:5]) + (f" and {len(unwritten) - 5} more" if len(unwritten) > 5 else "")
+            raise WeightSyncError(
+                f"after the load {some} holds NaN: the learner sent it, or the loader left it unwritten"
+            )
         _refresh_packed_head(self.model, self.device)
 
     def shutdown(self) -> None:
@@ -183,8 +189,13 @@ def _refresh_packed_head(model: torch.nn.Module, device: torch.device) -> None:
     without this function).
     """
     head: Any = getattr(model, "lm_head", None)
-    if device.type == "cpu" and hasattr(head, "cpu_linear"):
+    if device.type != "cpu" or getattr(head, "quant_method", None) is None:
+        return
+    if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
+    columns = torch.eye(_HEAD_COLUMNS, head.weight.shape[1], dtype=head.weight.dtype)
+    if not torch.equal(head.quant_method.apply(head, columns), head.weight[:, :_HEAD_COLUMNS].T):  # 1 * w + 0 is exact
+        raise WeightSyncError("the output head computes with other weights than it was given: its packed copy is stale")
 
 
 class WorkerExtension:

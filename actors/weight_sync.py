@@ -9,12 +9,17 @@
     keep                                                               what was sent is kept
     accept                   gate open
 
-Invariant: no token leaves an engine that was sampled by weights whose bytes and whose canary did not agree with the
-learner's. A publication that fails is rolled back: learner rank 0 sends what it published last once more (checksums
-and all), the canary must have the log-probs that were recorded then, and the engines serve that version again. They
-stay shut when there is nothing to go back to, or when that fails too; the next publication that succeeds opens them.
+Invariant: no token leaves an engine that was sampled by weights whose bytes, load and canary are not proven. The bytes
+have checksums. The load is proven by the worker, in any precision: an element that was not written is found and its
+parameter named (`reload_proof.py`). The canary compares log-probs with the learner's and is for what was written wrong:
+in fp32 it sees a single tensor, in bf16 nothing below rounding, so that it would pass the weights of some steps before.
+
+A publication that fails is rolled back: learner rank 0 sends what it published last once more (checksums and all), the
+canary must have the log-probs that were recorded then, and the engines serve that version again. They stay shut when
+there is nothing to go back to, or when that fails too; the next publication that succeeds opens them.
+
 All three backends run this control flow: `gloo` and `nccl` (ours, `wire.py`) and `vllm_nccl` (vLLM's own engine: canary
-only, no checksums and no roll-back).
+only, no checksums, no proof of the load and no roll-back).
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ _MARGIN_S = 30.0  # a call inside an actor must end first, so that its own words
 _CANARY_TOKENS = 16  # both sides compute them while nothing else runs; one wrong tensor moves them all
 _EXACT_NATS = 1e-4  # fp32 on both sides: 4e-5 was the largest difference in 768 tokens of a 135M model
 _EXACT_RELATIVE = 1e-5  # of the log-prob itself, for ids that the model finds absurd
-_MEAN_NATS = 0.2  # bf16 on either side: 0.03 to 0.04 on average, so this is five times the noise
+_MEAN_NATS = 0.2  # bf16 on either side: 0.03 to 0.04 on average, so this is five times the noise; a step moves less
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,66 @@ def test_what_is_incomplete_or_of_two_saves_is_named(written, tmp_path):
     with pytest.raises(DataError, match=r"huggingface/config\.json is missing"):
         merge.merge(path, tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()
+
+
+def _plain(written: Path, path: Path, cut: Callable[[str, torch.Tensor], Sequence[torch.Tensor]]) -> Path:
+    """The untied model as files without a DTensor: what each rank holds of a tensor is what `cut` says."""
+    shutil.copytree(written / "untied" / "shards" / "huggingface", path / "huggingface")
+    state = {name: cut(name, tensor) for name, tensor in load_file(written / "untied" / "model" / _FILE).items()}
+    for rank in range(2):
+        torch.save({name: p[rank].clone() for name, p in state.items()}, path / f"model_world_size_2_rank_{rank}.pt")
+    return path
+
+
+def _halves(name: str, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return tensor.tensor_split(2)
+
+
+@pytest.mark.parametrize("first", [None, 2, 0, 1000], ids=["halves", "uneven", "all on rank 1", "all on rank 0"])
+def test_plain_tensors_are_the_shards_that_the_model_s_shapes_make_of_them(written, first, tmp_path):
+    """The norms are all ones, so that their halves are equal; one of them each rank holds whole."""
+
+    def cut(name: str, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        if name == "model.norm.weight":
+            return tensor, tensor
+        return tensor.tensor_split(2 if first is None else [first])
+
+    merge.merge(_plain(written, tmp_path / "plain", cut), tmp_path / "out", dtype="float32")
+    merged, original = load_file(tmp_path / "out" / _FILE), load_file(written / "untied" / "model" / _FILE)
+    assert merged["model.embed_tokens.weight"].shape[0] == 97
+    assert merged.keys() == original.keys()
+    assert all(torch.equal(merged[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            lambda t: (t[:40], t[49:]),
+            r"the shards of model\.embed_tokens\.weight make \(40, .* config.json says \(97, ",
+        ),
+        (
+            lambda t: (t[:49], t[49:, :5]),
+            r"embed_tokens\.weight make \(49, \d+\) \+ \(48, 5\), config\.json says \(97, ",
+        ),
+        (lambda t: (t, t + 1), r"ranks 0 and 1 do not hold the same model\.embed_tokens\.weight"),
+        (lambda t: (t, t[:49]), r"embed_tokens\.weight make \(97, \d+\) \+ \(49, \d+\), config\.json says \(97, "),
+    ],
+)
+def test_plain_tensors_that_make_no_whole_are_named(written, part, message, tmp_path):
+    def cut(name: str, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        return part(tensor) if name == "model.embed_tokens.weight" else _halves(name, tensor)
+
+    with pytest.raises(DataError, match=message):
+        merge.merge(_plain(written, tmp_path / "plain", cut), tmp_path / "out", dtype="float32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_tensors_of_an_unknown_model_are_refused(written, tmp_path):
+    path = _plain(written, tmp_path / "plain", _halves)
+    (path / "huggingface" / "config.json").write_text('{"model_type": "nobody_has_it"}')
+    with pytest.raises(DataError, match=r"holds plain tensors, and .*config\.json does not tell"):
+        merge.merge(path, tmp_path / "out", dtype="float32")
 
 
 def test_a_tied_head_that_differs_is_refused(written, tmp_path):
