@@ -8,7 +8,7 @@ The canary does not tell either from rounding in bf16: a step of training moves 
     nothing arrived for a layer     is seen from vLLM's count of what arrived
     a part was not written          is NaN, which the memory is filled with beforehand; looked at before it is packed
 
-Not proven: buffers, and padded weights (of experts, on some GPUs), since nothing writes the padding.
+Not proven: buffers, quantized weights, and padded ones (of experts, on some GPUs), since nothing writes the padding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of others torch does not tell the largest element
 
 
 class ProvenReload:
@@ -66,4 +68,4 @@ class ProvenReload:
 
 def _provable(tensor: Tensor) -> bool:
     padded: bool = getattr(tensor, "weight_loader_numel", tensor.numel()) != tensor.numel()
-    return tensor.is_floating_point() and tensor.numel() > 0 and not padded
+    return tensor.dtype in _DTYPES and tensor.numel() > 0 and not padded

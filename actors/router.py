@@ -314,17 +314,22 @@ class EnginePool:
 
     async def _score(self, trajectory: Trajectory, row: PromptRow) -> Trajectory:
         """A verifier that dies is asked once more, in its successor: what hangs twice would hang elsewhere too."""
-        for last in (False, True):
-            try:
-                reward = agent_loop(row.agent_name).reward
-                asked = functools.partial(self._rewards.score_by, reward) if reward else self._rewards.score
-                began = time.monotonic()
-                scored = trajectory.with_reward(*await asked(trajectory.final_text, row.ground_truth))
-                return replace(scored, timing=replace(scored.timing, score_s=time.monotonic() - began))
-            except RewardFailed as error:
-                if last:
-                    return trajectory.failed(Cause.REWARD_FAILED, str(error))
-        raise AssertionError("unreachable")
+        try:
+            return await self._scored(trajectory, row)
+        except RewardFailed:
+            pass
+        try:
+            return await self._scored(trajectory, row)
+        except RewardFailed as error:
+            return trajectory.failed(Cause.REWARD_FAILED, str(error))
+
+    async def _scored(self, trajectory: Trajectory, row: PromptRow) -> Trajectory:
+        """Raises `RewardFailed`."""
+        reward = agent_loop(row.agent_name).reward
+        asked = functools.partial(self._rewards.score_by, reward) if reward else self._rewards.score
+        began = time.monotonic()
+        scored = trajectory.with_reward(*await asked(trajectory.final_text, row.ground_truth))
+        return replace(scored, timing=replace(scored.timing, score_s=time.monotonic() - began))
 
     def _settle(self, attempt: Attempt, trajectories: Sequence[Trajectory]) -> bool:
         """Book one ended attempt; complete its group if it was the last one missing. True: it has to run again.
