@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -82,6 +83,11 @@ def require_writable(option: str, path: Path, *, directory: bool = False) -> Non
         raise ConfigError(f"{option} {path} cannot be made: {above} is a file")
     if not os.access(path if path.exists() else above, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be written: {path if path.exists() else above} is not writable")
+    folder = path if path.is_dir() else above
+    try:  # to root everything is writable, /proc and a full disk too
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written: no file can be made in {folder} ({error})") from None
 
 
 _VERB_OF = {"rl": "train", "sft": "sft", "eval": "eval"}

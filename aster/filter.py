@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import re
 import sys
@@ -33,7 +32,7 @@ import pyarrow.parquet as pq
 from aster.command import require_writable, run_verb
 from aster.data.card import ACCURACY_COLUMN, language
 from aster.data.prompts import read_prompts
-from aster.data.rollouts import read_rows, rollout_files
+from aster.data.rollouts import accuracy_of, read_rows, rollout_files
 from aster.errors import ConfigError, DataError
 from aster.types import PromptRow
 
@@ -253,19 +252,23 @@ def tally(path: Path) -> list[Seen]:
     sums: dict[tuple[str | None, str], list[float]] = {}
     for number, row in enumerate(read_rows(path), 1):
         row_id, text = row.get("row_id"), row.get("input")
+        if isinstance(row_id, bool) or not isinstance(row_id, str | int | float | None):
+            raise DataError(f"{path}, row {number}: row_id must be text or a number, got {row_id!r:.80}")
+        if not isinstance(text, str | None):
+            raise DataError(f"{path}, row {number}: input must be text, got {text!r:.80}")
         if row_id is None and text is None:
             raise DataError(f"{path}, row {number} has neither row_id nor input: is this a rollout file?")
         if "acc" not in row and "score" not in row:
             raise DataError(f"{path}, row {number} has neither acc nor score: is this a rollout file?")
-        entry = sums.setdefault((row_id, text or ""), [0, 0.0, 0])
-        accuracy = row.get("acc") if row.get("acc") is not None else row.get("score")
+        # as text, as the dataset's ids are
+        entry = sums.setdefault((None if row_id is None else str(row_id), text or ""), [0, 0.0, 0])
+        given = row.get("acc") if row.get("acc") is not None else row.get("score")
+        accuracy = accuracy_of(given, where=f"{path}, row {number}")
         if accuracy is None:
             entry[2] += 1
-        elif isinstance(accuracy, int | float) and math.isfinite(accuracy):  # bool is an int
-            entry[0] += 1
-            entry[1] += float(accuracy)
         else:
-            raise DataError(f"{path}, row {number}: acc (or score) must be true, false or a number, got {accuracy!r}")
+            entry[0] += 1
+            entry[1] += accuracy
     return [Seen(i, text, int(n), correct, int(lost)) for (i, text), (n, correct, lost) in sums.items()]
 
 

@@ -8,14 +8,18 @@ Used by `aster eval --rescore DIR`. Reads our own files and the reference's; sam
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aster.agent.rewards import MATH_VERIFY_TAIL_CHARS, RewardPool
 from aster.data.evaluations import write_json
-from aster.data.rollouts import ScoreTable, average_scores
+from aster.data.rollouts import ScoreTable, average_scores, ground_truth_of
 from aster.errors import DataError, RewardFailed
+
+_LONGEST_NAME = 200  # bytes; a file system takes 255, and an ending comes
 
 
 @dataclass
@@ -54,7 +58,7 @@ def rescore(folder: Path, *, timeout_s: float = 10.0) -> Rescored:
                         "uid": row.get("uid") or row.get("non_tensor_uid"),
                         "stored": bool(row["acc"]),
                         "math_verify": right,
-                        "ground_truth": (row.get("non_tensor_reward_model") or {}).get("ground_truth"),
+                        "ground_truth": ground_truth_of(row),
                         "output_tail": output[-min(200, MATH_VERIFY_TAIL_CHARS) :],
                     }
                 )
@@ -82,5 +86,13 @@ def _write(folder: Path, result: Rescored) -> None:
         },
     )
     for source in table.scores:
-        name = source.replace("/", "%2F")  # a source may be named as on the Hub: openai/gsm8k
-        (folder / f"{name}.csv").write_text(table.csv(source), "utf-8")
+        (folder / f"{_file_name(source)}.csv").write_text(table.csv(source), "utf-8")
+
+
+def _file_name(source: str) -> str:
+    """A source may be named as on the Hub, openai/gsm8k, or like no file at all; two sources never share a name."""
+    name = re.sub(r"[\x00-\x1f/%]", lambda found: f"%{ord(found[0]):02X}", source)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    short = name.encode()[: _LONGEST_NAME - 17].decode(errors="ignore")
+    return f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"

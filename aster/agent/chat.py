@@ -213,6 +213,23 @@ class ChatRenderer:
         mask += [True] * len(newline)
         return _int32(ids), np.array(mask, dtype=bool)
 
+    def as_sampled(self, written: str) -> str:
+        """The raw turn of an assistant's text as other programs write it down: without the `<think>` that the
+        generation prompt has opened already, and without the end of turn.
+
+        Raises DataError for an end of turn inside it: what follows could not have been sampled.
+        """
+        raw = written
+        _, opens, blanks = self.generation_prompt.rpartition("<think>")
+        if opens and not blanks.strip() and raw.lstrip().startswith("<think>"):
+            raw = raw.lstrip().removeprefix("<think>").removeprefix(blanks)
+        if raw.rstrip().endswith(self._turn_end):
+            raw = raw.rstrip().removesuffix(self._turn_end)
+        if self._turn_end in raw:
+            shown = raw[max(raw.find(self._turn_end) - 40, 0) :][:80]
+            raise DataError(f"an assistant's text goes on after its end of turn {self._turn_end!r}: {shown!r}")
+        return raw
+
     def turn_ids(self, raw: str) -> np.ndarray:
         """A raw turn as a sampler emits it, its end of turn included, int32."""
         return _int32([*self._tokenizer.encode_turn(raw), self.turn_end_id])

@@ -29,7 +29,10 @@ class Conversation(Messages):
 
 
 class Renderer(Protocol):
-    """What is needed of `agent.chat.ChatRenderer`: token ids [S] and loss mask [S] of a whole conversation."""
+    """What is needed of `agent.chat.ChatRenderer`: token ids [S] and loss mask [S] of a whole conversation, and the raw
+    turn of a text that was written down with the prompt's `<think>` before it or the end of turn after it."""
+
+    def as_sampled(self, written: str) -> str: ...
 
     def conversation(self, messages: Messages, *, train_on_newline: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -91,7 +94,8 @@ def to_samples(
     dropped = 0
     for index, messages in enumerate(conversations):
         try:
-            ids, mask = renderer.conversation(messages, train_on_newline=train_on_newline)
+            turns = [_as_sampled(message, renderer) for message in messages]
+            ids, mask = renderer.conversation(turns, train_on_newline=train_on_newline)
         except DataError as error:
             where = messages.where if isinstance(messages, Conversation) else f"conversation {index}"
             raise DataError(f"{where}: {error}") from None
@@ -100,3 +104,8 @@ def to_samples(
         else:
             samples.append(Sample(ids=ids, mask=mask, group=len(samples)))
     return samples, dropped
+
+
+def _as_sampled(message: Message, renderer: Renderer) -> Message:
+    raw = message["role"] == "assistant" and not {"reasoning_content", "tool_calls"} & message.keys()
+    return {**message, "content": renderer.as_sampled(message["content"])} if raw else message

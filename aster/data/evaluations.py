@@ -19,7 +19,8 @@ import numpy as np
 from aster.algo.intervals import PairedDifference, paired_test
 from aster.algo.sequential import Look, look
 from aster.config import Recipe
-from aster.data.rollouts import read_rows, rollout_files
+from aster.data.formats import valid
+from aster.data.rollouts import accuracy_of, read_rows, rollout_files
 from aster.data.trajectories import read_trajectories, write_trajectories_parquet
 from aster.errors import ConfigError, DataError
 from aster.types import PromptRow, Trajectory, TrajectoryGroup
@@ -156,12 +157,13 @@ def read_scores(path: Path) -> Scores:
     elif not path.is_file():
         raise DataError(f"{path} does not exist: name a run directory, its val_rollout_data, or one STEP.jsonl")
     scores: Scores = {}
-    for row in read_rows(path):
+    for number, row in enumerate(read_rows(path), 1):
         source, row_id = row.get("non_tensor_data_source") or row.get("data_source"), row.get("row_id")
         if source is None or row_id is None:
             raise DataError(f"{path}: a row without row_id or data source cannot be paired; evaluate that model here")
-        if row.get("acc") is not None:
-            scores.setdefault(str(source), {}).setdefault(str(row_id), []).append(float(row["acc"]))
+        accuracy = accuracy_of(row.get("acc"), where=f"{path}, row {number}")
+        if accuracy is not None:
+            scores.setdefault(str(source), {}).setdefault(str(row_id), []).append(accuracy)
     return scores
 
 
@@ -229,5 +231,5 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Atomic; makes the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    partial.write_text(valid(json.dumps(value, indent=1, ensure_ascii=False)), "utf-8")
     partial.replace(path)

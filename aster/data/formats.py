@@ -1,6 +1,7 @@
 """Conversations as other programs write them, in one shape: what a file calls its roles, thoughts and calls.
 
-    raw        `messages`: an assistant's content is its raw turn, exactly what a sampler emits (`aster prepare`)
+    raw        `messages`: an assistant's content is its raw turn, exactly what a sampler emits (`aster prepare`);
+               a `<think>` that the prompt opens too and an end of turn come off (`ChatRenderer.as_sampled`)
     openai     `messages` with `tool_calls` and `reasoning_content`
     sharegpt   `conversations` with role/content or from/value; a call is a message of its own, role `function` or
                `function_call`, whose content is a thought and the call's JSON (the reference's SFT set)
@@ -42,7 +43,8 @@ def form_of(records: Sequence[Mapping[str, Any]], *, where: str) -> Form:
     if "messages" not in records[0]:
         cure = ": these are prompts, and SFT reads conversations (README, Data)" if "prompt" in records[0] else ""
         raise DataError(f"{where} lacks the column messages (or conversations); it has {sorted(records[0])}{cure}")
-    messages = (m for record in records for m in record.get("messages") or () if isinstance(m, Mapping))
+    lists = (record.get("messages") for record in records)
+    messages = (m for turns in lists if isinstance(turns, list) for m in turns if isinstance(m, Mapping))
     structured = any(m.get("tool_calls") or isinstance(m.get("reasoning_content"), str) for m in messages)
     return "openai" if structured else "raw"
 
@@ -79,7 +81,10 @@ def _openai(turn: Mapping[str, Any], where: str) -> Message:
         content = "".join(_text(part.get("text") if isinstance(part, Mapping) else part, where) for part in content)
     if role != "assistant":
         return {"role": role, "content": _text(content, where)}
-    calls = [_call((isinstance(c, Mapping) and c.get("function")) or c, where) for c in turn.get("tool_calls") or ()]
+    written = turn.get("tool_calls") or []
+    if not isinstance(written, list):
+        raise DataError(f"{where}: tool_calls must be a list of calls, got {_kind(written)}")
+    calls = [_call((isinstance(c, Mapping) and c.get("function")) or c, where) for c in written]
     content = "" if content is None and calls else _text(content, where)
     thought = turn.get("reasoning_content")
     return _assistant(content, calls) if thought is None else _structured(_text(thought, where), content, calls)
@@ -136,7 +141,7 @@ def _calls_at_the_end(text: str, where: str) -> tuple[str, list[dict[str, Any]]]
             continue
         try:
             found = json.loads(stripped[start:])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         calls = found if isinstance(found, list) else [found]
         return stripped[:start].rstrip(), [_call(call, where) for call in calls]
@@ -145,13 +150,14 @@ def _calls_at_the_end(text: str, where: str) -> tuple[str, list[dict[str, Any]]]
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     """`arguments` may be an object or, as OpenAI writes it, the JSON of one."""
-    if not isinstance(call, Mapping) or not call.get("name") or "arguments" not in call:
+    named = isinstance(call, Mapping) and isinstance(call.get("name"), str) and call["name"]
+    if not named or "arguments" not in call:
         raise DataError(f"{where}: a call must be an object with name and arguments, got {str(call)[:80]!r}")
     arguments = call["arguments"]
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: the arguments of {call['name']} are not JSON: {error}") from None
     if not isinstance(arguments, Mapping):
         raise DataError(f"{where}: the arguments of {call['name']} must be an object, got {_kind(arguments)}")

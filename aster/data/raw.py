@@ -7,9 +7,11 @@ Reading is streaming: the original DAPO-Math-17k file holds a hundred copies of 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -175,14 +177,15 @@ def _one_record(row: pa.RecordBatch) -> dict[str, Any] | str:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
     with open(path, "rb") as file:
-        for line in file:
-            if not line.strip():
+        for number, line in enumerate(file):
+            text = line if number else line.removeprefix(codecs.BOM_UTF8)
+            if not text.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(text.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield f"not UTF-8: {error.reason} at byte {error.start}"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield f"not JSON: {error}"
             else:
                 yield record if isinstance(record, dict) else f"a JSON {type(record).__name__}, not an object"
@@ -190,8 +193,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
 
 def _json_array(path: Path) -> Iterator[dict[str, Any] | str]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(content, list):
         raise DataError(f"{path} holds a JSON {type(content).__name__}: give an array of objects, or JSON Lines")
@@ -222,7 +225,7 @@ def _extract(record: Mapping[str, Any], columns: Columns, *, where: str) -> tupl
 
 def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
     for name in names:
-        value = _get(record, name)
+        value = _whole(_get(record, name))
         if value is not None:
             return value
     return None
@@ -234,6 +237,15 @@ def _get(record: Any, dotted: str) -> Any:
             return None
         record = record.get(part)
     return record
+
+
+def _whole(value: Any) -> Any:
+    """A column of integers with a hole is one of floats, the hole NaN, once pandas has written it: taken back here."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 def _problem_text(value: Any) -> str:
@@ -255,13 +267,13 @@ def _answer_text(value: Any) -> tuple[str, str]:
     (('$\\frac{1}{2}$', ''), ('70', ''), ('[1, 2]', ''), ('1; 2', 'several answers'))
     """
     if isinstance(value, str) and value.lstrip().startswith('["'):  # a list of answers as JSON, as Skywork-OR1 has it
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, list) and len(value) > 1:
         return "; ".join(map(str, value)), "several answers"
     if isinstance(value, list):
-        value = value[0] if value else None
-    if value is not None and not isinstance(value, str | int | float):
+        value = _whole(value[0]) if value else None
+    if isinstance(value, bool) or (value is not None and not isinstance(value, str | int | float)):
         return str(value), "answer is no text"
     text = str(value if value is not None else "").strip()
     if (boxed := last_boxed(text)) is not None:
@@ -283,8 +295,8 @@ def _row(
     `prompts.read_prompts`.
     """
     own = _first(record, (column,) if column else ID_COLUMNS)
-    if own is None and not column and record.get("id") is not None:
-        own = f"{source}-{record['id']}"
+    if own is None and not column and (number := _first(record, ("id",))) is not None:
+        own = f"{source}-{number}"
     own = None if own is None else valid(str(own))
     renamed = own in taken
     ability = record.get("ability")

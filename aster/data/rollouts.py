@@ -7,8 +7,10 @@ step, acc, pred, final_reward; validation also reward and non_tensor_*) and ours
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aster.data.formats import valid
 from aster.data.trajectories import read_trajectories, write_trajectories_parquet
 from aster.errors import DataError
 from aster.types import ToolCall, Trajectory, TrajectoryGroup, Turn
@@ -27,7 +30,9 @@ __all__ = [
     "Decode",
     "DecodeOnce",
     "ScoreTable",
+    "accuracy_of",
     "average_scores",
+    "ground_truth_of",
     "read_rows",
     "read_trajectories",
     "rollout_files",
@@ -218,7 +223,7 @@ def rollout_files(folder: Path, *, step_min: int | None = None, step_max: int | 
     """`(step, path)` of every `{step}.jsonl` in `folder`, in order; both ends included. Other files are ignored."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory: name the folder that holds the STEP.jsonl files of a run")
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP_FILE.fullmatch(p.name))]
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP_FILE.fullmatch(p.name)) and not p.is_dir()]
     low, high = step_min if step_min is not None else 0, step_max if step_max is not None else 10**18
     return sorted((step, path) for step, path in found if low <= step <= high)
 
@@ -227,14 +232,15 @@ def read_rows(path: Path, *, on_bad_line: Callable[[str], None] | None = None) -
     """The rows of one file, one at a time. A line that is no JSON object is a `DataError`, or goes to `on_bad_line`."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            text = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(text.decode("utf-8"))
                 problem = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 ({error.reason} at byte {error.start})"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = f"not JSON ({error})"
             if not problem:
                 yield row
@@ -243,6 +249,32 @@ def read_rows(path: Path, *, on_bad_line: Callable[[str], None] | None = None) -
             if on_bad_line is None:
                 raise DataError(f"{message}. Was the file cut off while it was written?")
             on_bad_line(message)
+
+
+def accuracy_of(value: Any, *, where: str) -> float | None:
+    """A row's `acc`, or `score` where it has none: true, false, or a number from 0 to 1; None = never judged.
+
+    A reward of -1 and 1 is not taken for one: where its wrong answers begin is for the run that wrote it to say.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int | float) and 0 <= value <= 1:  # bool is an int, NaN is in no range
+        return float(value)
+    raise DataError(
+        f"{where}: acc (or score) must be true, false or a number from 0 to 1, got {value!r:.80}; "
+        "of rewards on another scale make a column acc"
+    )
+
+
+def ground_truth_of(row: dict[str, Any]) -> str:
+    """Of a validation row, ours or the reference's; empty where it has none that is a text or a number."""
+    model = row.get("non_tensor_reward_model")
+    for truth in (model.get("ground_truth") if isinstance(model, dict) else None, row.get("ground_truth")):
+        if isinstance(truth, str) or (isinstance(truth, int | float) and not isinstance(truth, bool)):
+            text = str(truth)
+            if text and not (isinstance(truth, float) and not math.isfinite(truth)):
+                return text
+    return ""
 
 
 # scoring -------------------------------------------------------------------------------------------------------------
@@ -284,7 +316,8 @@ def average_scores(
 
         for row in read_rows(path, on_bad_line=bad_line):
             source = row.get("non_tensor_data_source") or row.get("data_source")
-            truth = (row.get("non_tensor_reward_model") or {}).get("ground_truth") or row.get("ground_truth")
+            source = valid(str(source)) if isinstance(source, str | int) else None
+            truth = ground_truth_of(row)
             if source is None or (sources is not None and source not in sources):
                 table.skipped["source"] += 1
             elif not truth:
@@ -292,7 +325,7 @@ def average_scores(
             elif row.get("error") and row.get("score") is None:
                 table.skipped["lost to infrastructure"] += 1
             else:
-                verdict = verify(str(row.get("output") or "")[-last_chars:], str(truth))
+                verdict = verify(str(row.get("output") or "")[-last_chars:], truth)
                 verdicts[source].append(verdict)
                 if on_row is not None:
                     on_row(step, row, verdict)

@@ -144,6 +144,17 @@ def test_a_rollout_that_we_lost_is_no_wrong_answer(tmp_path: Path) -> None:
     assert [(row["extra_info"]["index"], row["acc_mean@2"], row["response_count"]) for row in kept] == [("id-1", 0, 1)]
 
 
+def test_a_row_id_that_is_a_number_joins_as_its_text_does(tmp_path: Path) -> None:
+    rows = [
+        {"row_id": i, "prompt": [{"role": "user", "content": "same"}], "reward_model": {"ground_truth": "1"}}
+        for i in (7, 8)
+    ]
+    pq.write_table(pa.Table.from_pylist([row | {"data_source": "s"} for row in rows]), tmp_path / "d.parquet")
+    folder = rollouts(tmp_path / "r", 1, {"row_id": 7, "acc": True}, {"row_id": 8, "acc": 0}, {"row_id": "8", "acc": 1})
+    (row,) = run(tmp_path / "o.parquet", dataset=tmp_path / "d.parquet", rollouts=folder)
+    assert (row["row_id"], row["response_count"]) == (8, 2.0)
+
+
 def test_filtering_twice_replaces_the_columns(tmp_path: Path) -> None:
     data = dataset(tmp_path / "d.parquet", "a", "b", "c")
     first = rollouts(tmp_path / "r1", 1, {"input": rendered("a"), "acc": True}, {"input": rendered("b"), "acc": False})
@@ -231,12 +242,23 @@ def test_bad_input_is_an_error_that_names_it(tmp_path: Path) -> None:
         run(out, dataset=data, rollouts=rollouts(tmp_path / "noacc", 1, {"input": rendered("a")}))
     with pytest.raises(DataError, match=r"1\.jsonl, row 1 has neither row_id nor input"):
         run(out, dataset=data, rollouts=rollouts(tmp_path / "noinput", 1, {"acc": True}))
-    for number, (accuracy, words) in enumerate((("yes", "got 'yes'"), (float("nan"), "got nan"), ([1], r"got \[1\]"))):
+    odd = {"'yes'": "yes", "nan": float("nan"), r"\[1\]": [1], "-1": -1, "5": 5, "1.5": 1.5, "1000": 10**4000}
+    for number, (words, accuracy) in enumerate(odd.items()):
         folder = rollouts(tmp_path / f"odd{number}", 1, {"input": rendered("a"), "acc": accuracy})
-        with pytest.raises(DataError, match=rf"1\.jsonl, row 1: acc \(or score\) must be true, .* {words}"):
+        with pytest.raises(DataError, match=rf"1\.jsonl, row 1: acc \(or score\) must be true, .* got {words}"):
+            run(out, dataset=data, rollouts=folder)
+    folder = rollouts(tmp_path / "rewards", 1, {"input": rendered("a"), "score": -1.0})
+    with pytest.raises(DataError, match=r"got -1\.0; of rewards on another scale make a column acc"):
+        run(out, "--plot", dataset=data, rollouts=folder)
+    for column, value in (("row_id", [1]), ("row_id", True), ("input", 3), ("input", ["a"])):
+        folder = rollouts(tmp_path / "types", 1, {"row_id": "id-0", "acc": True} | {column: value})
+        with pytest.raises(DataError, match=rf"1\.jsonl, row 1: {column} must be text"):
             run(out, dataset=data, rollouts=folder)
     with pytest.raises(DataError, match="the 1 rollout files hold no rollout"):
         run(out, dataset=data, rollouts=rollouts(tmp_path / "empty", 1))
+    (good / "4.jsonl").write_text("[" * 3000 + "]" * 3000)
+    with pytest.raises(DataError, match=r"4\.jsonl, line 1: not JSON"):
+        run(out, dataset=data, rollouts=good)
     (good / "4.jsonl").write_bytes(b'{"input": "\xe9", "acc": true}\n')
     with pytest.raises(DataError, match=r"4\.jsonl, line 1: not UTF-8"):
         run(out, dataset=data, rollouts=good)

@@ -143,6 +143,8 @@ def test_out_that_is_a_file_is_refused_before_any_work(tmp_path):
         prepare.main(["--task", "quickstart", "--out", str(file)])
     with pytest.raises(ConfigError, match=r"file/out cannot be made: .*file is a file"):
         prepare.main(["--task", "quickstart", "--out", str(file / "out")])
+    with pytest.raises(ConfigError, match=r"--out /proc/x cannot be written: (no file can be made in )?/proc"):
+        prepare.main(["--task", "quickstart", "--out", "/proc/x"])
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):

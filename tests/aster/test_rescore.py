@@ -63,6 +63,21 @@ def test_a_data_source_may_have_a_slash_in_its_name(tmp_path):
     assert (tmp_path / "report/openai%2Fgsm8k.csv").read_text() == "step,avg_score\n3,1.0\n"
 
 
+def test_a_data_source_may_be_no_name_for_a_file_and_an_output_no_unicode(tmp_path):
+    sources = ["a\0b", "x" * 300, "x" * 299 + "y", "中" * 90, "50%", 7]
+    rows = [{"output": r"\boxed{2}", "data_source": s, "ground_truth": "2"} for s in sources]
+    rows.append({"output": "\ud835", "data_source": 7, "ground_truth": 0, "acc": True, "uid": "\ud835"})
+    (tmp_path / "3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rescore(tmp_path)
+    report = json.loads((tmp_path / "report/rescore.json").read_text("utf-8"))
+    assert set(report["scores"]) == {str(s) for s in sources}
+    (changed,) = report["verdicts_changed"]
+    assert (changed["output_tail"], changed["ground_truth"]) == ("\ud835", "0")
+    names = {path.name for path in (tmp_path / "report").glob("*.csv")}
+    assert len(names) == len(sources)
+    assert {"a%00b.csv", "50%25.csv", "7.csv"} <= names
+
+
 def test_a_folder_without_rows_to_judge_says_so(tmp_path):
     (tmp_path / "0.jsonl").write_text('{"output": "x"}\n')
     with pytest.raises(DataError, match="nothing to judge"):

@@ -18,6 +18,7 @@ from aster.agent.chat import ChatRenderer
 from aster.agent.masks import masks_text
 from aster.agent.rollout import Generation, run_episode
 from aster.config import ToolConfig
+from aster.data.conversations import to_samples
 from aster.data.formats import read_messages
 from aster.data.templates import STATIC_TEMPLATE, TOOLS_TEMPLATE
 from aster.errors import DataError, TemplateError
@@ -116,7 +117,37 @@ def test_sft_ids_are_rollout_ids_for_smollm2(smollm2: ChatRenderer, turns: list)
     check(smollm2, turns)
 
 
+@FAST
+@given(steps, st.sampled_from(["", "<|im_end|>", "<|im_end|>\n"]))
+def test_turns_written_with_their_think_and_their_end_have_the_ids_of_a_rollout(
+    hybrid: ChatRenderer, thinking: ChatRenderer, turns: list, end: str
+) -> None:
+    """Most files of chats look like this, whatever the prompt of the model opens."""
+    messages: list[dict] = [USER]
+    for thought, code, output in turns:
+        call = json.dumps({"name": "code_interpreter", "arguments": {"code": code}}, ensure_ascii=False)
+        said = f"<think>\n{thought}\n</think>\n\n<tool_call>\n{call}\n</tool_call>{end}"
+        messages += [{"role": "assistant", "content": said}, {"role": "tool", "content": output}]
+    messages.append({"role": "assistant", "content": f"<think>\nSo.\n</think>\n\n\\boxed{{4}}{end}"})
+    for renderer in (hybrid, thinking):
+        expected_ids, expected_mask = asyncio.run(episode(renderer, turns))
+        (sample,), _ = to_samples([messages], renderer, max_length=10_000)
+        assert sample.ids.tolist() == expected_ids.tolist()
+        assert sample.mask.tolist() == expected_mask.tolist()
+
+
 class TestRawTurn:
+    def test_as_files_write_it(self, hybrid: ChatRenderer, thinking: ChatRenderer) -> None:
+        written = "<think>\nhm\n</think>\n\n4"
+        assert thinking.as_sampled(written) == "hm\n</think>\n\n4"
+        assert thinking.as_sampled(f"\n{written}<|im_end|>\n") == "hm\n</think>\n\n4"
+        assert thinking.as_sampled("<think>hm</think>4") == "hm</think>4"
+        assert thinking.as_sampled("hm <think>\n</think> 4\n") == "hm <think>\n</think> 4\n"
+        assert hybrid.as_sampled(written) == written
+        for renderer in (hybrid, thinking):
+            with pytest.raises(DataError, match=r"goes on after its end of turn '<\|im_end\|>': '4<\|im_end\|>5'"):
+                renderer.as_sampled("4<|im_end|>5<|im_end|>")
+
     def test_a_turn_is_what_follows_the_generation_prompt(self, hybrid: ChatRenderer, thinking: ChatRenderer) -> None:
         turn = {"role": "assistant", "content": "4", "reasoning_content": "hm", "tool_calls": []}
         assert hybrid.raw_turn(turn) == "<think>\nhm\n</think>\n\n4"

@@ -14,6 +14,11 @@ TALK = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "e
 class Words:
     """A renderer of one id per character; the loss on everything that the assistant says."""
 
+    def as_sampled(self, written):
+        if "<end>" in written:
+            raise DataError("goes on after its end")
+        return written.removeprefix("<think>")
+
     def conversation(self, messages, *, train_on_newline=False):
         mask = [m["role"] == "assistant" for m in messages for _ in m["content"]]
         return np.zeros(len(mask), np.int32), np.array(mask, bool)
@@ -87,3 +92,18 @@ def test_a_conversation_of_a_file_that_cannot_be_rendered_is_named_by_its_row(tm
                 to_samples(side, Refuses(), max_length=50)
         else:
             assert len(to_samples(side, Refuses(), max_length=50)[0]) == len(side)
+
+
+def test_only_a_raw_turn_is_brought_into_the_form_of_a_sampler_and_a_bad_one_is_named(tmp_path):
+    def talk(**turn):
+        return [{"role": "user", "content": "<think>?"}, {"role": "assistant", **turn}]
+
+    written = talk(content="<think>x")
+    (sample,), _ = to_samples([written], Words(), max_length=50)
+    assert (len(sample), sample.mask.sum()) == (len("<think>?x"), 1)
+    assert written == talk(content="<think>x"), "the caller's messages stay as they are"
+    structured = talk(content="<think>x", reasoning_content="", tool_calls=[])
+    assert to_samples([structured], Words(), max_length=50)[0][0].mask.sum() == len("<think>x")
+    write_conversations(tmp_path / "a.parquet", [TALK, talk(content="a<end>b")])
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: goes on after its end"):
+        to_samples(read_conversations([tmp_path / "a.parquet"]), Words(), max_length=50)

@@ -100,6 +100,9 @@ def test_words_and_lists_of_calls_before_the_end_of_a_function_message(tmp_path)
     assert turn["tool_calls"] == [CALL, CALL]
 
 
+DEEP = "[" * 3000 + "]" * 3000
+
+
 def message(role, content, **more):
     return {"messages": [{"role": "user", "content": "?"}, {"role": role, "content": content, **more}]}
 
@@ -119,6 +122,12 @@ def message(role, content, **more):
         (message(["assistant"], "x"), r"role \['assistant'\] is none of"),
         (message("assistant", "x", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "of f are not JSON"),
         (message("assistant", "x", tool_calls=[{"function": {"name": "f", "arguments": "3"}}]), "must be an object"),
+        (message("assistant", "x", tool_calls=5), "row 0, turn 1: tool_calls must be a list of calls, got int"),
+        (message("assistant", "x", tool_calls=[5]), "an object with name and arguments, got '5'"),
+        (message("assistant", "x", tool_calls=[{"name": [1], "arguments": {}}]), "an object with name and arguments"),
+        (message("assistant", "x", tool_calls=[{"name": "f", "arguments": DEEP}]), "of f are not JSON"),
+        ({"conversations": [{"from": "function_call", "value": DEEP}]}, "no JSON of a call ends this message"),
+        ({"messages": 5}, "row 0: messages must be a list of messages, got int"),
         ({"text": "x"}, r"lacks the column messages \(or conversations\); it has \['text'\]"),
     ],
 )
@@ -152,6 +161,8 @@ def test_files_that_are_empty_cut_off_or_not_utf8_are_named(tmp_path):
         "empty.jsonl": (b"", "empty.jsonl holds no conversation"),
         "empty.parquet": (b"", "empty.parquet is not a readable parquet file"),
         "cut.parquet": (whole.read_bytes()[:-40], "cut.parquet is not a readable parquet file"),
+        "deep.jsonl": (DEEP.encode(), "deep.jsonl, row 0: not JSON"),
+        "deep.json": (DEEP.encode(), "deep.json is not a readable JSON file"),
         "cut.jsonl": (json.dumps(OPENAI).encode()[:-9], "cut.jsonl, row 0: not JSON"),
         "latin.jsonl": ('{"messages": "é"}'.encode("latin-1"), "latin.jsonl, row 0: not UTF-8"),
         "mixed.jsonl": (
@@ -167,3 +178,9 @@ def test_files_that_are_empty_cut_off_or_not_utf8_are_named(tmp_path):
     pq.write_table(pa.table({"messages": pa.array([], pa.list_(pa.struct([("role", pa.string())])))}), whole)
     with pytest.raises(DataError, match="holds no conversation"):
         read_conversations([whole])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    for name, content in (("a.jsonl", json.dumps(OPENAI)), ("a.json", json.dumps([OPENAI]))):
+        (tmp_path / name).write_text(content, "utf-8-sig")
+        assert read_conversations([tmp_path / name]) == [EXPECTED]

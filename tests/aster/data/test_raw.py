@@ -273,6 +273,49 @@ def test_half_a_surrogate_pair_drops_its_record_and_no_other(tmp_path):
     assert dropped[0]["problem"] == f"What is {half}?"
 
 
+def test_a_table_with_holes_that_pandas_wrote_has_its_integers_back(tmp_path):
+    nan = float("nan")
+    table = {"problem": ["a", "b", "c", "d"], "answer": [4.0, nan, 2.5, -7.0], "id": [1.0, 2.0, nan, 4.0]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    found = collect([tmp_path / "a.parquet"], source="t")
+    assert [(r.row_id, r.ground_truth) for r in found.rows] == [
+        ("t-1", "4"),
+        (f"t-{fingerprint('c')[:16]}", "2.5"),
+        ("t-4", "-7"),
+    ]
+    assert found.reasons() == {"no answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("NaN", "no answer"),
+        ("Infinity", "no answer"),
+        ("-1e999", "no answer"),
+        ("[NaN]", "no answer"),
+        ("null", "no answer"),
+        ("true", "answer is no text"),
+        ("[false]", "answer is no text"),
+    ],
+)
+def test_what_is_no_answer_never_becomes_one(tmp_path, answer, reason):
+    (tmp_path / "a.jsonl").write_text(f'{{"problem": "a", "answer": {answer}}}\n{{"problem": "b", "answer": [8.0]}}\n')
+    found = collect([tmp_path / "a.jsonl"], source="t")
+    assert [r.ground_truth for r in found.rows] == ["8"]
+    assert [(d.where, d.reason) for d in found.dropped] == [(f"{tmp_path}/a.jsonl:0", reason)]
+
+
+def test_a_byte_order_mark_costs_no_record_and_deep_nesting_only_its_own(tmp_path):
+    deep = '{"problem": ' + "[" * 3000 + "]" * 3000 + ', "answer": "1"}'
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"problem": "a", "answer": "1"}}\n{deep}\n{{"problem": "b", "answer": "2"}}\n', "utf-8-sig")
+    found = collect([path], source="t")
+    assert [r.ground_truth for r in found.rows] == ["1", "2"]
+    assert [(d.where, d.reason) for d in found.dropped] == [(f"{path}:1", "unreadable")]
+    path.write_text("", "utf-8-sig")
+    assert collect([path], source="t").records == 0
+
+
 def test_the_command_writes_rows_card_and_list(tmp_path, capsys):
     records = [{"problem": "What is 1+1?", "answer": "2", "id": 1}, {"problem": "2+2?", "answer": "4", "id": 1}]
     raw = lines(tmp_path / "a.jsonl", *records, {"problem": "", "answer": "2"})

@@ -213,6 +213,7 @@ def test_no_groups_make_an_empty_file_that_reads(tmp_path: Path) -> None:
 def test_step_files_are_in_numeric_order_and_others_are_ignored(tmp_path: Path) -> None:
     for name in ("10.jsonl", "9.jsonl", "100.jsonl", "notes.jsonl", "9.jsonl.bak", ".11.jsonl.partial"):
         (tmp_path / name).write_text("{}\n")
+    (tmp_path / "11.jsonl").mkdir()
     assert [step for step, _ in rollout_files(tmp_path)] == [9, 10, 100]
     assert [step for step, _ in rollout_files(tmp_path, step_min=10, step_max=99)] == [10]
     with pytest.raises(DataError, match="is not a directory"):
@@ -288,3 +289,28 @@ def test_score_csv_is_the_reference_format(tmp_path: Path) -> None:
     table = average_scores(tmp_path, verify=lambda text, truth: next(answers))
     assert table.csv("math") == f"step,avg_score\n0,0.5\n5,{2 / 3!r}\n"
     assert dict(table.skipped) == {"lost to infrastructure": 1}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "1.jsonl").write_text('{"a": 1}\n{"a": 2}\n', "utf-8-sig")
+    assert [row["a"] for row in read_rows(tmp_path / "1.jsonl")] == [1, 2]
+
+
+def test_every_row_is_judged_or_counted_whatever_stands_in_it(tmp_path: Path) -> None:
+    source = {"data_source": "s"}
+    rows: list[dict[str, object]] = [
+        source | {"ground_truth": 0},
+        source | {"non_tensor_reward_model": {"ground_truth": 0}, "ground_truth": 1},
+        source | {"non_tensor_reward_model": "0", "ground_truth": "0"},
+        {"data_source": 7, "ground_truth": "0"},
+        {"data_source": "\ud835", "ground_truth": "0"},
+        {"data_source": ["s"], "ground_truth": "0"},
+        source | {"non_tensor_reward_model": "0"},
+        *(source | {"ground_truth": truth} for truth in ("", None, True, float("nan"), ["0"])),
+    ]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[" * 3000 + "\n")
+    asked: list[str] = []
+    table = average_scores(tmp_path, verify=lambda text, truth: not asked.append(truth))
+    assert asked == ["0"] * 5
+    assert table.rows == {"s": {1: 3}, "7": {1: 1}, "\\ud835": {1: 1}}
+    assert dict(table.skipped) == {"source": 1, "no ground truth": 6, "not JSON": 1}
