@@ -43,6 +43,7 @@ from aster.roles import ExecResult, SandboxFactory
 from aster.types import PromptRow
 
 CELL_TIMEOUT_S = 30.0
+_PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where a record keeps problem, answer and row_id, if not under a usual name; dots reach into structs",
     )
     raw.add_argument("--decontaminate", nargs="+", default=[], metavar="PARQUET", help="evaluation sets to keep apart")
-    raw.add_argument("--ngram", type=int, default=NGRAM, help="words in a row that count as shared (%(default)s)")
+    raw.add_argument("--ngram", type=int, help=f"words in a row that count as shared ({NGRAM})")
     raw.add_argument(
-        "--overlap",
-        type=float,
-        default=SHARE,
-        help="drop a problem that shares this part of an evaluation problem's words (%(default)s)",
+        "--overlap", type=float, help=f"drop a problem that shares this part of an evaluation problem's words ({SHARE})"
     )
     raw.add_argument("--tokenizer", default="", metavar="DIR", help="model directory, to count tokens of prompts")
-    raw.add_argument("--max-prompt-tokens", type=int, default=2048, help="with --tokenizer (%(default)s)")
+    raw.add_argument("--max-prompt-tokens", type=int, help=f"with --tokenizer ({_PROMPT_TOKENS})")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the weights (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written and stop")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of recipe cpu_quickstart, e.g. sandbox.backend=bwrap"
     )
     args = parser.parse_intermixed_args(argv)
-    if args.card:
+    if args.card and not args.dry_run:
         print(card(Path(args.card), prompt_tokens=_token_counter(args.tokenizer)).markdown(title=args.card), end="")
         return 0
-    if not args.out:
-        raise ConfigError("--out is missing: name the directory to write")
-    out = Path(args.out)
-    require_writable("--out", out, directory=True)
-    _check(args)
+    if not args.card:
+        _check(args)
     recipe = Recipe.load("cpu_quickstart", args.overrides)
     if not recipe.tool.enabled:
         raise ConfigError("tool.enabled=false leaves no sandbox to run the cold-start cells in: leave it true")
     if args.dry_run:
         print("\n".join(f"{key} = {value}" for key, value in vars(args).items() if value not in (None, [], False)))
         return 0
+    out = Path(args.out)
     if args.model:
         print(smollm2(out))
         return 0
@@ -130,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 source=args.source,
                 columns=_columns(args.columns),
                 evaluation_sets=args.decontaminate,
-                ngram=args.ngram,
-                overlap=args.overlap,
+                ngram=NGRAM if args.ngram is None else args.ngram,
+                overlap=SHARE if args.overlap is None else args.overlap,
                 tokenizer=args.tokenizer,
-                max_prompt_tokens=args.max_prompt_tokens,
+                max_prompt_tokens=_PROMPT_TOKENS if args.max_prompt_tokens is None else args.max_prompt_tokens,
             )
         )
         return 0
@@ -145,24 +141,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises `ConfigError` for an option that is wrong, or belongs to another kind of preparation."""
-    given = [
-        name for name in ("source", "columns", "decontaminate", "tokenizer") if getattr(args, name) and not args.data
-    ]
-    if given:
+    if not args.out:
+        raise ConfigError("--out is missing: name the directory to write")
+    out = Path(args.out)
+    require_writable("--out", out, directory=True)
+    of_data = ("source", "columns", "decontaminate", "ngram", "overlap", "tokenizer", "max_prompt_tokens")
+    given = [name.replace("_", "-") for name in of_data if getattr(args, name) not in ("", [], None)]
+    if given and not args.data:
         raise ConfigError(f"--{given[0]} belongs to --data: with --task and --model there is nothing to apply it to")
     if args.overrides and not args.task:
         raise ConfigError(f"{args.overrides[0]}: a recipe's values count with --task only")
     if args.data and not args.source:
         raise ConfigError("--source is missing: name the data set as its rows should, e.g. --source math_dapo")
-    if args.ngram < 1:
+    if args.ngram is not None and args.ngram < 1:
         raise ConfigError(f"--ngram {args.ngram} must be at least 1")
-    if not 0 < args.overlap <= 1:
+    if args.overlap is not None and not 0 < args.overlap <= 1:
         raise ConfigError(
             f"--overlap {args.overlap} must be above 0 and at most 1: a share of an evaluation problem's words"
         )
-    if args.max_prompt_tokens < 1:
+    if args.max_prompt_tokens is not None and args.max_prompt_tokens < 1:
         raise ConfigError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
-    out = Path(args.out)
     if args.model and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ConfigError(f"--out {out} holds other files and no model: name an empty or a new directory")
 
@@ -249,7 +247,7 @@ def raw_problems(
     ngram: int = NGRAM,
     overlap: float = SHARE,
     tokenizer: str = "",
-    max_prompt_tokens: int = 2048,
+    max_prompt_tokens: int = _PROMPT_TOKENS,
 ) -> str:
     """`--data`: OUT/train.parquet, OUT/card.md and OUT/dropped.jsonl from the files, URLs or data sets `names`.
 

@@ -124,6 +124,8 @@ def test_every_recipe_of_sft_is_looked_at_here_or_names_no_files():
     [
         (["--task", "quickstart", "--source", "mine"], "--source belongs to --data"),
         (["--model", "smollm2", "--decontaminate", "a.parquet"], "--decontaminate belongs to --data"),
+        (["--task", "quickstart", "--ngram", "3"], "--ngram belongs to --data"),
+        (["--model", "smollm2", "--max-prompt-tokens", "5"], "--max-prompt-tokens belongs to --data"),
         (["--model", "smollm2", "sandbox.backend=bwrap"], "sandbox.backend=bwrap: a recipe's values count with --task"),
         (["--task", "quickstart", "rollout.engines=abc", "--dry-run"], "rollout.engines='abc'"),
         (["--task", "quickstart", "tool.enabled=false", "--dry-run"], "tool.enabled=false leaves no sandbox"),
