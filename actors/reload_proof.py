@@ -37,7 +37,7 @@ class ProvenReload:
         self._kept = [(name, p) for name, p in model.named_parameters() if not p.is_meta and _provable(p)]
         for _, parameter in self._kept:
             parameter.data.fill_(torch.nan)
-        layerwise.materialize_layer = self._materialize  # for as long as this is the newest reload
+        layerwise.materialize_layer = self._materialize  # until `finish`
 
     def _materialize(self, layer: nn.Module, info: Any) -> None:
         self._look()
@@ -59,7 +59,10 @@ class ProvenReload:
 
     def finish(self, model_config: Any) -> list[str]:
         """Leave no layer waiting for weights. Returns the parameters that hold NaN now."""
-        finalize_layerwise_reload(self._model, model_config)
+        try:
+            finalize_layerwise_reload(self._model, model_config)
+        finally:
+            layerwise.materialize_layer = materialize_layer
         self._written += self._kept
         self._kept = []
         self._look()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 pytest.importorskip("vllm", reason="vllm is not installed: make setup")
 
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.model_loader.reload import layerwise, record_metadata_for_reloading
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 from actors.reload_proof import ProvenReload
 from actors.transfer import TransferEngine, _refresh_packed_head
@@ -127,6 +128,7 @@ def test_a_whole_reload_proves_and_changes_every_weight() -> None:
     assert torch.equal(model.norm.weight, sent["norm.weight"])
     assert model.lm_head.weight is model.embed.weight
     assert torch.equal(model.norm.table, torch.ones(2))
+    assert layerwise.materialize_layer is materialize_layer, "vLLM's own is not back"
 
 
 @pytest.mark.parametrize(
