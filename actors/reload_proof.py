@@ -1,4 +1,4 @@
-"""vLLM's layer-wise reload, with proof that it wrote every parameter. Imported in vLLM's workers only.
+"""vLLM's layer-wise reload, with proof that it wrote what it was given. Imported in vLLM's workers only.
 
 vLLM collects what arrives for a layer; once that is as much as the layer holds, it gives the layer memory, writes it,
 and makes the kernel's own format of it (on CPU a packed copy that nobody can read back). It raises neither where

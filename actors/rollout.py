@@ -58,9 +58,10 @@ class RayEngine:
         self.workers = recipe.rollout.tensor_parallel  # ranks that it takes in the transfer group
         self.max_model_len = recipe.max_model_len
         self.exact = recipe.rollout.dtype == "float32" and recipe.model.compute_dtype == "float32"
-        self.vocab_size = 0  # set by `know`, once it is ready, as are
-        self.kv_tokens = 0  # (tokens that its KV cache holds) and
-        self.pid = 0  # (of the actor, on its node)
+        # told by `know`, once it is ready
+        self.vocab_size = 0
+        self.kv_tokens = 0  # what its KV cache holds
+        self.pid = 0  # of the actor, on its node
         self.lost = ""  # why it is dead; "" = alive as far as we know
         self._actor = actor
 

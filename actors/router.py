@@ -317,7 +317,7 @@ class EnginePool:
         try:
             return await self._scored(trajectory, row)
         except RewardFailed:
-            pass
+            pass  # policy: once more; the pool counts both, and the second one is the trajectory's cause
         try:
             return await self._scored(trajectory, row)
         except RewardFailed as error:

@@ -8,10 +8,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from pydantic import BaseModel
 from rich.console import Console
 
 from aster.config import Recipe, recipe_names
@@ -55,7 +55,11 @@ def parse_recipe(
         "--dry-run", action="store_true", help="print every resolved value and stop; needs nothing else"
     )
     parser.add_argument(
-        "--explain", nargs="?", const="", metavar="KEY", help="print what each key means (rollout, optim.lr) and stop"
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print keys (of rollout, optim.lr), their values and what they mean, and stop",
     )
     options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-6 run.name=mine")
@@ -107,23 +111,21 @@ def print_resolved(recipe: Recipe) -> None:
 
 def explained(recipe: Recipe, key: str = "") -> str:
     """The keys at or below `key` (all: ""), each with its value in `recipe` and the docstring of its field."""
+    values = recipe.flat()
     lines = []
-    for section in Recipe.model_fields:
-        config = getattr(recipe, section)
-        if not isinstance(config, BaseModel):
-            continue
-        for name, field in type(config).model_fields.items():
-            full = f"{section}.{name}"
-            if not f"{full}.".startswith(f"{key}." if key else ""):
-                continue
-            lines.append(f"{full} = {_plain(getattr(config, name))}")
-            if field.description:
-                text = " ".join(field.description.split())
-                lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+    for name in values:
+        if f"{name}.".startswith(f"{key}." if key else ""):
+            lines.append(f"{name} = {_plain(values[name])}")
+            lines += textwrap.wrap(_meaning(recipe, name), 100, initial_indent="    ", subsequent_indent="    ")
     if not lines:
-        sections = [name for name in Recipe.model_fields if isinstance(getattr(recipe, name), BaseModel)]
-        raise ConfigError(f"--explain {key}: no such key; the sections are {', '.join(sections)}")
+        raise ConfigError(f"--explain {key}: no such key; there are {', '.join({n.split('.')[0]: 0 for n in values})}")
     return "\n".join(lines)
+
+
+def _meaning(recipe: Recipe, name: str) -> str:
+    *sections, field = name.split(".")
+    config = reduce(getattr, sections, recipe)
+    return type(config).model_fields[field].description or ""
 
 
 def _plain(value: object) -> str:

@@ -151,7 +151,7 @@ class RolloutConfig(_Section):
     """Explicit KV cache per engine; needed on CPU (null = let vLLM profile a GPU)."""
     enforce_eager: bool = False
     max_staleness: int = Field(default=0, ge=0, le=16)
-    """0 = synchronous. k: rollouts may be k versions older than the learner. The pool keeps books of so many steps."""
+    """0 = synchronous. k: rollouts may be k versions older than the learner. At most 16."""
     weight_backend: Literal["auto", "gloo", "nccl", "vllm_nccl"] = "auto"
     """Ours over gloo or NCCL (`auto`: by device), or vLLM's stock NCCL engine."""
     weight_rollback: bool = True

@@ -414,9 +414,12 @@ def _problem(line: object) -> str:
 
 
 def _is_number(value: object) -> bool:
+    """What `_numbers` can take: "nan" and "inf" are written as text."""
+    if not isinstance(value, int | float | str):
+        return False
     try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        float(value)
+    except (ValueError, OverflowError):
         return False
     return True
 

@@ -78,7 +78,10 @@ class FaultySender(WeightSender):
         if self.slow is not None and bucket.index == self.slow[0]:
             folder, self.slow = self.slow[1], None
             (folder / STALLED).touch()
+            deadline = time.monotonic() + 120
             while not (folder / GO_ON).exists():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nobody made {folder / GO_ON}")
                 time.sleep(0.02)
         if bucket.index == self.damaged:
             self.damaged = None

@@ -130,11 +130,11 @@ async def test_a_full_service_is_asked_again_when_it_says_and_not_beyond_the_cli
         assert (await client.create(CreateSession())).session_id == "n.r.s"
     assert asyncio.get_running_loop().time() - began >= 0.2
     wire = Wire(full)
-    async with AsyncSandboxClient("http://s", transport=wire, full_wait_s=0.25) as client:
+    async with AsyncSandboxClient("http://s", transport=wire, full_wait_s=2.0) as client:
         with pytest.raises(PoolFull, match="x") as error:
             await client.create(CreateSession())
     assert error.value.retry_after_s == 0.1
-    assert 1 <= len(wire.sent) <= 3  # fewer on a slow machine; above it was asked again
+    assert 2 <= len(wire.sent) <= 21  # every 0.1 s, or less often on a slow machine
 
 
 @pytest.mark.parametrize(

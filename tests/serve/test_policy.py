@@ -66,8 +66,10 @@ async def test_waiting_has_an_end_and_leaves_no_trace() -> None:
         with pytest.raises(PoolFull, match=r"waited 0\.05 s"):
             async with turnstile.admit():
                 raise AssertionError("admitted beyond the limit")
-    async with turnstile.admit():
+    began = time.monotonic()
+    async with turnstile.admit() as waited:
         assert (turnstile.running, turnstile.waiting) == (1, 0)
+        assert 0 <= waited <= time.monotonic() - began
 
 
 def test_a_lease_ends_by_age_or_by_silence() -> None:

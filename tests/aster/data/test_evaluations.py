@@ -117,7 +117,7 @@ def test_scores_are_of_the_newest_step_and_leave_out_what_we_lost(tmp_path: Path
     with pytest.raises(DataError, match="does not exist"):
         read_scores(tmp_path / "nowhere")
     for acc in ("yes", [1], 5, float("nan")):
-        odd = write_rows(tmp_path / "3.jsonl", ("aime", "r1", True), ("aime", "r1", acc))  # type: ignore[arg-type]
+        odd = write_rows(tmp_path / "3.jsonl", ("aime", "r1", True), ("aime", "r1", acc))
         with pytest.raises(DataError, match=r"3\.jsonl, row 2: acc \(or score\) must be true, false or a number"):
             read_scores(odd)
     anonymous = tmp_path / "0.jsonl"
